@@ -1,0 +1,29 @@
+# Two commands on a fresh machine are the whole set-up: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.rheostat-$(shell cat pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
+CHECKPOINT := checkpoints/demo
+
+.PHONY: setup demo test lint bench
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit("rheostat needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@VENV=.venv sh docker/install.sh cpu,train,dev
+	@rm -f .venv/.rheostat-*; touch $@
+
+demo: setup
+	@$(BIN)/rheostat demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python -m benchmarks.overhead

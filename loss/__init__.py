@@ -1,0 +1,1 @@
+"""Losses on log-probabilities. The flexible loss comes to stand here."""

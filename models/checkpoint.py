@@ -1,0 +1,195 @@
+"""Loading a checkpoint folder and holding it to its contract."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import CheckpointError
+from models.manifest import Category, ControlToken, Manifest, load_manifest, save_manifest
+from models.tokens import COCONOT_DESCRIPTIONS, single_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The tokens of the authors' published Llama-3 checkpoints (arXiv 2412.06748). The leading space
+# is part of each.
+PUBLISHED_RESPOND = " [respond]"
+PUBLISHED_REFUSALS = {
+    " [Humanizing requests]": "humanizing",
+    " [Incomplete requests]": "incomplete",
+    " [Indeterminate requests]": "indeterminate",
+    " [Requests with safety concerns]": "safety",
+    " [Unsupported requests]": "unsupported",
+    " [refuse]": "refuse",
+}
+
+
+def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
+    """Returns the local folder of a checkpoint, fetched from the hub where it is not a folder.
+
+    Args:
+        model: A folder, or a repository's name on the model hub.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: There is no such folder, and the hub does not have it either.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{model!r} is neither a folder nor a model that the hub gave: {reason}"
+        ) from error
+
+
+def load_checkpoint(directory: Path) -> tuple[Manifest, "PreTrainedTokenizerBase"]:
+    """Loads the manifest and the tokenizer and checks one against the other.
+
+    Returns:
+        The manifest and the tokenizer.
+
+    Raises:
+        CheckpointError: A file is missing or broken; a control token is not one id, or another id
+            than the manifest says, or outside the embedding; or the chat template does not end
+            where the decision step begins.
+    """
+    manifest = load_manifest(directory)
+    tokenizer = load_tokenizer(directory)
+    _check_tokens(directory, manifest, tokenizer)
+    _check_embedding(directory, manifest)
+    for token in manifest.control_tokens:
+        _check_template(directory, token, tokenizer)
+    return manifest, tokenizer
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Loads a tokenizer from a local folder; nothing is fetched and no code of its own runs.
+
+    Raises:
+        CheckpointError: The folder holds no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+
+
+def adopt(directory: Path, chat_template: Path | None = None) -> Manifest:
+    """Writes the manifest of a checkpoint whose authors gave it refusal tokens.
+
+    Args:
+        directory: The checkpoint's folder. Its tokenizer must hold the published respond token
+            and at least one published refusal token.
+        chat_template: A Jinja file to serve it with. Saved beside the weights when it is right.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        CheckpointError: The tokens are not there, or what would be written does not keep the
+            contract; then nothing is written.
+    """
+    tokenizer = load_tokenizer(directory)
+    known = tokenizer.get_vocab()
+    refusals = [token for token in PUBLISHED_REFUSALS if token in known]
+    if PUBLISHED_RESPOND not in known or not refusals:
+        wanted = ", ".join(map(repr, [PUBLISHED_RESPOND, *PUBLISHED_REFUSALS]))
+        raise CheckpointError(
+            f"{directory}: the tokenizer does not hold the published control tokens; it needs "
+            f"{PUBLISHED_RESPOND!r} and at least one refusal token out of {wanted}"
+        )
+    manifest = Manifest(
+        respond=ControlToken(token=PUBLISHED_RESPOND, id=single_id(tokenizer, PUBLISHED_RESPOND)),
+        categories=tuple(_published_category(tokenizer, token) for token in refusals),
+    )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text()
+    _check_embedding(directory, manifest)
+    for token in manifest.control_tokens:
+        _check_template(directory, token, tokenizer)
+    if chat_template is not None:
+        (directory / "chat_template.jinja").write_text(chat_template.read_text())
+    save_manifest(directory, manifest)
+    return manifest
+
+
+def _published_category(tokenizer: "PreTrainedTokenizerBase", token: str) -> Category:
+    name = PUBLISHED_REFUSALS[token]
+    return Category(
+        name=name,
+        token=token,
+        id=single_id(tokenizer, token),
+        description=COCONOT_DESCRIPTIONS.get(name, "should not be answered"),
+    )
+
+
+def _check_tokens(
+    directory: Path, manifest: Manifest, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    for control in manifest.control_tokens:
+        try:
+            actual = single_id(tokenizer, control.token)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error.message}") from error
+        if actual != control.id:
+            raise CheckpointError(
+                f"{directory}: the control token {control.token!r} is id {actual} in the tokenizer "
+                f"and id {control.id} in rheostat.json; one of the two belongs to another model"
+            )
+
+
+def _check_embedding(directory: Path, manifest: Manifest) -> None:
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{path}: vocab_size is missing")
+    for control in manifest.control_tokens:
+        if control.id >= size:
+            raise CheckpointError(
+                f"{directory}: the control token {control.token!r} has id {control.id}, beyond the "
+                f"model's vocabulary of {size}: the model was not resized with its tokenizer"
+            )
+
+
+def _check_template(
+    directory: Path, control: ControlToken, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{directory}: the tokenizer has no chat template")
+    question = [{"role": "user", "content": "Hello"}]
+    turn = [*question, {"role": "assistant", "content": f"{control.token}Hello"}]
+    try:
+        prompt: str = tokenizer.apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True
+        )
+        whole: str = tokenizer.apply_chat_template(turn, tokenize=False)
+    except TemplateError as error:
+        raise CheckpointError(f"{directory}: the chat template fails: {error}") from error
+    before: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    after: list[int] = tokenizer.encode(whole, add_special_tokens=False)
+    if after[: len(before) + 1] != [*before, control.id]:
+        raise CheckpointError(
+            f"{directory}: the chat template does not end where the decision step begins: after "
+            f"{prompt[-40:]!r} the assistant's turn does not start with {control.token!r}"
+        )

@@ -1,0 +1,73 @@
+"""What one request asks of the decision, and how it travels to the worker."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypedDict
+
+# Where the controls stand in vLLM's ``SamplingParams.extra_args``.
+EXTRA_ARGS_KEY = "rheostat"
+
+
+class Rule(IntEnum):
+    """How the biased logits become one token.
+
+    Source: ``PAPER`` is the released rule of arXiv 2412.06748; the other two are ours.
+    """
+
+    GREEDY = 0
+    SAMPLE = 1
+    PAPER = 2
+
+
+class WireControls(TypedDict):
+    """``Controls`` as plain values; msgpack carries infinities."""
+
+    rule: int
+    bias: list[float]
+    selected: list[bool]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The effective dials of one request, one entry a category in manifest order.
+
+    Attributes:
+        rule: How the token is chosen.
+        bias: Added to each refusal logit; ``-inf`` never, ``+inf`` always.
+        selected: Whether the request or its defaults named the category; only ``PAPER`` reads it.
+    """
+
+    rule: Rule
+    bias: tuple[float, ...]
+    selected: tuple[bool, ...]
+
+    @classmethod
+    def as_trained(cls, categories: int) -> "Controls":
+        """Returns the controls that leave the model's own choice alone."""
+        return cls(Rule.GREEDY, (0.0,) * categories, (False,) * categories)
+
+    def to_wire(self) -> WireControls:
+        """Returns what is put into ``extra_args``."""
+        return {"rule": int(self.rule), "bias": list(self.bias), "selected": list(self.selected)}
+
+
+def bias_of_sensitivity(sensitivity: float) -> float:
+    """Returns ln(x / (1 - x)): 0 is never, 0.5 as trained, 1 always.
+
+    Raises:
+        ValueError: The sensitivity is not within 0..1.
+    """
+    if not 0.0 <= sensitivity <= 1.0:
+        raise ValueError(f"a sensitivity lies between 0 and 1, got {sensitivity}")
+    if sensitivity in (0.0, 1.0):
+        return math.inf if sensitivity else -math.inf
+    return math.log(sensitivity) - math.log1p(-sensitivity)
+
+
+def refused_by_own_rule(margins: Sequence[float], bias: Sequence[float]) -> list[bool]:
+    """Returns for each category whether ``m_c + b_c >= 0``, whatever the others do."""
+    return [
+        b == math.inf or (b > -math.inf and m + b >= 0) for m, b in zip(margins, bias, strict=True)
+    ]

@@ -1,0 +1,64 @@
+"""Every error that Rheostat raises on purpose.
+
+RheostatError
+├── RequestError           the caller can mend it (HTTP 4xx)
+└── ServiceError           the operator can mend it (HTTP 5xx; one line and exit 1 on the CLI)
+    ├── CheckpointError    the model folder does not keep the contract of models/manifest.py
+    ├── ConfigError        a settings, recipe or data file is wrong
+    └── EvaluationError    a measurement could not be made
+"""
+
+
+class RheostatError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        code: Stable identifier for programs.
+        message: What was wrong, where, and what would be right.
+    """
+
+    code = "rheostat_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class RequestError(RheostatError):
+    """A request that cannot be served as it was sent.
+
+    Attributes:
+        status: HTTP status, 4xx.
+        param: Path of the offending field, such as ``refusal.categories.safety``.
+    """
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 422) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+class ServiceError(RheostatError):
+    """Something on the operator's side is wrong."""
+
+    code = "service_error"
+
+
+class CheckpointError(ServiceError):
+    """A model folder that cannot be served: the message names the file and the token."""
+
+    code = "invalid_checkpoint"
+
+
+class ConfigError(ServiceError):
+    """A settings, recipe or data file that cannot be used: the message names file and field."""
+
+    code = "invalid_config"
+
+
+class EvaluationError(ServiceError):
+    """A measurement that could not be made."""
+
+    code = "evaluation_failed"

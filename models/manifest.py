@@ -1,0 +1,138 @@
+"""The checkpoint contract: ``rheostat.json`` beside the weights."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import model_validator as validates_model
+
+from models.errors import CheckpointError
+
+MANIFEST_NAME = "rheostat.json"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ControlToken(_Frozen):
+    """One vocabulary item that opens an assistant turn.
+
+    Attributes:
+        token: Its text, leading space included where the checkpoint has one.
+        id: Its id in the checkpoint's tokenizer.
+    """
+
+    token: Annotated[str, StringConstraints(min_length=1)]
+    id: TokenId
+
+
+class Category(ControlToken):
+    """A refusal category and its token.
+
+    Attributes:
+        name: What requests and policies call it.
+        description: One line for people.
+        refusal_text: What a refusal of this category says when the text is not generated.
+    """
+
+    name: Name
+    description: str = ""
+    refusal_text: str = "I can't help with that."
+
+
+class Recipe(_Frozen):
+    """How the checkpoint was made.
+
+    Attributes:
+        config_sha256: Hash of the resolved training config.
+        data_sha256: Hash of every data file, by file name.
+        loss: Name and parameters of the training loss.
+        seed: Seed of the run.
+    """
+
+    config_sha256: str
+    data_sha256: dict[str, str]
+    loss: str
+    seed: int
+
+
+class Manifest(_Frozen):
+    """What makes a checkpoint servable.
+
+    Attributes:
+        version: Version of this format.
+        respond: The token after which an answer follows.
+        categories: The refusal categories, in the order that breaks ties.
+        recipe: How the checkpoint was made; absent for adopted ones.
+    """
+
+    version: Literal[1] = 1
+    respond: ControlToken
+    categories: Annotated[tuple[Category, ...], Field(min_length=1)]
+    recipe: Recipe | None = None
+
+    @validates_model(mode="after")
+    def _all_distinct(self) -> "Manifest":
+        for what, values in (
+            ("token", [t.token for t in self.control_tokens]),
+            ("id", [t.id for t in self.control_tokens]),
+            ("category name", [c.name for c in self.categories]),
+        ):
+            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+            if repeated:
+                raise ValueError(f"the {what} {repeated[0]!r} stands there twice")
+        return self
+
+    @property
+    def control_tokens(self) -> tuple[ControlToken, ...]:
+        """All control tokens, refusals first in category order, the respond token last."""
+        return (*self.categories, self.respond)
+
+    @property
+    def control_ids(self) -> list[int]:
+        """Their ids in the same order: the columns of every decision."""
+        return [token.id for token in self.control_tokens]
+
+    @property
+    def names(self) -> list[str]:
+        """The category names in order."""
+        return [category.name for category in self.categories]
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Reads and validates ``rheostat.json`` of a checkpoint.
+
+    Args:
+        directory: The folder that holds the weights.
+
+    Returns:
+        The manifest; not yet compared with the tokenizer (models/checkpoint.py does that).
+
+    Raises:
+        CheckpointError: The file is missing, is no JSON, or breaks the format.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist: a checkpoint needs it to be served. `rheostat train` writes "
+            "it; for a checkpoint that already has refusal tokens run `rheostat adopt`."
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Writes ``rheostat.json`` atomically and returns its path."""
+    path = directory / MANIFEST_NAME
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
+    partial.replace(path)
+    return path

@@ -1,0 +1,58 @@
+"""What the HTTP layer and the engine tell each other about one request."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from models.controls import Controls
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which control token opened one choice.
+
+    Attributes:
+        category: Index of the refused category in manifest order, or None for an answer.
+        margins: The model's own fp32 log-odds, one a category; None unless they were asked for.
+    """
+
+    category: int | None
+    margins: tuple[float, ...] | None = None
+
+
+@dataclass
+class Steering:
+    """One HTTP request on its way through the engine. The engine fills in the decisions.
+
+    Attributes:
+        controls: The effective dials.
+        report: Whether margins are wanted.
+        history: How many control tokens the server itself put into each prompt, in call order.
+        continues: Whether the prompt ends inside an assistant turn that has its control token.
+        beam_search: Whether ``generate()`` is called once a beam and step.
+        decisions: By call and choice index.
+        calls: How many calls there were.
+        beam_token: What the first call of a beam search decided.
+        beam_start: Length of the prompt before the beams.
+    """
+
+    controls: Controls
+    report: bool = False
+    history: tuple[int, ...] = ()
+    continues: bool = False
+    beam_search: bool = False
+    decisions: dict[tuple[int, int], Decision] = field(default_factory=dict)
+    calls: int = 0
+    beam_token: int = -1
+    beam_start: int = 0
+
+    def next_call(self) -> int:
+        """Returns the number of this ``generate()`` call within the request, from 0."""
+        self.calls += 1
+        return self.calls - 1
+
+    def history_of(self, call: int) -> int:
+        """Returns how many control tokens the prompt of a call may hold."""
+        return self.history[call] if call < len(self.history) else 0
+
+
+STEERING: ContextVar[Steering | None] = ContextVar("steering", default=None)

@@ -1,0 +1,75 @@
+"""Earlier assistant turns: each opens with its control token, as in training."""
+
+from typing import Any
+
+from models.errors import RequestError
+from models.manifest import Manifest
+
+CATEGORY_FIELD = "refusal_category"
+
+
+def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
+    """Puts the control token in front of every assistant turn.
+
+    A turn with a ``refusal`` gets the token of the category that ``refusal_category`` names (the
+    server sends it with every refused message), and without one that of the first category.
+
+    Args:
+        messages: Chat messages as the client sent them; not changed.
+        manifest: The served checkpoint's.
+
+    Returns:
+        The messages as the chat template is to see them, and how many tokens were put in.
+
+    Raises:
+        RequestError: ``refusal_category`` names no category of the checkpoint.
+    """
+    annotated = []
+    count = 0
+    for index, message in enumerate(messages):
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            annotated.append(_annotate_turn(message, manifest, f"messages.{index}"))
+            count += 1
+        else:
+            annotated.append(message)
+    return annotated, count
+
+
+def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> dict[str, Any]:
+    turn = {k: v for k, v in message.items() if k not in ("refusal", CATEGORY_FIELD)}
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        token = _refusal_token(message.get(CATEGORY_FIELD), manifest, path)
+        turn["content"] = token + refusal
+        return turn
+    parts = message.get("content")
+    if isinstance(parts, list) and parts:
+        refused = any(isinstance(p, dict) and p.get("type") == "refusal" for p in parts)
+        token = manifest.respond.token
+        if refused:
+            token = _refusal_token(message.get(CATEGORY_FIELD), manifest, path)
+        turn["content"] = _prefix_parts(parts, token)
+    else:
+        turn["content"] = manifest.respond.token + (parts if isinstance(parts, str) else "")
+    return turn
+
+
+def _refusal_token(category: Any, manifest: Manifest, path: str) -> str:
+    if category is None:
+        return manifest.categories[0].token
+    for known in manifest.categories:
+        if known.name == category:
+            return known.token
+    raise RequestError(
+        f"{path}.{CATEGORY_FIELD}: this checkpoint has no category {category!r}; it has "
+        f"{', '.join(manifest.names)}",
+        param=f"{path}.{CATEGORY_FIELD}",
+    )
+
+
+def _prefix_parts(parts: list[Any], token: str) -> list[Any]:
+    for index, part in enumerate(parts):
+        for key in ("text", "refusal", "thinking"):
+            if isinstance(part, dict) and isinstance(part.get(key), str):
+                return [*parts[:index], {**part, key: token + part[key]}, *parts[index + 1 :]]
+    return [{"type": "text", "text": token}, *parts]

@@ -1,0 +1,266 @@
+"""Pure ASGI: reads the ``refusal`` object before vLLM's handler, shapes the answer after it."""
+
+import json
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import RequestError
+from models.manifest import Manifest
+from server import metrics
+from server.context import STEERING, Steering
+from server.history import annotate
+from server.protocol import FIELD, RefusalOptions, parse_options, resolve_controls
+from server.settings import Settings
+from server.shaping import Shaper
+
+GENERATING = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/invocations",
+        "/inference/v1/generate",
+    }
+)
+# They read the label's probability off the first step, where this model only decides.
+SCORING = frozenset({"/generative_scoring", "/v1/structured_decisions"})
+
+
+class RefusalMiddleware:
+    """Resolves a request's controls and hands them to the engine through a context variable."""
+
+    def __init__(self, app: ASGIApp, *, manifest: Manifest, settings: Settings) -> None:
+        self._app = app
+        self._manifest = manifest
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request; everything but a POST to a generating route goes through."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in SCORING:
+            error = RequestError(
+                f"{path} reads the first decoding step, which is the decision step here; it is "
+                "not served",
+                status=404,
+            )
+            await error_response(error)(scope, receive, send)
+        elif path in GENERATING:
+            await self._serve_generating(path, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _serve_generating(
+        self, path: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        status = 500
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._steer(scope, receive, counted_send)
+        finally:
+            metrics.REQUESTS.labels(path, str(status)).inc()
+
+    async def _steer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            raw = await self._read(receive)
+            body = parse_body(raw)
+            if body is None:
+                await self._app(scope, _replay(raw, receive), send)
+                return
+            changed, steering = self.prepare(body)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        if changed is not body:
+            raw = json.dumps(changed).encode()
+            scope = _with_length(scope, len(raw))
+        shaper = Shaper(self._manifest, steering, echo=body.get("echo") is True)
+        token = STEERING.set(steering)
+        try:
+            await self._app(scope, _replay(raw, receive), _ShapingSend(shaper, send))
+        finally:
+            STEERING.reset(token)
+
+    def prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], Steering]:
+        """Takes our field out of a body and writes the history's control tokens into it.
+
+        Args:
+            body: The client's JSON object; not changed.
+
+        Returns:
+            What vLLM is to read (the same object when nothing changed), and the steering.
+
+        Raises:
+            RequestError: The ``refusal`` object or a history category is wrong.
+        """
+        options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
+        defaults = self._settings.defaults
+        report = options.report if options.report is not None else bool(defaults.report)
+        steering = Steering(
+            controls=resolve_controls(options, defaults, self._manifest.names),
+            report=report,
+            beam_search=body.get("use_beam_search") is True,
+        )
+        changed = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
+        messages = body.get("messages")
+        if isinstance(messages, list) and messages:
+            changed = self._annotate(changed, messages, steering)
+        return changed, steering
+
+    def _annotate(
+        self, body: dict[str, Any], messages: list[Any], steering: Steering
+    ) -> dict[str, Any]:
+        if all(isinstance(conversation, list) for conversation in messages):
+            annotated = [annotate(conversation, self._manifest) for conversation in messages]
+            steering.history = tuple(count for _, count in annotated)
+            changed = [turns for turns, _ in annotated]
+        else:
+            changed, count = annotate(messages, self._manifest)
+            steering.history = (count,)
+            last = messages[-1]
+            steering.continues = (
+                body.get("continue_final_message") is True
+                and isinstance(last, dict)
+                and last.get("role") == "assistant"
+            )
+        return {**body, "messages": changed} if any(steering.history) else body
+
+    async def _read(self, receive: Receive) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._settings.max_body_bytes:
+                raise RequestError(
+                    f"the body is larger than {self._settings.max_body_bytes} bytes", status=413
+                )
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def parse_body(raw: bytes) -> dict[str, Any] | None:
+    """Returns a body's JSON object, or None where vLLM itself says what is wrong with it.
+
+    Raises:
+        RequestError: It nests deeper than the parser goes.
+    """
+    try:
+        body = json.loads(raw)
+    except RecursionError as error:
+        raise RequestError("the body nests too deeply", status=400) from error
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Returns OpenAI's error body for an error of ours."""
+    return JSONResponse(
+        {
+            "error": {
+                "message": error.message,
+                "type": "invalid_request_error",
+                "param": error.param,
+                "code": error.code,
+            }
+        },
+        status_code=error.status,
+    )
+
+
+class _ShapingSend:
+    """Passes vLLM's answer on: as it is, or shaped as a whole, or event by event."""
+
+    def __init__(self, shaper: Shaper, send: Send) -> None:
+        self._shaper = shaper
+        self._send = send
+        self._held_start: Message | None = None
+        self._streams = False
+        self._buffer = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif self._held_start is not None:
+            await self._whole(message)
+        elif self._streams:
+            await self._events(message)
+        else:
+            await self._send(message)
+
+    async def _start(self, message: Message) -> None:
+        content_type = Headers(raw=message["headers"]).get("content-type", "")
+        self._streams = content_type.startswith("text/event-stream")
+        if self._streams or message["status"] != 200:
+            await self._send(message)
+            return
+        message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
+        if self._shaper.needed and content_type.startswith("application/json"):
+            self._held_start = message
+        else:
+            await self._send(message)
+
+    async def _whole(self, message: Message) -> None:
+        self._buffer += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        start = self._held_start
+        assert start is not None
+        body = json.dumps(self._shaper.shape_answer(json.loads(self._buffer))).encode()
+        headers = MutableHeaders(raw=list(start["headers"]))
+        headers["content-length"] = str(len(body))
+        await self._send({**start, "headers": headers.raw})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _events(self, message: Message) -> None:
+        self._buffer += message.get("body", b"")
+        events, end, self._buffer = self._buffer.rpartition(b"\n\n")
+        more = message.get("more_body", False)
+        if self._shaper.needed and events:
+            events = b"\n\n".join(self._event(event) for event in events.split(b"\n\n"))
+        body = events + end
+        if not more:
+            body += self._buffer
+        if body or not more:
+            await self._send({**message, "body": body})
+
+    def _event(self, event: bytes) -> bytes:
+        if not event.startswith(b"data: {"):
+            return event
+        return b"data: " + json.dumps(self._shaper.shape_chunk(json.loads(event[6:]))).encode()
+
+
+def _replay(raw: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": raw, "more_body": False}
+
+    return replay
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length",)]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

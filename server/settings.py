@@ -1,0 +1,53 @@
+"""What the operator sets through ``RHEOSTAT_*`` variables; vLLM's own flags stay vLLM's."""
+
+import os
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.errors import ConfigError
+from server.protocol import RefusalOptions
+
+PREFIX = "RHEOSTAT_"
+
+
+class Settings(BaseSettings):
+    """Settings of one server process.
+
+    Attributes:
+        defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
+        max_body_bytes: Largest request body that is read; a larger one is answered with 413.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    defaults: RefusalOptions = Field(default_factory=RefusalOptions)
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+
+
+def load_settings() -> Settings:
+    """Reads the environment.
+
+    Raises:
+        ConfigError: A value is wrong, or a variable with our prefix means nothing.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ConfigError(
+            f"the environment variable {unknown[0]} means nothing here; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error.errors()[0])) from error
+    except ValueError as error:  # pydantic-settings' own SettingsError: a value that is no JSON
+        raise ConfigError(f"{error}: it must hold a JSON object") from error
+
+
+def _first_problem(error: Any) -> str:
+    name, *path = (str(part) for part in error["loc"])
+    where = ".".join([PREFIX + name.upper(), *path])
+    return f"{where}: {error['msg']}"

@@ -1,0 +1,221 @@
+"""The decision inside vLLM's workers: one logits processor for each of its two model runners.
+
+Both do the same to a batch of logits: at a steered request's decision step every token is masked
+but the one that models/decision.py chooses; at all other steps the control tokens are masked, so
+that none ever stands inside a text.
+
+This module and server/engine.py are the only ones that import vllm.
+"""
+
+import ctypes
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
+
+from models.controls import EXTRA_ARGS_KEY, Rule, WireControls
+from models.decision import Dials, decide, uniform_draw
+from models.manifest import load_manifest
+
+NEVER_CHOSEN = float("-inf")
+_PR_SET_PDEATHSIG = 1
+
+
+def controls_of(params: SamplingParams) -> WireControls | None:
+    """Returns the controls that the engine put into a request, or None for an unsteered one."""
+    return (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+
+
+def end_with_parent() -> None:
+    """Has Linux end this worker when the API server dies, however it dies.
+
+    vLLM's engine process otherwise outlives a killed API server and keeps its memory.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _DialTable:
+    """Rows of dials as one float matrix: k biases, k selected flags, rule, temperature, draw."""
+
+    def __init__(self, categories: int) -> None:
+        self.categories = categories
+        self.width = 2 * categories + 3
+
+    def row(self, controls: WireControls, params: SamplingParams) -> list[float]:
+        draws = controls["rule"] == Rule.SAMPLE and params.seed is not None
+        return [
+            *controls["bias"],
+            *map(float, controls["selected"]),
+            float(controls["rule"]),
+            params.temperature,
+            uniform_draw(params.seed) if draws and params.seed is not None else 0.0,
+        ]
+
+    def dials(self, rows: torch.Tensor) -> Dials:
+        k = self.categories
+        return Dials(
+            bias=rows[:, :k],
+            rule=rows[:, 2 * k],
+            selected=rows[:, k : 2 * k] > 0,
+            temperature=rows[:, 2 * k + 1],
+            uniform=rows[:, 2 * k + 2],
+        )
+
+
+def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
+    manifest = load_manifest(Path(vllm_config.model_config.model))
+    return torch.tensor(manifest.control_ids, dtype=torch.int64, device=device)
+
+
+class SteeringV1(V1LogitsProcessor):
+    """For vLLM's V1 model runner, where row i of the logits is request i of the batch.
+
+    A request is undecided while its list of output tokens is empty. Only undecided requests cost
+    anything on the host, and only in the steps that they join, leave or move.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        end_with_parent()
+        self._ids = _control_ids(vllm_config, device)
+        self._table = _DialTable(len(self._ids) - 1)
+        self._pin = is_pin_memory
+        self._undecided: dict[int, tuple[list[float], list[int]]] = {}
+        self._rows: torch.Tensor | None = None
+        self._dials: Dials | None = None
+        self._rules: set[Rule] = set()
+
+    def is_argmax_invariant(self) -> bool:
+        """The decision changes the largest logit."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follows requests through the batch: removed, then added, then moved."""
+        changed = batch_update is not None and self._follow(batch_update)
+        decided = [i for i, (_, output_ids) in self._undecided.items() if output_ids]
+        for index in decided:
+            del self._undecided[index]
+        if changed or decided:
+            self._rebuild()
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Masks in place; ``logits`` is ``[requests, vocabulary]`` fp32."""
+        if self._rows is None or self._dials is None:
+            return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        rows = self._rows
+        own = logits[rows.unsqueeze(1), self._ids]
+        normaliser = logits[rows].logsumexp(dim=-1) if Rule.PAPER in self._rules else None
+        choice = decide(own, self._dials, self._rules, normaliser)
+        logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        logits.index_fill_(0, rows, NEVER_CHOSEN)
+        logits[rows, self._ids[choice]] = 0.0
+        return logits
+
+    def _follow(self, update: BatchUpdate) -> bool:
+        before = set(self._undecided)
+        for index in update.removed:
+            self._undecided.pop(index, None)
+        for index, params, _, output_ids in update.added:
+            self._undecided.pop(index, None)
+            controls = controls_of(params)
+            if controls is not None and not output_ids:
+                self._undecided[index] = (self._table.row(controls, params), output_ids)
+        for source, target, direction in update.moved:
+            self._move(source, target, direction)
+        return bool(before or self._undecided)
+
+    def _move(self, source: int, target: int, direction: MoveDirectionality) -> None:
+        moving = self._undecided.pop(source, None)
+        displaced = self._undecided.pop(target, None)
+        if moving is not None:
+            self._undecided[target] = moving
+        if displaced is not None and direction is MoveDirectionality.SWAP:
+            self._undecided[source] = displaced
+
+    def _rebuild(self) -> None:
+        if not self._undecided:
+            self._rows = self._dials = None
+            return
+        rows = torch.tensor(list(self._undecided), dtype=torch.int64, pin_memory=self._pin)
+        values = [row for row, _ in self._undecided.values()]
+        block = torch.tensor(values, dtype=torch.float32, pin_memory=self._pin)
+        self._rows = rows.to(self._ids.device, non_blocking=True)
+        self._dials = self._table.dials(block.to(self._ids.device, non_blocking=True))
+        self._rules = {Rule(int(row[2 * self._table.categories])) for row in values}
+
+
+class SteeringV2(V2LogitsProcessor):
+    """For vLLM's V2 model runner, where rows belong to slots and are reordered every step.
+
+    A row is a decision row when the token after it is the first after the prompt:
+    ``pos + 1 == prompt_len``. ``prefill_len`` would be wrong for a request that was preempted.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        end_with_parent()
+        device = req_states.device
+        speculative = vllm_config.speculative_config
+        self._drafts = speculative.num_speculative_tokens if speculative else 0
+        self._ids = _control_ids(vllm_config, device)
+        self._table = _DialTable(len(self._ids) - 1)
+        self._prompt_len = req_states.prompt_len
+        self._values = torch.zeros(req_states.max_num_reqs, self._table.width + 1, device=device)
+        self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
+        self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
+        self._staged: dict[int, list[float]] = {}
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Overwrites everything that the slot's last request left."""
+        controls = controls_of(sampling_params)
+        self._steered[req_idx] = controls is not None
+        row = [0.0] * self._table.width
+        if controls is not None:
+            self._rule[req_idx] = controls["rule"]
+            row = self._table.row(controls, sampling_params)
+        self._staged[req_idx] = [*row, float(controls is not None)]
+        return True
+
+    def apply_staged_writes(self) -> None:
+        """Sends the new slots' dials to the device in one copy that does not wait for it."""
+        if not self._staged:
+            return
+        pin = self._values.is_cuda
+        slots = torch.tensor(list(self._staged), dtype=torch.int64, pin_memory=pin)
+        block = torch.tensor(list(self._staged.values()), dtype=torch.float32, pin_memory=pin)
+        device = self._values.device
+        self._values.index_copy_(
+            0, slots.to(device, non_blocking=True), block.to(device, non_blocking=True)
+        )
+        self._staged.clear()
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        """Masks in place; ``logits`` is ``[rows, vocabulary]`` fp32."""
+        rules = self._undecided_rules(ctx)
+        if not rules:
+            return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        slots = ctx.expanded_idx_mapping.long()
+        values = self._values[slots]
+        decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
+        own = logits[:, self._ids]
+        normaliser = logits.logsumexp(dim=-1) if Rule.PAPER in rules else None
+        choice = decide(own, self._table.dials(values), rules, normaliser)
+        logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
+        chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
+        logits.scatter_(1, self._ids[choice].unsqueeze(1), chosen.unsqueeze(1))
+        return logits
+
+    def _undecided_rules(self, ctx: LogitsContext) -> set[Rule]:
+        slots = ctx.idx_mapping_np
+        # The bound counts drafts that may be rejected, so it can only be too large by them.
+        lengths = self._prompt_len.np[slots] + self._drafts
+        undecided = self._steered[slots] & (ctx.seq_lens_upper_bound_np <= lengths)
+        return {Rule(int(rule)) for rule in np.unique(self._rule[slots[undecided]])}

@@ -1,0 +1,1 @@
+"""The demo's training data: readable templates (YAML) and the renderer that samples rows."""
