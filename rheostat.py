@@ -54,6 +54,100 @@ def serve(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe's name (demo) or a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the checkpoint goes. [default: checkpoints/NAME]")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Train again over a finished checkpoint.")] = False,
+) -> None:
+    """Train a checkpoint with refusal tokens.
+
+    A finished checkpoint of the same recipe is kept; a run that was interrupted leaves nothing
+    that looks finished.
+    """
+    from training.config import load_config
+    from training.train import train as train_checkpoint
+
+    recipe = load_config(config)
+    directory = train_checkpoint(recipe, out or Path("checkpoints") / recipe.name, force=force)
+    typer.echo(f"{directory}: ready for `rheostat serve --model {directory}`")
+
+
+@app.command()
+def evaluate(
+    url: Annotated[str, typer.Option(help="A running Rheostat server.")] = "http://127.0.0.1:8000",
+    data: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="[default: the demo's]")
+    ] = None,
+    train_data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="What the judge of texts learns from. [default: the demo's]",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use that many random rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the report there as JSON.")] = None,
+) -> None:
+    """Measure how a served checkpoint decides, and whether its text follows the token.
+
+    Asks the server that runs at --url. Without --data and --train-data, the demo's own are
+    rendered.
+    """
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+
+    from training.client import evaluate as evaluate_server
+    from training.demo_data.render import write
+
+    with TemporaryDirectory() as rendered:
+        if data is None or train_data is None:
+            write(Path(rendered), seed=0)
+        report = evaluate_server(
+            url,
+            data or Path(rendered) / "evaluation.jsonl",
+            train_data=train_data or Path(rendered) / "train.jsonl",
+            limit=limit,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+    Console().print(report.to_table())
+    if out is not None:
+        out.write_text(report.to_json() + "\n")
+
+
+@app.command()
+def demo_data(
+    out: Annotated[Path, typer.Option(help="A folder; made where it is missing.")],
+    seed: Annotated[int, typer.Option(help="Another seed, other sentences.")] = 0,
+) -> None:
+    """Render the demo's prompts and answers: train, calibration and evaluation as JSON lines."""
+    from training.demo_data.render import write
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in write(out, seed).items():
+        typer.echo(f"{out / name}: {rows} rows")
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Where the demo checkpoint is, or will be trained to.")
+    ] = Path("checkpoints/demo"),
+    port: Annotated[int, typer.Option(help="Of the server, on loopback.")] = 8000,
+    once: Annotated[bool, typer.Option(help="End after the show.")] = False,
+) -> None:
+    """Train the demo checkpoint once, serve it, and turn two dials before your eyes."""
+    from training.demo import run
+
+    run(checkpoint, port, once=once)
+
+
+@app.command()
 def adopt(
     directory: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
     chat_template: Annotated[

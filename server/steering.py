@@ -8,6 +8,7 @@ This module and server/engine.py are the only ones that import vllm.
 """
 
 import ctypes
+import multiprocessing
 import signal
 import sys
 from pathlib import Path
@@ -35,11 +36,11 @@ def controls_of(params: SamplingParams) -> WireControls | None:
 
 
 def end_with_parent() -> None:
-    """Has Linux end this worker when the API server dies, however it dies.
+    """Has Linux end this worker process when the one that started it dies, however it dies.
 
     vLLM's engine process otherwise outlives a killed API server and keeps its memory.
     """
-    if sys.platform == "linux":
+    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -276,7 +276,7 @@ def _weigh(
     stop = len(ids)
     for before, through in cuts:
         start = len(before)
-        if through[:start] != before or ids[: len(through) - 1] != through[:-1]:
+        if through[:start] != before or ids[: len(through)] != through:
             raise ConfigError(
                 f"{row.origin}: the chat template renders an earlier turn differently once the "
                 "assistant's turn follows; rows of several turns cannot be used with it"

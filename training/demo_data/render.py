@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -235,8 +236,8 @@ class Sampler:
 
 
 def _substitute(text: str, values: dict[str, list[str]]) -> str:
-    left = {name: list(chosen) for name, chosen in values.items()}
-    return SLOT.sub(lambda m: left[m[1]].pop(0) if len(left[m[1]]) > 1 else left[m[1]][0], text)
+    turns = {name: cycle(chosen) for name, chosen in values.items()}
+    return SLOT.sub(lambda match: next(turns[match[1]]), text)
 
 
 def _capitalised(text: str) -> str:

@@ -1,0 +1,89 @@
+"""Starting real servers for tests: bounded, on loopback, ended by their own process id."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+START_LIMIT_S = 240
+ENGINE_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """A process that answers HTTP on loopback."""
+
+    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [sys.executable, "-m", module, *arguments]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *ENGINE_FLAGS]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def wait_until_ready(self, path: str) -> None:
+        """Returns when ``path`` answers 200.
+
+        Raises:
+            RuntimeError: The process ended or did not answer in time; with the end of its log.
+        """
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if httpx.get(self.url + path, timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.25)
+        raise RuntimeError(f"no server on {self.url}:\n{self.log.read_text()[-4000:]}")
+
+    def end(self) -> None:
+        """Asks the process to stop, and kills it when it does not within 30 s."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def rheostat_server(checkpoint: Path, log: Path) -> Iterator[Server]:
+    """Serves a checkpoint with Rheostat."""
+    arguments = ["serve", "--model", str(checkpoint), "--served-model-name", "demo"]
+    server = Server("rheostat", arguments, log)
+    try:
+        server.wait_until_ready("/readyz")
+        yield server
+    finally:
+        server.end()
+
+
+@contextmanager
+def stock_server(checkpoint: Path, log: Path) -> Iterator[Server]:
+    """Serves the same checkpoint with vLLM as it is."""
+    module = "vllm.entrypoints.launchers.api_server.entry"
+    server = Server(module, ["--model", str(checkpoint), "--served-model-name", "demo"], log)
+    try:
+        server.wait_until_ready("/health")
+        yield server
+    finally:
+        server.end()

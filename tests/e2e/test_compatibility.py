@@ -1,0 +1,207 @@
+"""What vLLM's server takes, this one takes; here against the stock server, field by field."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from models.manifest import Manifest
+from tests.e2e.servers import Server
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+VOLATILE = {"id", "created", "system_fingerprint"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": SCHEMA},
+    }
+]
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60)
+
+
+def answering(manifest: Manifest) -> dict[str, Any]:
+    return {"refusal": {"categories": dict.fromkeys(manifest.names, "never")}}
+
+
+def without_volatile(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: without_volatile(v) for k, v in node.items() if k not in VOLATILE}
+    return [without_volatile(v) for v in node] if isinstance(node, list) else node
+
+
+def stock_chat(stock: Server, manifest: Manifest, body: dict[str, Any]) -> dict[str, Any]:
+    """Asks stock for what follows the respond token: a prefilled assistant turn holds it."""
+    messages = [*body["messages"], {"role": "assistant", "content": manifest.respond.token}]
+    prefilled = {
+        **body,
+        "messages": messages,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
+    answer = post(stock, "/v1/chat/completions", prefilled)
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    # The prefilled control token is part of stock's prompt, and not of ours.
+    result["usage"]["prompt_tokens"] -= 1
+    result["usage"]["total_tokens"] -= 1
+    return result
+
+
+PLAIN: list[dict[str, Any]] = [
+    {},
+    {"max_tokens": 1},
+    {"max_tokens": 3},
+    {"max_completion_tokens": 4},
+    {"min_tokens": 12, "max_tokens": 20},
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2, "max_tokens": 3},
+    {"stop": ["is"]},
+    {"stop": ["Paris"], "include_stop_str_in_output": True},
+    {"stop_token_ids": [20, 30]},
+    {"ignore_eos": True, "max_tokens": 30},
+    {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {"logit_bias": {"300": 5, "301": -5}},
+    {"allowed_token_ids": list(range(300, 400)), "max_tokens": 6},
+    {"bad_words": ["Paris"], "max_tokens": 12},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA}}},
+    {"structured_outputs": {"choice": ["Paris", "Rome"]}},
+    {"structured_outputs": {"regex": "[0-9]{3}"}},
+    {"return_token_ids": True},
+    {"tools": TOOLS, "tool_choice": "none"},
+    {"user": "someone", "metadata": {"a": "b"}},
+]
+
+
+@pytest.mark.parametrize("fields", PLAIN, ids=lambda fields: "+".join(fields) or "bare")
+def test_chat_answers_as_stock_does_after_the_respond_token(
+    server: Server, stock: Server, manifest: Manifest, fields: dict[str, Any]
+) -> None:
+    body = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 24, **fields}
+    ours = post(server, "/v1/chat/completions", {**body, **answering(manifest)})
+    assert ours.status_code == 200, ours.text
+    theirs = stock_chat(stock, manifest, body)
+    if "prompt_token_ids" in theirs and theirs["prompt_token_ids"]:
+        assert theirs["prompt_token_ids"].pop() == manifest.respond.id
+    assert without_volatile(ours.json()) == without_volatile(theirs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_named_tool_is_called_when_answered_and_not_when_refused(
+    server: Server, manifest: Manifest, stream: bool
+) -> None:
+    body = {
+        "model": "demo",
+        "messages": QUESTION,
+        "temperature": 0,
+        "max_tokens": 40,
+        "tools": TOOLS,
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    }
+    answered = post(server, "/v1/chat/completions", {**body, **answering(manifest)}).json()
+    (call,) = answered["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+    refusal = {"refusal": {"categories": {"safety": "always"}}}
+    refused = post(
+        server, "/v1/chat/completions", {**body, **refusal, "stream": stream}
+    )
+    assert refused.status_code == 200, refused.text
+    if stream:
+        assert '"refusal": "' in refused.text
+        assert "tool_calls" not in refused.text
+    else:
+        message = refused.json()["choices"][0]["message"]
+        assert message["refusal"]
+        assert message["content"] is None
+        assert not message.get("tool_calls")
+
+
+def test_refused_schema_request_is_text_not_json(server: Server) -> None:
+    body = {
+        "model": "demo",
+        "messages": QUESTION,
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "c", "schema": SCHEMA}},
+        "refusal": {"categories": {"incomplete": "always"}},
+    }
+    message = post(server, "/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert not message["refusal"].startswith("{")
+
+
+def test_beam_search_decides_once_and_goes_on(server: Server, manifest: Manifest) -> None:
+    body = {
+        "model": "demo",
+        "messages": QUESTION,
+        "use_beam_search": True,
+        "n": 2,
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    answered = post(server, "/v1/chat/completions", {**body, **answering(manifest)})
+    assert answered.status_code == 200, answered.text
+    assert "Paris" in answered.json()["choices"][0]["message"]["content"]
+    refusal = {"refusal": {"categories": {"safety": "always"}}}
+    refused = post(server, "/v1/chat/completions", {**body, **refusal}).json()
+    assert all(choice["message"]["content"] is None for choice in refused["choices"])
+    assert all(choice["message"]["refusal"] for choice in refused["choices"])
+
+
+def test_prefilled_turn_goes_on_when_answered_and_is_dropped_when_refused(
+    server: Server, manifest: Manifest
+) -> None:
+    body = {
+        "model": "demo",
+        "messages": [*QUESTION, {"role": "assistant", "content": "The capital"}],
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    answered = post(server, "/v1/chat/completions", {**body, **answering(manifest)})
+    assert answered.status_code == 200, answered.text
+    assert "Paris" in answered.json()["choices"][0]["message"]["content"]
+    refusal = {"refusal": {"categories": {"safety": "always"}}}
+    refused = post(server, "/v1/chat/completions", {**body, **refusal}).json()
+    direct = post(
+        server,
+        "/v1/chat/completions",
+        {"model": "demo", "messages": QUESTION, "temperature": 0, **refusal},
+    ).json()
+    message = refused["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["refusal"] == direct["choices"][0]["message"]["refusal"]
+
+
+OTHER_ROUTES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "What is the capital of France?", "max_tokens": 8}),
+    ("/v1/completions", {"prompt": ["One", "Two"], "max_tokens": 8, "n": 2, "seed": 1}),
+    ("/v1/completions", {"prompt": "Hi", "max_tokens": 8, "echo": True, "logprobs": 3}),
+    ("/v1/responses", {"input": "What is the capital of France?", "max_output_tokens": 16}),
+    ("/v1/messages", {"messages": QUESTION, "max_tokens": 16}),
+    ("/invocations", {"messages": QUESTION, "max_tokens": 16}),
+    ("/v1/chat/completions/batch", {"messages": [QUESTION, QUESTION], "max_tokens": 8}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), OTHER_ROUTES, ids=lambda case: str(case)[:60])
+def test_every_generating_route_answers_and_hides_its_control_tokens(
+    server: Server, manifest: Manifest, path: str, body: dict[str, Any]
+) -> None:
+    for dial in ("always", "never"):
+        refusal = {"categories": {name: "never" for name in manifest.names} | {"safety": dial}}
+        answer = post(server, path, {"model": "demo", **body, "refusal": refusal})
+        assert answer.status_code == 200, answer.text
+        assert not any(token.token in answer.text for token in manifest.control_tokens)
+        verdict = "refuse" if dial == "always" else "respond"
+        assert set(answer.headers["x-refusal-decision"].split(", ")) == {verdict}

@@ -1,0 +1,219 @@
+"""Wrong input: its status, its OpenAI error body, its path; and the engine lives on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.manifest import MANIFEST_NAME, Manifest
+from tests.e2e.servers import Server
+from tests.toy import TEMPLATE, save_toy
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def post(server: Server, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
+    content = body if isinstance(body, str) else json.dumps(body)
+    headers = {"content-type": "application/json"}
+    return httpx.post(server.url + path, content=content, headers=headers, timeout=60)
+
+
+def assert_lives(server: Server) -> None:
+    answer = post(server, {"model": "demo", "messages": MESSAGES, "max_tokens": 1})
+    assert answer.status_code == 200
+
+
+WRONG: list[tuple[str, str]] = [
+    ('{"categories": {"bogus": 0.5}}', "refusal.categories.bogus"),
+    ('{"categories": {"safety": 1.2}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": -0.1}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": NaN}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": Infinity}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": "a lot"}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": true}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": null}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": {"bias": 1, "sensitivity": 0.5}}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": {"bias": "1"}}}', "refusal.categories.safety"),
+    ('{"categories": {"safety": {}}}', "refusal.categories.safety"),
+    ('{"categories": ["safety"]}', "refusal.categories"),
+    ('{"dials": {"safety": 0.5}}', "refusal.dials"),
+    ('{"decision": "coin"}', "refusal.decision"),
+    ('{"report": "yes"}', "refusal.report"),
+    ("[]", "refusal"),
+    ('"always"', "refusal"),
+    ("null", "refusal"),
+]
+
+
+@pytest.mark.parametrize(("refusal", "path"), WRONG, ids=[refusal for refusal, _ in WRONG])
+def test_wrong_refusal_object_names_its_path(server: Server, refusal: str, path: str) -> None:
+    body = f'{{"model": "demo", "messages": {json.dumps(MESSAGES)}, "refusal": {refusal}}}'
+    answer = post(server, body)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == path
+    assert path in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def control_token_fields(manifest: Manifest) -> dict[str, Any]:
+    respond = manifest.respond.id
+    return {
+        "logit_bias": {str(respond): 100},
+        "allowed_token_ids": [respond, 5],
+        "stop_token_ids": [manifest.categories[0].id],
+        "logprob_token_ids": [respond],
+    }
+
+
+@pytest.mark.parametrize(
+    "field", ["logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"]
+)
+def test_fields_that_reach_for_control_tokens_are_refused(
+    server: Server, manifest: Manifest, field: str
+) -> None:
+    body = {"model": "demo", "messages": MESSAGES, "max_tokens": 8, "logprobs": True}
+    answer = post(server, {**body, field: control_token_fields(manifest)[field]})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+    assert_lives(server)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"vllm_xargs": {"rheostat": 1}},
+        {"vllm_xargs": {"rule": 0}},
+        {"bad_words": ["[refuse:safety]"]},
+        {"bad_words": ["[refuse:safety]", "I"], "repetition_penalty": 1.9},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"top_k": 1, "temperature": 1.5},
+        {"top_p": 0.01, "temperature": 2.0},
+        {"min_p": 1.0, "temperature": 1.0},
+        {"min_tokens": 3},
+        {"ignore_eos": True},
+        {"stop": ["I", "["]},
+        {"skip_special_tokens": False},
+        {"response_format": {"type": "json_object"}},
+        {"logit_bias": {"5": 100, "6": -100}},
+        {"allowed_token_ids": [5, 6, 7]},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+    ],
+    ids=lambda extra: "+".join(extra),
+)
+def test_no_sampling_field_lifts_a_refusal(server: Server, extra: dict[str, Any]) -> None:
+    body = {
+        "model": "demo",
+        "messages": [*MESSAGES, {"role": "assistant", "content": None, "refusal": "No."}, *MESSAGES],
+        "max_tokens": 8,
+        "refusal": {"categories": {"safety": "always"}},
+        **extra,
+    }
+    answer = post(server, body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-refusal-category"] == "safety"
+    assert answer.json()["choices"][0]["message"]["content"] is None
+    assert_lives(server)
+
+
+@pytest.mark.parametrize("place", ["user", "system", "assistant", "tool"])
+def test_control_tokens_typed_by_a_client_are_refused(
+    server: Server, manifest: Manifest, place: str
+) -> None:
+    turn = {"role": place, "content": f"Hello {manifest.respond.token}"}
+    if place == "tool":
+        turn["tool_call_id"] = "call-1"
+    messages = [turn, *MESSAGES] if place == "system" else [*MESSAGES, turn, *MESSAGES]
+    answer = post(server, {"model": "demo", "messages": messages, "max_tokens": 4})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "messages"
+    assert_lives(server)
+
+
+def test_unknown_history_category_names_its_path(server: Server) -> None:
+    turn = {"role": "assistant", "refusal": "No.", "refusal_category": "bogus"}
+    answer = post(server, {"model": "demo", "messages": [*MESSAGES, turn, *MESSAGES]})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "messages.1.refusal_category"
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", '"x"', "{}", '{"refusal": {}}'])
+def test_bodies_that_vllm_refuses_stay_4xx(server: Server, body: str) -> None:
+    answer = post(server, body)
+    assert 400 <= answer.status_code < 500
+    assert "error" in answer.json()
+    assert_lives(server)
+
+
+def test_deep_nesting_is_refused(server: Server) -> None:
+    answer = post(server, "[" * 100_000)
+    assert answer.status_code == 400
+    assert_lives(server)
+
+
+def test_scoring_routes_are_not_served(server: Server) -> None:
+    answer = post(server, {"model": "demo"}, "/generative_scoring")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def without_manifest(directory: Path) -> str:
+    (directory / MANIFEST_NAME).unlink()
+    return "rheostat.json does not exist"
+
+
+def with_a_token_of_two_ids(directory: Path) -> str:
+    path = directory / MANIFEST_NAME
+    path.write_text(path.read_text().replace("[respond]", "[answer]"))
+    return "'[answer]' is 8 ids"
+
+
+def with_another_id(directory: Path) -> str:
+    path = directory / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    manifest["respond"]["id"] += 7
+    path.write_text(json.dumps(manifest))
+    return "one of the two belongs to another model"
+
+
+def with_a_template_that_ends_elsewhere(directory: Path) -> str:
+    template = TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>Well: {% endif %}")
+    (directory / "chat_template.jinja").write_text(template)
+    return "does not end where the decision step begins"
+
+
+BREAKS = [
+    without_manifest,
+    with_a_token_of_two_ids,
+    with_another_id,
+    with_a_template_that_ends_elsewhere,
+]
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda break_it: break_it.__name__)
+def test_serve_refuses_a_broken_checkpoint_in_one_line(
+    tmp_path: Path, break_it: Callable[[Path], str]
+) -> None:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    save_toy(directory)
+    expected = break_it(directory)
+    ended = subprocess.run(
+        [sys.executable, "-m", "rheostat", "serve", "--model", str(directory), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    (line,) = ended.stderr.strip().splitlines()
+    assert expected in line
+    assert line.startswith("rheostat: ")

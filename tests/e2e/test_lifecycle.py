@@ -1,0 +1,60 @@
+"""Starting, being watched, and leaving nothing behind."""
+
+import signal
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.servers import Server, rheostat_server
+
+
+def test_health_and_readiness(server: Server) -> None:
+    assert httpx.get(server.url + "/healthz", timeout=10).json() == {"status": "alive"}
+    assert httpx.get(server.url + "/readyz", timeout=10).json() == {"status": "ready"}
+
+
+def metric(text: str, line: str) -> float:
+    return sum(
+        float(each.rsplit(" ", 1)[1]) for each in text.splitlines() if each.startswith(line)
+    )
+
+
+def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "What is 2 plus 2?"}],
+        "max_tokens": 2,
+        "refusal": {"categories": {"humanizing": "always"}},
+    }
+    before = httpx.get(server.url + "/metrics", timeout=10).text
+    for _ in range(3):
+        httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+    wrong = {**body, "refusal": []}
+    assert httpx.post(server.url + "/v1/chat/completions", json=wrong, timeout=60).is_error
+    after = httpx.get(server.url + "/metrics", timeout=10).text
+
+    decided = 'rheostat_decisions_total{category="humanizing",decision="refuse",rule="greedy"}'
+    answered = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
+    refused = 'rheostat_requests_total{route="/v1/chat/completions",status="422"}'
+    assert metric(after, decided) - metric(before, decided) == 3
+    assert metric(after, answered) - metric(before, answered) == 3
+    assert metric(after, refused) - metric(before, refused) == 1
+    count = "rheostat_decision_latency_seconds_count"
+    assert metric(after, count) - metric(before, count) == 3
+    assert "vllm:num_requests_running" in after
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
+def test_server_takes_its_children_with_it(
+    checkpoint: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    with rheostat_server(checkpoint, tmp_path / "server.log") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert any(child.is_running() for child in children)
+        server.process.send_signal(ending)
+        server.process.wait(timeout=60)
+        gone, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+        assert len(gone) == len(children)

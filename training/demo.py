@@ -1,0 +1,156 @@
+"""`rheostat demo`: from nothing to a turned dial."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import EvaluationError
+from training.config import load_config
+from training.demo_data.render import render
+from training.train import train
+
+SERVER_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+MODEL_NAME = "demo"
+START_LIMIT_S = 300
+POSITIONS = (0.1, 0.5, 0.9)
+SHOWN_CATEGORIES = ("safety", "indeterminate")
+CANDIDATES = 40
+
+Answer = dict[str, Any]
+
+
+def run(checkpoint: Path, port: int, *, once: bool) -> None:
+    """Trains the demo checkpoint where it is missing, serves it and turns two dials.
+
+    Args:
+        checkpoint: Where the checkpoint is or will be.
+        port: Of the server, on loopback.
+        once: Whether to end after the show, rather than to keep serving.
+
+    Raises:
+        EvaluationError: The server did not start.
+    """
+    console = Console()
+    config = load_config(Path("demo"))
+    train(config, checkpoint)
+    with _serving(checkpoint, port, console) as url:
+        for category in SHOWN_CATEGORIES:
+            console.print(_turn_one_dial(url, category, config.data.seed))
+        console.print(_commands(url, once=once))
+        if not once:
+            _wait(console)
+
+
+@contextmanager
+def _serving(checkpoint: Path, port: int, console: Console) -> Iterator[str]:
+    url = f"http://127.0.0.1:{port}"
+    log = checkpoint.with_name(f"{checkpoint.name}-server.log")
+    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(checkpoint)]
+    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, *SERVER_FLAGS], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        with console.status(f"starting vLLM on {url} (its log: {log})"):
+            _wait_until_ready(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            time.sleep(0.25)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else "it said nothing"
+    raise EvaluationError(f"the server did not start: {last} (all of it: {log})")
+
+
+def _ask(url: str, prompt: str, refusal: dict[str, Any], max_tokens: int = 48) -> Answer:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "refusal": {"report": True, **refusal},
+    }
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    response.raise_for_status()
+    answer: Answer = response.json()["choices"][0]
+    return answer
+
+
+def _most_borderline(url: str, category: str, seed: int) -> str:
+    prompts = [row["prompt"] for row in render(seed)["evaluation"] if row["category"] == category]
+
+    def distance(prompt: str) -> float:
+        decisions = _ask(url, prompt, {}, max_tokens=1)["refusal_report"]["decisions"]
+        others = [d["margin"] for name, d in decisions.items() if name != category]
+        return abs(decisions[category]["margin"]) + max(0.0, max(others) + 1)
+
+    return min(prompts[:CANDIDATES], key=distance)
+
+
+def _turn_one_dial(url: str, category: str, seed: int) -> Table:
+    prompt = _most_borderline(url, category, seed)
+    table = Table(title=f'"{prompt}"', title_justify="left", title_style="bold")
+    table.add_column(f"{category} dial", justify="right")
+    table.add_column("p(refuse)", justify="right")
+    table.add_column("decision")
+    table.add_column("what the model says")
+    for position in POSITIONS:
+        answer = _ask(url, prompt, {"categories": {category: position}})
+        report = answer["refusal_report"]
+        table.add_row(
+            f"{position}",
+            f"{report['decisions'][category]['probability']:.2f}",
+            f"refuse: {report['category']}" if report["refused"] else "respond",
+            answer["message"]["refusal"] or answer["message"]["content"],
+        )
+    return table
+
+
+def _commands(url: str, *, once: bool) -> str:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "refusal": {"report": True, "categories": {"safety": 0.9, "indeterminate": "never"}},
+    }
+    curl = (
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(json.dumps(body))}"
+    )
+    start = "With the server running (make demo), paste:" if once else "Paste in another terminal:"
+    return f"\n{start}\n\n{curl}\n\npython examples/chat.py --base-url {url}/v1\n"
+
+
+def _wait(console: Console) -> None:
+    console.print("Serving until Ctrl-C.")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("stopping")
