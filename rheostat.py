@@ -1,6 +1,5 @@
 """The ``rheostat`` command. Everything heavy is imported by the command that needs it."""
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,10 @@ from typing import Annotated
 import typer
 
 from models.errors import RheostatError
+from server.lifetime import end_with_parent
+
+# vLLM spawns its engine and its workers, and a spawned process imports this module again.
+end_with_parent()
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +53,7 @@ def serve(
     arguments = ["--model", str(directory), *ctx.args]
     if str(directory) != model and "--served-model-name" not in ctx.args:
         arguments += ["--served-model-name", model]
-    asyncio.run(engine.serve(engine.parse_flags(arguments), manifest, settings, defaults))
+    engine.serve(engine.parse_flags(arguments), manifest, settings, defaults)
 
 
 @app.command()
@@ -115,7 +118,7 @@ def evaluate(
             seed=seed,
             progress=sys.stderr.isatty(),
         )
-    Console().print(report.to_table())
+    Console().print(report.table())
     if out is not None:
         out.write_text(report.to_json() + "\n")
 

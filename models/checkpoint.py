@@ -1,6 +1,7 @@
 """Loading a checkpoint folder and holding it to its contract."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -48,9 +49,8 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{model!r} is neither a folder nor a model that the hub gave: {reason}"
+            f"{model!r} is neither a folder nor a model that the hub gave: {_first_line(error)}"
         ) from error
 
 
@@ -66,9 +66,9 @@ def load_checkpoint(directory: Path) -> tuple[Manifest, "PreTrainedTokenizerBase
             where the decision step begins.
     """
     manifest = load_manifest(directory)
+    _check_embedding(directory, manifest)
     tokenizer = load_tokenizer(directory)
     _check_tokens(directory, manifest, tokenizer)
-    _check_embedding(directory, manifest)
     for token in manifest.control_tokens:
         _check_template(directory, token, tokenizer)
     return manifest, tokenizer
@@ -84,9 +84,23 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from error
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Returns the ids that the chat template puts between a question and the decision step."""
+    question = [{"role": "user", "content": "Hello"}]
+    without, with_prompt = (
+        str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=wanted))
+        for wanted in (False, True)
+    )
+    opening: list[int] = tokenizer.encode(
+        with_prompt.removeprefix(without), add_special_tokens=False
+    )
+    return opening
 
 
 def adopt(directory: Path, chat_template: Path | None = None) -> Manifest:
@@ -118,14 +132,25 @@ def adopt(directory: Path, chat_template: Path | None = None) -> Manifest:
         categories=tuple(_published_category(tokenizer, token) for token in refusals),
     )
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text()
+        tokenizer.chat_template = _read_template(chat_template)
     _check_embedding(directory, manifest)
     for token in manifest.control_tokens:
         _check_template(directory, token, tokenizer)
     if chat_template is not None:
-        (directory / "chat_template.jinja").write_text(chat_template.read_text())
+        shutil.copyfile(chat_template, directory / "chat_template.jinja")
     save_manifest(directory, manifest)
     return manifest
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: the chat template cannot be read: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _published_category(tokenizer: "PreTrainedTokenizerBase", token: str) -> Category:
@@ -156,10 +181,12 @@ def _check_tokens(
 def _check_embedding(directory: Path, manifest: Manifest) -> None:
     path = directory / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: Any = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    text_config = config.get("text_config") if isinstance(config, dict) else None
+    sizes = [part.get("vocab_size") for part in (config, text_config) if isinstance(part, dict)]
+    size = next((size for size in sizes if size), None)
     if not isinstance(size, int):
         raise CheckpointError(f"{path}: vocab_size is missing")
     for control in manifest.control_tokens:
@@ -180,11 +207,11 @@ def _check_template(
     question = [{"role": "user", "content": "Hello"}]
     turn = [*question, {"role": "assistant", "content": f"{control.token}Hello"}]
     try:
-        prompt: str = tokenizer.apply_chat_template(
-            question, tokenize=False, add_generation_prompt=True
+        prompt = str(
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         )
-        whole: str = tokenizer.apply_chat_template(turn, tokenize=False)
-    except TemplateError as error:
+        whole = str(tokenizer.apply_chat_template(turn, tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: the chat template fails: {error}") from error
     before: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     after: list[int] = tokenizer.encode(whole, add_special_tokens=False)

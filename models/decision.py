@@ -110,9 +110,7 @@ def _sample(
     return torch.where(cold, greedy, drawn.clamp(max=scores.shape[-1] - 1))
 
 
-def _paper_rule(
-    logits: torch.Tensor, log_normaliser: torch.Tensor, dials: Dials
-) -> torch.Tensor:
+def _paper_rule(logits: torch.Tensor, log_normaliser: torch.Tensor, dials: Dials) -> torch.Tensor:
     respond = logits.shape[-1] - 1
     top_logit, top = logits[:, :-1].max(dim=-1)
     bias = dials.bias.gather(1, top.unsqueeze(-1)).squeeze(-1)

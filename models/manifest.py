@@ -79,10 +79,10 @@ class Manifest(_Frozen):
     def _all_distinct(self) -> "Manifest":
         for what, values in (
             ("token", [t.token for t in self.control_tokens]),
-            ("id", [t.id for t in self.control_tokens]),
+            ("id", [str(t.id) for t in self.control_tokens]),
             ("category name", [c.name for c in self.categories]),
         ):
-            repeated = sorted({str(v) for v in values if values.count(v) > 1})
+            repeated = sorted({v for v in values if values.count(v) > 1})
             if repeated:
                 raise ValueError(f"the {what} {repeated[0]!r} stands there twice")
         return self
@@ -133,6 +133,7 @@ def save_manifest(directory: Path, manifest: Manifest) -> Path:
     """Writes ``rheostat.json`` atomically and returns its path."""
     path = directory / MANIFEST_NAME
     partial = path.with_suffix(".json.partial")
-    partial.write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
+    text = manifest.model_dump_json(indent=2, exclude_none=True) + "\n"
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path

@@ -88,7 +88,8 @@ def grow_embeddings(
         tokenizer: The tokenizer that ``add_control_tokens`` changed.
         manifest: What ``add_control_tokens`` returned.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    known: int = embedding.weight.shape[0]
     if known < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     phrases = {c.id: f"Sorry, I cannot: it {c.description}" for c in manifest.categories}
@@ -102,8 +103,8 @@ def grow_embeddings(
 def _start_row_from(model: "PreTrainedModel", row: int, sources: Sequence[int]) -> None:
     import torch
 
-    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    typed: Any = model  # transformers leaves the second method without annotations
     with torch.no_grad():
-        for layer in layers:
+        for layer in (typed.get_input_embeddings(), typed.get_output_embeddings()):
             if layer is not None:
                 layer.weight[row] = layer.weight[list(sources)].mean(dim=0)

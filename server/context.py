@@ -30,6 +30,8 @@ class Steering:
         continues: Whether the prompt ends inside an assistant turn that has its control token.
         beam_search: Whether ``generate()`` is called once a beam and step.
         decisions: By call and choice index.
+        refusal_texts: What each refused choice said and the HTTP layer has not yet taken, by call
+            and choice index. vLLM's tool and reasoning parsers may read it as something else.
         calls: How many calls there were.
         beam_token: What the first call of a beam search decided.
         beam_start: Length of the prompt before the beams.
@@ -41,6 +43,7 @@ class Steering:
     continues: bool = False
     beam_search: bool = False
     decisions: dict[tuple[int, int], Decision] = field(default_factory=dict)
+    refusal_texts: dict[tuple[int, int], str] = field(default_factory=dict)
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0

@@ -12,16 +12,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import uvloop
 from starlette.middleware import Middleware
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.api_server.entry import configure_logging_from_args
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import configure_logging_from_args
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -29,7 +30,9 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor import Executor
 
+from models.checkpoint import opening_ids
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.manifest import Manifest
 from server import metrics
@@ -60,12 +63,14 @@ class SteeredLLM(AsyncLLM):
         self._category_of = {c.id: i for i, c in enumerate(manifest.categories)}
         # Adopted checkpoints hold their control tokens as ordinary ones, which the detokenizer
         # would print. The ids stay.
-        self.renderer.get_tokenizer().add_special_tokens(
+        tokenizer: Any = self.renderer.get_tokenizer()
+        self._opening = opening_ids(tokenizer)
+        tokenizer.add_special_tokens(
             {"additional_special_tokens": [t.token for t in manifest.control_tokens]},
             replace_extra_special_tokens=False,
         )
 
-    def generate(  # type: ignore[override]
+    def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> Outputs:
         """Decides, then answers or refuses. Arguments and outputs are those of ``AsyncLLM``.
@@ -112,9 +117,9 @@ class _Run:
     async def outputs(self, prompt: Any) -> Outputs:
         ids = _prompt_ids(prompt)
         beams = self.steering.beam_search
-        _check_prompt(
-            ids, self.engine._control_ids, self.steering.history_of(0 if beams else self.call)
-        )
+        if beams and self.steering.continues:
+            raise VLLMValidationError("use_beam_search cannot continue a message")
+        self._check_prompt(ids, self.steering.history_of(0 if beams else self.call))
         _check_params(self.params, self.engine._control_ids)
         if beams:
             stream = self._beam(prompt, ids)
@@ -126,7 +131,21 @@ class _Run:
         async with aclosing(stream):
             async for output in stream:
                 self._hide(output, visible)
+                self._note_refusals(output)
                 yield output
+
+    def _check_prompt(self, ids: list[int], allowed: int) -> None:
+        controls, opening = self.engine._control_ids, self.engine._opening
+        if controls.isdisjoint(ids):
+            return
+        places = [place for place, token in enumerate(ids) if token in controls]
+        opened = all(ids[max(0, place - len(opening)) : place] == opening for place in places)
+        if len(places) > allowed or not opened:
+            raise VLLMValidationError(
+                "the input holds text that is one of this model's control tokens; only the "
+                "server sets these: remove it from the messages or the prompt",
+                parameter="messages",
+            )
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
@@ -167,7 +186,7 @@ class _Run:
     async def _decide_first(self, prompt: Any, ids: list[int]) -> Outputs:
         opening = ids
         if self.steering.continues:
-            opening = ids[: _last_index(ids, self.engine.manifest.respond.id)]
+            opening = self._before_last_turn(ids)
         tokens = await self._decision_pass(prompt, opening)
         streams = [
             self._continue(prompt, ids, opening, token, index) for index, token in enumerate(tokens)
@@ -176,6 +195,16 @@ class _Run:
         async with aclosing(one_stream):
             async for output in one_stream:
                 yield output
+
+    def _before_last_turn(self, ids: list[int]) -> list[int]:
+        respond = self.engine.manifest.respond.id
+        if respond not in ids:
+            raise VLLMValidationError(
+                "continue_final_message: the prompt does not reach back to the start of that "
+                "message",
+                parameter="messages",
+            )
+        return ids[: len(ids) - 1 - ids[::-1].index(respond)]
 
     async def _decision_pass(self, prompt: Any, opening: list[int]) -> list[int]:
         # Greedy and the paper's rule choose the same token for every choice of a request.
@@ -257,9 +286,7 @@ class _Run:
         }
         return steered
 
-    def _record(
-        self, index: int, token: int, margins: tuple[float, ...] | None = None
-    ) -> None:
+    def _record(self, index: int, token: int, margins: tuple[float, ...] | None = None) -> None:
         category = self.engine._category_of.get(token)
         self.steering.decisions[self.call, index] = Decision(category, margins)
         metrics.DECISION_LATENCY.observe(time.monotonic() - self.started_s)
@@ -277,6 +304,15 @@ class _Run:
         respond = step[manifest.respond.id].logprob
         return tuple(step[c.id].logprob - respond for c in manifest.categories)
 
+    def _note_refusals(self, output: RequestOutput) -> None:
+        delta = self.params.output_kind is RequestOutputKind.DELTA
+        texts = self.steering.refusal_texts
+        for choice in output.outputs:
+            place = (self.call, choice.index)
+            decision = self.steering.decisions.get(place)
+            if decision is not None and decision.category is not None:
+                texts[place] = texts.get(place, "") + choice.text if delta else choice.text
+
     def _visible_prompt(self, ids: list[int]) -> list[int]:
         controls = self.engine._control_ids
         if controls.isdisjoint(ids):
@@ -288,9 +324,7 @@ class _Run:
         if output.prompt_logprobs is not None and output.prompt_token_ids is not None:
             output.prompt_logprobs = [
                 _scrubbed(step, controls)
-                for token, step in zip(
-                    output.prompt_token_ids, output.prompt_logprobs, strict=True
-                )
+                for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
                 if token not in controls
             ]
         output.prompt_token_ids = visible
@@ -309,17 +343,6 @@ def _prompt_ids(prompt: Any) -> list[int]:
         )
     ids: list[int] = prompt["prompt_token_ids"]
     return ids
-
-
-def _check_prompt(ids: Sequence[int], control_ids: frozenset[int], allowed: int) -> None:
-    if control_ids.isdisjoint(ids):
-        return
-    if sum(i in control_ids for i in ids) > allowed:
-        raise VLLMValidationError(
-            "the input holds text that is one of this model's control tokens; only the server "
-            "sets these: remove it from the messages or the prompt",
-            parameter="messages",
-        )
 
 
 def _check_params(params: SamplingParams, control_ids: frozenset[int]) -> None:
@@ -341,10 +364,6 @@ def _with_ids(prompt: Any, ids: list[int]) -> Any:
 
 def _without_controls(extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in (extra_args or {}).items() if k != EXTRA_ARGS_KEY} or None
-
-
-def _last_index(ids: Sequence[int], token: int) -> int:
-    return len(ids) - 1 - ids[::-1].index(token)
 
 
 def _drop_first_token(choice: CompletionOutput) -> None:
@@ -387,15 +406,16 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     Args:
         arguments: As on the command line, ``--model`` included.
     """
-    cli_env_setup()
-    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
+    cli_env_setup()  # type: ignore[no-untyped-call]
+    parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    args: Namespace = parser.parse_args(list(arguments))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
 
 
-async def serve(args: Namespace, manifest: Manifest, settings: Settings, defaults: Controls) -> None:
-    """Starts the engine and answers HTTP until SIGTERM or SIGINT.
+def serve(args: Namespace, manifest: Manifest, settings: Settings, defaults: Controls) -> None:
+    """Starts the engine and answers HTTP until SIGTERM or SIGINT, on vLLM's own event loop.
 
     Args:
         args: What ``parse_flags`` returned.
@@ -403,16 +423,24 @@ async def serve(args: Namespace, manifest: Manifest, settings: Settings, default
         settings: The operator's settings.
         defaults: The controls of requests that bring none.
     """
+    uvloop.run(_serve(args, manifest, settings, defaults))
+
+
+async def _serve(
+    args: Namespace, manifest: Manifest, settings: Settings, defaults: Controls
+) -> None:
     _, sock = setup_server(args, reuse_port=False)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
-    engine = SteeredLLM.from_vllm_config(
+    engine = SteeredLLM(
         config,
-        enable_log_requests=args.enable_log_requests,
-        disable_log_stats=args.disable_log_stats,
+        executor_class=Executor.get_class(config),
+        log_stats=not args.disable_log_stats,
+        log_requests=args.enable_log_requests,
+        aggregate_engine_logging=args.aggregate_engine_logging,
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
     try:
@@ -434,12 +462,12 @@ async def _serve_http(
     app = build_app(args, tasks, engine.model_config)
     app.include_router(build_router(manifest, engine))
     # Appended, not added: the innermost place, behind vLLM's authentication.
-    app.user_middleware.append(
-        Middleware(RefusalMiddleware, manifest=manifest, settings=settings)
-    )
+    app.user_middleware.append(Middleware(RefusalMiddleware, manifest=manifest, settings=settings))
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
-    log_config = get_uvicorn_log_config(args)
+    uvicorn_options: dict[str, Any] = {}
+    if (log_config := get_uvicorn_log_config(args)) is not None:
+        uvicorn_options["log_config"] = log_config
     return await serve_http(
         app,
         sock=sock,
@@ -455,5 +483,5 @@ async def _serve_http(
         ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         h11_max_header_count=args.h11_max_header_count,
-        **({"log_config": log_config} if log_config is not None else {}),
+        **uvicorn_options,
     )

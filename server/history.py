@@ -1,5 +1,6 @@
 """Earlier assistant turns: each opens with its control token, as in training."""
 
+import reprlib
 from typing import Any
 
 from models.errors import RequestError
@@ -11,8 +12,9 @@ CATEGORY_FIELD = "refusal_category"
 def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
     """Puts the control token in front of every assistant turn.
 
-    A turn with a ``refusal`` gets the token of the category that ``refusal_category`` names (the
-    server sends it with every refused message), and without one that of the first category.
+    A turn with a ``refusal`` or a ``refusal_category`` gets the token of the category that the
+    latter names (the server sends it with every refused message), and without one that of the
+    first category.
 
     Args:
         messages: Chat messages as the client sent them; not changed.
@@ -35,22 +37,34 @@ def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
     return annotated, count
 
 
+def is_refusal(message: dict[str, Any]) -> bool:
+    """Returns whether an assistant turn is a refusal, as OpenAI's bodies or ours say it."""
+    parts = message.get("content")
+    return (
+        bool(message.get("refusal"))
+        or message.get(CATEGORY_FIELD) is not None
+        or (
+            isinstance(parts, list)
+            and any(isinstance(p, dict) and p.get("type") == "refusal" for p in parts)
+        )
+    )
+
+
 def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> dict[str, Any]:
     turn = {k: v for k, v in message.items() if k not in ("refusal", CATEGORY_FIELD)}
-    refusal = message.get("refusal")
-    if isinstance(refusal, str) and refusal:
+    token = manifest.respond.token
+    if is_refusal(message):
         token = _refusal_token(message.get(CATEGORY_FIELD), manifest, path)
-        turn["content"] = token + refusal
-        return turn
-    parts = message.get("content")
-    if isinstance(parts, list) and parts:
-        refused = any(isinstance(p, dict) and p.get("type") == "refusal" for p in parts)
-        token = manifest.respond.token
-        if refused:
-            token = _refusal_token(message.get(CATEGORY_FIELD), manifest, path)
-        turn["content"] = _prefix_parts(parts, token)
+    refusal, content = message.get("refusal"), message.get("content")
+    if refusal is not None and not isinstance(refusal, str):
+        raise RequestError(
+            f"{path}.refusal: must be a string or null, got {type(refusal).__name__}",
+            param=f"{path}.refusal",
+        )
+    if not refusal and isinstance(content, list) and content:
+        turn["content"] = _prefix_parts(content, token)
     else:
-        turn["content"] = manifest.respond.token + (parts if isinstance(parts, str) else "")
+        turn["content"] = token + (refusal or (content if isinstance(content, str) else ""))
     return turn
 
 
@@ -61,8 +75,8 @@ def _refusal_token(category: Any, manifest: Manifest, path: str) -> str:
         if known.name == category:
             return known.token
     raise RequestError(
-        f"{path}.{CATEGORY_FIELD}: this checkpoint has no category {category!r}; it has "
-        f"{', '.join(manifest.names)}",
+        f"{path}.{CATEGORY_FIELD}: this checkpoint has no category {reprlib.repr(category)}; "
+        f"it has {', '.join(manifest.names)}",
         param=f"{path}.{CATEGORY_FIELD}",
     )
 

@@ -3,15 +3,16 @@
 import json
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.context import STEERING, Steering
-from server.history import annotate
+from server.history import annotate, is_refusal
 from server.protocol import FIELD, RefusalOptions, parse_options, resolve_controls
 from server.settings import Settings
 from server.shaping import Shaper
@@ -23,12 +24,27 @@ GENERATING = frozenset(
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
+        "/cohere/v2/chat",
         "/invocations",
         "/inference/v1/generate",
     }
 )
+# Elsewhere vLLM drops ``messages``: history that it never reads must not let a control token in.
+READS_MESSAGES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/messages",
+        "/cohere/v2/chat",
+        "/invocations",
+    }
+)
+READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+READS_CONTINUE = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/invocations"})
 # They read the label's probability off the first step, where this model only decides.
-SCORING = frozenset({"/generative_scoring", "/v1/structured_decisions"})
+SCORING = frozenset({"/generative_scoring", "/v1/systemone"})
+_BOOL = TypeAdapter(bool)
+_INT = TypeAdapter(int)
 
 
 class RefusalMiddleware:
@@ -44,7 +60,7 @@ class RefusalMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _route_path(scope)
         if path in SCORING:
             error = RequestError(
                 f"{path} reads the first decoding step, which is the decision step here; it is "
@@ -69,42 +85,49 @@ class RefusalMiddleware:
             await send(message)
 
         try:
-            await self._steer(scope, receive, counted_send)
+            await self._steer(path, scope, receive, counted_send)
         finally:
             metrics.REQUESTS.labels(path, str(status)).inc()
 
-    async def _steer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _steer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             raw = await self._read(receive)
             body = parse_body(raw)
             if body is None:
                 await self._app(scope, _replay(raw, receive), send)
                 return
-            changed, steering = self.prepare(body)
+            changed, steering = self.prepare(body, path)
+            if changed is not body:
+                raw = json.dumps(changed).encode()
+                scope = _with_length(scope, len(raw))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
-        if changed is not body:
-            raw = json.dumps(changed).encode()
-            scope = _with_length(scope, len(raw))
-        shaper = Shaper(self._manifest, steering, echo=body.get("echo") is True)
+        shaper = Shaper(
+            self._manifest,
+            steering,
+            echo=_flag(body, "echo"),
+            choices_per_prompt=_choices_per_prompt(body),
+        )
         token = STEERING.set(steering)
         try:
             await self._app(scope, _replay(raw, receive), _ShapingSend(shaper, send))
         finally:
             STEERING.reset(token)
 
-    def prepare(self, body: dict[str, Any]) -> tuple[dict[str, Any], Steering]:
+    def prepare(self, body: dict[str, Any], path: str) -> tuple[dict[str, Any], Steering]:
         """Takes our field out of a body and writes the history's control tokens into it.
 
         Args:
             body: The client's JSON object; not changed.
+            path: The route that it was sent to.
 
         Returns:
             What vLLM is to read (the same object when nothing changed), and the steering.
 
         Raises:
-            RequestError: The ``refusal`` object or a history category is wrong.
+            RequestError: The ``refusal`` object, a history category or a combination of fields is
+                wrong.
         """
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
         defaults = self._settings.defaults
@@ -112,31 +135,32 @@ class RefusalMiddleware:
         steering = Steering(
             controls=resolve_controls(options, defaults, self._manifest.names),
             report=report,
-            beam_search=body.get("use_beam_search") is True,
+            beam_search=path in READS_BEAM_SEARCH and _flag(body, "use_beam_search"),
         )
+        if steering.beam_search and _is_batch(body.get("prompt")):
+            raise RequestError(
+                "use_beam_search takes one prompt a request", param="prompt", status=400
+            )
         changed = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
         messages = body.get("messages")
-        if isinstance(messages, list) and messages:
+        if path in READS_MESSAGES and isinstance(messages, list) and messages:
+            if path == "/invocations" and "prompt" in body:  # vLLM could read either
+                raise RequestError("send either messages or a prompt", param="prompt", status=400)
             changed = self._annotate(changed, messages, steering)
+        if path in READS_CONTINUE and _flag(body, "continue_final_message"):
+            steering.continues = _continues(body)
         return changed, steering
 
     def _annotate(
         self, body: dict[str, Any], messages: list[Any], steering: Steering
     ) -> dict[str, Any]:
-        if all(isinstance(conversation, list) for conversation in messages):
-            annotated = [annotate(conversation, self._manifest) for conversation in messages]
-            steering.history = tuple(count for _, count in annotated)
-            changed = [turns for turns, _ in annotated]
-        else:
-            changed, count = annotate(messages, self._manifest)
-            steering.history = (count,)
-            last = messages[-1]
-            steering.continues = (
-                body.get("continue_final_message") is True
-                and isinstance(last, dict)
-                and last.get("role") == "assistant"
-            )
-        return {**body, "messages": changed} if any(steering.history) else body
+        conversations = _conversations(messages)
+        annotated = [annotate(conversation, self._manifest) for conversation in conversations]
+        steering.history = tuple(count for _, count in annotated)
+        if not any(steering.history):
+            return body
+        changed = [turns for turns, _ in annotated]
+        return {**body, "messages": changed if conversations is messages else changed[0]}
 
     async def _read(self, receive: Receive) -> bytes:
         parts: list[bytes] = []
@@ -171,19 +195,69 @@ def parse_body(raw: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError) -> Response:
     """Returns OpenAI's error body for an error of ours."""
-    return JSONResponse(
-        {
-            "error": {
-                "message": error.message,
-                "type": "invalid_request_error",
-                "param": error.param,
-                "code": error.code,
-            }
-        },
-        status_code=error.status,
-    )
+    body = {
+        "error": {
+            "message": error.message,
+            "type": "invalid_request_error",
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+    # In ASCII: the message may quote half of a surrogate pair, which no UTF-8 can hold.
+    return Response(json.dumps(body), error.status, media_type="application/json")
+
+
+def _route_path(scope: Scope) -> str:
+    # As starlette's router takes the root path off.
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    # As vLLM's models read it: 1 and "true" are true. What they refuse is false here.
+    try:
+        return _BOOL.validate_python(body.get(name, False))
+    except ValidationError:
+        return False
+
+
+def _choices_per_prompt(body: dict[str, Any]) -> int:
+    try:
+        return max(1, _INT.validate_python(body.get("n", 1)))
+    except ValidationError:
+        return 1
+
+
+def _is_batch(prompt: Any) -> bool:
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+
+
+def _conversations(messages: list[Any]) -> list[list[Any]]:
+    # A batch is a list of conversations; that same list is returned.
+    return messages if all(isinstance(entry, list) for entry in messages) else [messages]
+
+
+def _continues(body: dict[str, Any]) -> bool:
+    messages = body.get("messages")
+    conversations = _conversations(messages) if isinstance(messages, list) else []
+    last = [conversation[-1] for conversation in conversations if conversation]
+    answers = [m for m in last if isinstance(m, dict) and m.get("role") == "assistant"]
+    if any(is_refusal(message) for message in answers):
+        raise RequestError(
+            "continue_final_message cannot continue a refusal",
+            param="continue_final_message",
+            status=400,
+        )
+    if answers and len(answers) < len(last):
+        raise RequestError(
+            "continue_final_message needs every conversation to end in an assistant turn",
+            param="continue_final_message",
+            status=400,
+        )
+    return bool(answers)
 
 
 class _ShapingSend:

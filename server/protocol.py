@@ -1,6 +1,8 @@
 """The ``refusal`` object of a request, and what an answer says about its decision."""
 
+import contextlib
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,9 +22,13 @@ FIELD = "refusal"
 
 
 def _finite_number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+            number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be a finite number, got {reprlib.repr(value)}")
+    return number
 
 
 def _sensitivity(value: Any) -> float:
@@ -48,14 +54,14 @@ def parse_dial(value: Any) -> float:
     """
     if isinstance(value, str):
         if value not in WORDS:
-            raise ValueError(f"{value!r} is no dial; the words are {', '.join(WORDS)}")
+            raise ValueError(f"{reprlib.repr(value)} is no dial; the words are {', '.join(WORDS)}")
         return WORDS[value]
     if not isinstance(value, dict):
         return _sensitivity(value)
     if len(value) != 1 or not _OBJECT_FORMS.keys() >= value.keys():
-        given = ", ".join(map(str, value)) or "nothing"
         raise ValueError(
-            f"a dial object holds exactly one of {', '.join(_OBJECT_FORMS)}, got {given}"
+            f"a dial object holds exactly one of {', '.join(_OBJECT_FORMS)}, "
+            f"got {reprlib.repr(list(value))}"
         )
     ((form, number),) = value.items()
     return _OBJECT_FORMS[form](number)

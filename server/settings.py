@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models.errors import ConfigError
 from server.protocol import RefusalOptions
@@ -33,7 +33,8 @@ def load_settings() -> Settings:
         ConfigError: A value is wrong, or a variable with our prefix means nothing.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    ours = [name for name in os.environ if name.upper().startswith(PREFIX)]
+    unknown = sorted(name for name in ours if name.upper() not in known)
     if unknown:
         raise ConfigError(
             f"the environment variable {unknown[0]} means nothing here; known are "
@@ -43,11 +44,14 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         raise ConfigError(_first_problem(error.errors()[0])) from error
-    except ValueError as error:  # pydantic-settings' own SettingsError: a value that is no JSON
-        raise ConfigError(f"{error}: it must hold a JSON object") from error
+    except SettingsError as error:  # it names the field in quotes; the cause is a JSONDecodeError
+        field = next(name for name in Settings.model_fields if f'"{name}"' in str(error))
+        raise ConfigError(
+            f"{PREFIX}{field.upper()}: it must hold a JSON object: {error.__cause__}"
+        ) from error
 
 
 def _first_problem(error: Any) -> str:
     name, *path = (str(part) for part in error["loc"])
     where = ".".join([PREFIX + name.upper(), *path])
-    return f"{where}: {error['msg']}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"

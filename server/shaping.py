@@ -9,6 +9,7 @@ from server.protocol import build_report
 
 CHAT = "chat.completion"
 CHAT_CHUNK = "chat.completion.chunk"
+PARSED_FIELDS = frozenset({"tool_calls", "function_call", "reasoning"})
 
 
 class Shaper:
@@ -18,13 +19,19 @@ class Shaper:
         manifest: The served checkpoint's.
         steering: The request's, with the engine's decisions.
         echo: Whether the client asked for its own last message back.
+        choices_per_prompt: The request's ``n``; vLLM numbers the choices of several prompts
+            through.
     """
 
-    def __init__(self, manifest: Manifest, steering: Steering, *, echo: bool) -> None:
+    def __init__(
+        self, manifest: Manifest, steering: Steering, *, echo: bool, choices_per_prompt: int = 1
+    ) -> None:
         self._manifest = manifest
         self._steering = steering
         self._echo = echo
+        self._choices_per_prompt = choices_per_prompt
         self._reported: set[int] = set()
+        self._categorised: set[int] = set()
 
     @property
     def needed(self) -> bool:
@@ -59,7 +66,10 @@ class Shaper:
         """Shapes one event of a stream in place and returns it."""
         if chunk.get("object") == CHAT_CHUNK:
             for choice in chunk["choices"]:
-                self._shape_message(choice, choice["delta"])
+                delta = choice["delta"]
+                if delta.get("content") == "" and self._decision(choice) is None:
+                    del delta["content"]  # the stream's first chunk, before the decision
+                self._shape_message(choice, delta)
         fresh = [c for c in chunk.get("choices", []) if c["index"] not in self._reported]
         self._report(fresh)
         return chunk
@@ -67,25 +77,42 @@ class Shaper:
     def _shape_message(self, choice: dict[str, Any], message: dict[str, Any]) -> None:
         if self._echo and message.get("content"):
             message["content"] = self._without_control_tokens(message["content"])
-        decision = self._steering.decisions.get((0, choice["index"]))
-        if decision is None:
-            if message.get("content") == "":
-                del message["content"]  # a stream's first chunk, before this choice was decided
-        elif decision.category is not None:
-            self._turn_into_refusal(message, self._manifest.names[decision.category])
+        decision = self._decision(choice)
+        if decision is None or decision.category is None:
+            return
+        self._turn_into_refusal(choice, message)
+        if choice["index"] not in self._categorised:
+            self._categorised.add(choice["index"])
+            message["refusal_category"] = self._manifest.names[decision.category]
 
-    def _turn_into_refusal(self, message: dict[str, Any], category: str) -> None:
-        if "content" in message:
-            message["refusal"] = message["content"]
+    def _turn_into_refusal(self, choice: dict[str, Any], message: dict[str, Any]) -> None:
+        text = message.get("content")
+        opens_stream = "delta" in choice and "role" in message
+        if not self._echo and not opens_stream:
+            # vLLM's tool and reasoning parsers may have read it as something else, or dropped it.
+            text = self._steering.refusal_texts.pop(self._place(choice), text)
+        for parsed in PARSED_FIELDS & message.keys():
+            del message[parsed]
+        if choice.get("finish_reason") == "tool_calls":
+            choice["finish_reason"] = "stop"
+        if text is not None:
+            message["refusal"] = text
             message["content"] = None
-        if "role" in message:
-            message["refusal_category"] = category
+
+    def _decision(self, choice: dict[str, Any]) -> Decision | None:
+        return self._steering.decisions.get(self._place(choice))
+
+    def _place(self, choice: dict[str, Any]) -> tuple[int, int]:
+        if self._steering.beam_search:  # one decision for all beams
+            return 0, 0
+        index: int = choice["index"]
+        return divmod(index, self._choices_per_prompt) if self._steering.calls > 1 else (0, index)
 
     def _report(self, choices: Sequence[dict[str, Any]]) -> None:
         if not self._steering.report:
             return
         for choice in choices:
-            decision = self._steering.decisions.get((0, choice["index"]))
+            decision = self._decision(choice)
             if decision is None or decision.margins is None:
                 continue
             self._reported.add(choice["index"])

@@ -7,10 +7,6 @@ that none ever stands inside a text.
 This module and server/engine.py are the only ones that import vllm.
 """
 
-import ctypes
-import multiprocessing
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +23,11 @@ from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
 
 NEVER_CHOSEN = float("-inf")
-_PR_SET_PDEATHSIG = 1
 
 
 def controls_of(params: SamplingParams) -> WireControls | None:
     """Returns the controls that the engine put into a request, or None for an unsteered one."""
     return (params.extra_args or {}).get(EXTRA_ARGS_KEY)
-
-
-def end_with_parent() -> None:
-    """Has Linux end this worker process when the one that started it dies, however it dies.
-
-    vLLM's engine process otherwise outlives a killed API server and keeps its memory.
-    """
-    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _DialTable:
@@ -85,7 +71,6 @@ class SteeringV1(V1LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        end_with_parent()
         self._ids = _control_ids(vllm_config, device)
         self._table = _DialTable(len(self._ids) - 1)
         self._pin = is_pin_memory
@@ -161,7 +146,6 @@ class SteeringV2(V2LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
-        end_with_parent()
         device = req_states.device
         speculative = vllm_config.speculative_config
         self._drafts = speculative.num_speculative_tokens if speculative else 0

@@ -24,7 +24,7 @@ def byte_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken(marker, special=True) for marker in MARKERS])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>"
     )
     tokenizer.chat_template = template
@@ -46,7 +46,7 @@ def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
 
 
 def save_toy(directory: Path, template: str = TEMPLATE) -> Manifest:

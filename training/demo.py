@@ -109,7 +109,7 @@ def _most_borderline(url: str, category: str, seed: int) -> str:
     def distance(prompt: str) -> float:
         decisions = _ask(url, prompt, {}, max_tokens=1)["refusal_report"]["decisions"]
         others = [d["margin"] for name, d in decisions.items() if name != category]
-        return abs(decisions[category]["margin"]) + max(0.0, max(others) + 1)
+        return float(abs(decisions[category]["margin"]) + max(0.0, max(others) + 1))
 
     return min(prompts[:CANDIDATES], key=distance)
 

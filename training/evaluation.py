@@ -123,15 +123,17 @@ class Report:
         """Returns the report as a table for the terminal."""
         from rich.table import Table
 
-        table = Table("measure", "value", "counts", "95 % interval", title=f"{self.rows} rows")
+        table = Table(title=f"{self.rows} rows")
+        for heading in ("measure", "value", "counts", "95 % interval"):
+            table.add_column(heading, no_wrap=heading in ("value", "counts"))
         table.add_row("AUC, refuse against respond", _number(self.auc), "", "")
         for name, share in self._shares():
             low, high = share.interval
             counts = f"{share.hits} / {share.total}"
             table.add_row(name, _percent(share.value), counts, f"{low:.1%} to {high:.1%}")
         for category, quantiles in self.margins.items():
-            spread = "  ".join(f"{value:.1f}" for value in quantiles.values())
-            table.add_row(f"margins, {category}", spread, " ".join(quantiles), "")
+            spread = f"{quantiles['0.05']:.1f} to {quantiles['0.95']:.1f} (90 %)"
+            table.add_row(f"median margin, {category}", f"{quantiles['0.5']:.1f}", "", spread)
         table.add_row("judge's own accuracy", _percent(self.judge_accuracy), "", "")
         return table
 
@@ -227,7 +229,7 @@ def clopper_pearson(hits: int, total: int, confidence: float = CONFIDENCE) -> tu
     Raises:
         ValueError: The counts are negative or `hits` exceeds `total`.
     """
-    from scipy.stats import beta
+    from scipy.stats import beta  # type: ignore[import-untyped]
 
     if not 0 <= hits <= total:
         raise ValueError(f"{hits} of {total} is no share")

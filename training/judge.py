@@ -33,12 +33,12 @@ class Judge:
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        kinds = dict(
-            (turn.content, turn.category or ANSWER)
+        kinds = {
+            turn.content: turn.category or ANSWER
             for row in rows
             for turn in row.messages
             if turn.role == "assistant"
-        )
+        }
         labels = list(kinds.values())
         if len(set(labels)) < 2:
             raise EvaluationError(

@@ -1,7 +1,7 @@
 """A tokenizer and a small Llama that start from nothing."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.config import ScratchModel
 
@@ -47,7 +47,8 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
@@ -69,10 +70,11 @@ def new_model(
         tokenizer: Control tokens included; the embedding gets one row for each entry.
         seed: Seed of the weights.
     """
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
     set_seed(seed)
-    model = LlamaForCausalLM(
+    build: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = build(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
@@ -86,8 +88,5 @@ def new_model(
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model

@@ -223,7 +223,7 @@ def _trainer(
 
 
 def _arguments(config: TrainConfig, folder: Path) -> Any:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     chosen = config.optimisation
     return SFTConfig(
@@ -251,6 +251,9 @@ def _arguments(config: TrainConfig, folder: Path) -> Any:
 
 
 def _save_weights(trainer: "ControlTokenTrainer", folder: Path) -> None:
+    # Off for the training; kept so, whoever loads the checkpoint would generate without a cache.
+    model: Any = trainer.model
+    model.config.use_cache = True
     trainer.save_model(str(folder))
     # A pickle of the trainer's arguments; resolved_config.yaml says the same without code in it.
     (folder / "training_args.bin").unlink(missing_ok=True)

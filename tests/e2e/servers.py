@@ -13,6 +13,7 @@ import httpx
 
 START_LIMIT_S = 240
 ENGINE_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+ENGINE_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 
 def free_port() -> int:

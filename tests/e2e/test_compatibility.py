@@ -20,7 +20,7 @@ SCHEMA = {
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "weather", "parameters": SCHEMA},
+        "function": {"name": "weather", "parameters": SCHEMA, "strict": True},
     }
 ]
 
@@ -90,40 +90,46 @@ def test_chat_answers_as_stock_does_after_the_respond_token(
     ours = post(server, "/v1/chat/completions", {**body, **answering(manifest)})
     assert ours.status_code == 200, ours.text
     theirs = stock_chat(stock, manifest, body)
-    if "prompt_token_ids" in theirs and theirs["prompt_token_ids"]:
+    if theirs.get("prompt_token_ids"):
         assert theirs["prompt_token_ids"].pop() == manifest.respond.id
     assert without_volatile(ours.json()) == without_volatile(theirs)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_named_tool_is_called_when_answered_and_not_when_refused(
-    server: Server, manifest: Manifest, stream: bool
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_forced_tool_is_called_when_answered_and_not_when_refused(
+    server: Server, manifest: Manifest, choice: Any
 ) -> None:
     body = {
         "model": "demo",
         "messages": QUESTION,
         "temperature": 0,
-        "max_tokens": 40,
+        "max_tokens": 200,
         "tools": TOOLS,
-        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "tool_choice": choice,
     }
     answered = post(server, "/v1/chat/completions", {**body, **answering(manifest)}).json()
     (call,) = answered["choices"][0]["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
 
     refusal = {"refusal": {"categories": {"safety": "always"}}}
-    refused = post(
-        server, "/v1/chat/completions", {**body, **refusal, "stream": stream}
-    )
-    assert refused.status_code == 200, refused.text
-    if stream:
-        assert '"refusal": "' in refused.text
-        assert "tool_calls" not in refused.text
-    else:
-        message = refused.json()["choices"][0]["message"]
-        assert message["refusal"]
-        assert message["content"] is None
-        assert not message.get("tool_calls")
+    refused = post(server, "/v1/chat/completions", {**body, **refusal}).json()["choices"][0]
+    assert refused["message"]["refusal"]
+    assert refused["message"]["content"] is None
+    assert not refused["message"].get("tool_calls")
+    assert refused["finish_reason"] == "stop"
+
+    streamed = post(server, "/v1/chat/completions", {**body, **refusal, "stream": True}).text
+    chunks = [
+        json.loads(line.removeprefix("data: "))["choices"][0]
+        for line in streamed.splitlines()
+        if line.startswith("data: {")
+    ]
+    said = "".join(chunk["delta"].get("refusal") or "" for chunk in chunks)
+    assert said == refused["message"]["refusal"]
+    assert "tool_calls" not in streamed
 
 
 def test_refused_schema_request_is_text_not_json(server: Server) -> None:
@@ -199,7 +205,7 @@ def test_every_generating_route_answers_and_hides_its_control_tokens(
     server: Server, manifest: Manifest, path: str, body: dict[str, Any]
 ) -> None:
     for dial in ("always", "never"):
-        refusal = {"categories": {name: "never" for name in manifest.names} | {"safety": dial}}
+        refusal = {"categories": dict.fromkeys(manifest.names, "never") | {"safety": dial}}
         answer = post(server, path, {"model": "demo", **body, "refusal": refusal})
         assert answer.status_code == 200, answer.text
         assert not any(token.token in answer.text for token in manifest.control_tokens)

@@ -23,7 +23,7 @@ async def ask(
     client: AsyncOpenAI, prompt: str, refusal: dict[str, Any], **options: Any
 ) -> ChatCompletion:
     """Sends one greedy chat request."""
-    return await client.chat.completions.create(
+    answer: ChatCompletion = await client.chat.completions.create(
         model="demo",
         messages=[{"role": "user", "content": prompt}],
         temperature=options.pop("temperature", 0),
@@ -31,6 +31,7 @@ async def ask(
         extra_body={"refusal": refusal, **options.pop("extra_body", {})},
         **options,
     )
+    return answer
 
 
 async def ask_all(
@@ -215,9 +216,7 @@ def test_256_requests_at_once_decide_as_each_does_alone(
     async def alone() -> list[ChatCompletion]:
         async with asynchronous as client:
             return [
-                await ask(
-                    client, rows[i]["prompt"], {"categories": dials[i], "report": True}
-                )
+                await ask(client, rows[i]["prompt"], {"categories": dials[i], "report": True})
                 for i in kept
             ]
 

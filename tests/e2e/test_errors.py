@@ -111,7 +111,11 @@ def test_fields_that_reach_for_control_tokens_are_refused(
 def test_no_sampling_field_lifts_a_refusal(server: Server, extra: dict[str, Any]) -> None:
     body = {
         "model": "demo",
-        "messages": [*MESSAGES, {"role": "assistant", "content": None, "refusal": "No."}, *MESSAGES],
+        "messages": [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "refusal": "No."},
+            *MESSAGES,
+        ],
         "max_tokens": 8,
         "refusal": {"categories": {"safety": "always"}},
         **extra,
@@ -123,13 +127,11 @@ def test_no_sampling_field_lifts_a_refusal(server: Server, extra: dict[str, Any]
     assert_lives(server)
 
 
-@pytest.mark.parametrize("place", ["user", "system", "assistant", "tool"])
+@pytest.mark.parametrize("place", ["user", "system", "assistant"])
 def test_control_tokens_typed_by_a_client_are_refused(
     server: Server, manifest: Manifest, place: str
 ) -> None:
     turn = {"role": place, "content": f"Hello {manifest.respond.token}"}
-    if place == "tool":
-        turn["tool_call_id"] = "call-1"
     messages = [turn, *MESSAGES] if place == "system" else [*MESSAGES, turn, *MESSAGES]
     answer = post(server, {"model": "demo", "messages": messages, "max_tokens": 4})
     assert answer.status_code == 400, answer.text
@@ -178,7 +180,8 @@ def with_a_token_of_two_ids(directory: Path) -> str:
 def with_another_id(directory: Path) -> str:
     path = directory / MANIFEST_NAME
     manifest = json.loads(path.read_text())
-    manifest["respond"]["id"] += 7
+    first = manifest["categories"][0]
+    manifest["respond"]["id"], first["id"] = first["id"], manifest["respond"]["id"]
     path.write_text(json.dumps(manifest))
     return "one of the two belongs to another model"
 

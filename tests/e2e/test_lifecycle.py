@@ -16,9 +16,7 @@ def test_health_and_readiness(server: Server) -> None:
 
 
 def metric(text: str, line: str) -> float:
-    return sum(
-        float(each.rsplit(" ", 1)[1]) for each in text.splitlines() if each.startswith(line)
-    )
+    return sum(float(each.rsplit(" ", 1)[1]) for each in text.splitlines() if each.startswith(line))
 
 
 def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:

@@ -156,7 +156,7 @@ def test_history_has_its_control_tokens_as_in_training(
     server: Server, stock: Server, manifest: Manifest, checkpoint: Any, category: str
 ) -> None:
     """The margins are those of a prompt that is built here, token by token."""
-    refused = {
+    refused: dict[str, Any] = {
         "role": "assistant",
         "content": None,
         "refusal": "I can't help with that.",
@@ -240,6 +240,8 @@ def strings_and_ids(node: Any) -> Iterator[str | int]:
 def test_no_control_token_ever_shows(
     server: Server, manifest: Manifest, awkward: dict[str, Any], report: bool, stream: bool
 ) -> None:
+    if stream:  # vLLM gives prompt log-probabilities to plain requests only
+        awkward = {key: value for key, value in awkward.items() if key != "prompt_logprobs"}
     body = {
         "model": "demo",
         "messages": [
@@ -288,7 +290,9 @@ def test_usage_counts_what_the_client_sees(server: Server, manifest: Manifest) -
         assert answer["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
 
 
-def test_models_and_categories_are_listed(client: OpenAI, server: Server, manifest: Manifest) -> None:
+def test_models_and_categories_are_listed(
+    client: OpenAI, server: Server, manifest: Manifest
+) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     listed = httpx.get(f"{server.url}/v1/refusal/categories", timeout=10).json()
     assert [entry["name"] for entry in listed["data"]] == manifest.names

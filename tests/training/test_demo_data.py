@@ -120,9 +120,10 @@ def test_held_out_templates_are_never_trained_on(splits: dict[str, list[Row]]) -
 
 def test_held_out_halves_share_templates_and_facts(splits: dict[str, list[Row]]) -> None:
     calibration, evaluation = (
-        Counter(row["template"] for row in splits[name]) for name in ("calibration", "evaluation")
+        Counter((row["template"], row["category"]) for row in splits[name])
+        for name in ("calibration", "evaluation")
     )
-    assert all(abs(calibration[id_] - evaluation[id_]) <= 1 for id_ in calibration | evaluation)
+    assert all(abs(calibration[key] - evaluation[key]) <= 1 for key in calibration | evaluation)
     taught = {row["answer"] for row in splits["train"]}
     assert {row["answer"] for row in splits["evaluation"]} <= taught
 

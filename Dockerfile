@@ -1,0 +1,82 @@
+# The server as an image: `--target cpu` or `--target gpu`. docs/docker.md says how to use it.
+#
+# BASE may be any Debian or Ubuntu of amd64 with Python 3.11 or newer, in it or in its packages.
+# The defaults: Python's own slim image for the CPU; for GPUs NVIDIA's of the CUDA that the wheels
+# of torch are built with. Those wheels bring CUDA's libraries; "devel" is for nvcc and the
+# headers, with which FlashInfer and Triton compile kernels while a model loads.
+ARG BASE
+
+FROM ${BASE:-python:3.11-slim-bookworm} AS cpu-system
+# g++ is what torch.compile builds CPU kernels with. tini is process 1: without it a SIGTERM that
+# arrives while the model loads is ignored, as process 1 has no default action for signals.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ tini \
+ && { python3 -c 'import ensurepip, venv' \
+      || apt-get install --yes --no-install-recommends python3 python3-venv python3-dev; } \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --create-home --home-dir /cache rheostat \
+ && python3 -m venv /opt/rheostat
+
+FROM cpu-system AS cpu-dependencies
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+COPY docker/install.sh docker/install.sh
+RUN VENV=/opt/rheostat PIP_NO_CACHE_DIR=1 sh docker/install.sh cpu dependencies
+
+FROM cpu-system AS wheel
+WORKDIR /src
+COPY . .
+RUN /opt/rheostat/bin/pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheel .
+
+FROM cpu-dependencies AS cpu
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
+ENV PATH=/opt/rheostat/bin:$PATH \
+    HOME=/cache \
+    TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
+    TRITON_HOME=/cache \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    VLLM_NO_USAGE_STATS=1
+USER 10001:10001
+WORKDIR /cache
+EXPOSE 8000
+# Healthy means that it can answer, which depends_on and rolling updates wait for. A large model
+# loads for minutes; failures in the start period do not count, a success ends it.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
+    CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]
+
+FROM ${BASE:-nvidia/cuda:13.0.3-devel-ubuntu24.04} AS gpu-system
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ tini \
+ && { python3 -c 'import ensurepip, venv' \
+      || apt-get install --yes --no-install-recommends python3 python3-venv python3-dev; } \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --create-home --home-dir /cache rheostat \
+ && python3 -m venv /opt/rheostat
+
+FROM gpu-system AS gpu-dependencies
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+COPY docker/install.sh docker/install.sh
+RUN VENV=/opt/rheostat PIP_NO_CACHE_DIR=1 sh docker/install.sh gpu dependencies
+
+FROM gpu-dependencies AS gpu
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
+ENV PATH=/opt/rheostat/bin:$PATH \
+    HOME=/cache \
+    TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
+    TRITON_HOME=/cache \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    VLLM_NO_USAGE_STATS=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+WORKDIR /cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
+    CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,1 @@
+"""What Rheostat costs, measured against stock vLLM in the same run."""

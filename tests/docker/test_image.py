@@ -1,0 +1,130 @@
+"""What Docker would only say when it builds: the names and files that the two files agree on."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+
+
+def test_dockerfile_has_both_targets() -> None:
+    assert {"cpu", "gpu"} <= targets()
+
+
+def test_dockerfile_targets_end_alike() -> None:
+    # A target cannot inherit ENTRYPOINT from a stage that another base is under.
+    ends = {
+        kind: re.findall(
+            r"^(?:USER|WORKDIR|EXPOSE|HEALTHCHECK|ENTRYPOINT|    CMD) ?.*$", part, re.MULTILINE
+        )
+        for part in DOCKERFILE.split("\nFROM ")
+        if (kind := part.split("\n", 1)[0].rpartition(" AS ")[2]) in ("cpu", "gpu")
+    }
+    assert ends["cpu"] == ends["gpu"]
+    assert len(ends["cpu"]) == 6
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_image_installs_an_extra_that_exists(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"docker/install.sh {extra} dependencies" in DOCKERFILE
+    assert extra in project["optional-dependencies"]
+
+
+def test_files_that_the_image_copies_exist_and_are_not_ignored() -> None:
+    copied = [
+        path
+        for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
+        for path in sources.split()
+        if path != "."
+    ]
+    kept = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    assert copied
+    assert set(copied) <= kept
+    assert all((ROOT / path).exists() for path in kept)
+
+
+def test_packages_of_the_wheel_are_not_ignored() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    assert all(f"!{name.split('.')[0]}" in ignore for name in setuptools["packages"])
+    assert all(f"!{name}.py" in ignore for name in setuptools["py-modules"])
+
+
+def test_compose_builds_targets_that_exist() -> None:
+    builds = [service["build"] for service in SERVICES.values() if "build" in service]
+    assert builds
+    for build in builds:
+        assert build["target"] in targets()
+        assert (ROOT / "docker" / build["context"] / "Dockerfile").exists()
+
+
+def test_compose_mounts_files_of_ours_that_exist() -> None:
+    mounts = [
+        volume["source"]
+        for service in SERVICES.values()
+        for volume in service["volumes"]
+        if isinstance(volume, dict) and volume["source"].startswith("./")
+    ]
+    assert mounts
+    assert all((ROOT / "docker" / mount).is_file() for mount in mounts)
+
+
+def test_compose_publishes_the_gateway_only_and_on_loopback() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {"gateway": ["${GATEWAY:-127.0.0.1:8080}:8080"]}
+
+
+def test_compose_roots_are_read_only_and_the_model_is() -> None:
+    assert all(service["read_only"] for service in SERVICES.values())
+    (model,) = [
+        volume
+        for volume in SERVICES["server"]["volumes"]
+        if isinstance(volume, dict) and volume["target"] == "/model"
+    ]
+    assert model["read_only"]
+
+
+def test_gateway_waits_for_a_server_that_is_ready() -> None:
+    waits = SERVICES["gateway"]["depends_on"]["server"]
+    assert waits == {"condition": "service_healthy", "restart": True}
+    assert "'/readyz'" in DOCKERFILE
+
+
+def test_gateway_and_server_share_the_body_limit() -> None:
+    nginx = (ROOT / "docker" / "nginx.conf").read_text()
+    (limit,) = re.findall(r"client_max_body_size (\d+)m;", nginx)
+    assert int(limit) * 2**20 == Settings.model_fields["max_body_bytes"].default
+
+
+def test_install_refuses_a_word_it_does_not_know() -> None:
+    ran = subprocess.run(
+        ["sh", "docker/install.sh", "dev", "packages"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "VENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 2
+    assert "'packages' is neither editable nor dependencies" in ran.stderr

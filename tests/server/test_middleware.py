@@ -1,0 +1,662 @@
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+from starlette.types import Message, Receive, Scope, Send
+
+from models.controls import Controls, Rule
+from server.context import STEERING, Decision, Steering
+from server.middleware import GENERATING, READS_MESSAGES, RefusalMiddleware
+from server.protocol import parse_options
+from server.settings import Settings
+from tests.server.manifests import MANIFEST
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+USER = {"role": "user", "content": "Hello"}
+ANSWERED = {"role": "assistant", "content": "Hi"}
+SETTINGS = Settings(max_body_bytes=2**20)
+Parts = Sequence[bytes]
+
+
+class FakeServer:
+    """Stands where vLLM's server does: records what it got and answers what it is told to.
+
+    Args:
+        decisions: What its engine decides, by call and choice.
+        parts: The answer's body, one message each; as a stream where the media type is one.
+    """
+
+    def __init__(
+        self,
+        decisions: dict[tuple[int, int], Decision] | None = None,
+        parts: Parts = (b'{"object": "chat.completion", "choices": []}',),
+        *,
+        status: int = 200,
+        media_type: str = "application/json",
+        error: Exception | None = None,
+    ) -> None:
+        self.decisions = decisions or {}
+        self.parts = parts
+        self.status = status
+        self.media_type = media_type
+        self.error = error
+        self.calls = 0
+        self.raw = b""
+        self.headers: dict[str, str] = {}
+        self.steering: Steering | None = None
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        self.headers = {k.decode(): v.decode() for k, v in scope["headers"]}
+        more = True
+        while more:
+            message = await receive()
+            self.raw += message.get("body", b"")
+            more = message.get("more_body", False)
+        self.steering = STEERING.get()
+        if self.steering is not None:
+            self.steering.decisions.update(self.decisions)
+            self.steering.calls = 1 + max((call for call, _ in self.decisions), default=0)
+        if self.error is not None:
+            raise self.error
+        headers = [(b"content-type", self.media_type.encode()), (b"x-request-id", b"7")]
+        if "stream" not in self.media_type:
+            length = sum(map(len, self.parts))
+            headers.append((b"content-length", str(length).encode()))
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        for index, part in enumerate(self.parts):
+            more = index < len(self.parts) - 1
+            await send({"type": "http.response.body", "body": part, "more_body": more})
+
+
+def send_to(
+    server: FakeServer,
+    path: str,
+    content: bytes | Any,
+    *,
+    method: str = "POST",
+    settings: Settings = SETTINGS,
+    root_path: str = "",
+    chunks: int = 0,
+) -> httpx.Response:
+    """Sends one request through the middleware; what is no bytes is sent as JSON."""
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+
+    async def in_chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(raw), chunks):
+            yield raw[start : start + chunks]
+
+    async def ask() -> httpx.Response:
+        app = RefusalMiddleware(server, manifest=MANIFEST, settings=settings)
+        transport = httpx.ASGITransport(app, root_path=root_path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer = await client.request(
+                method,
+                path,
+                content=in_chunks() if chunks else raw,
+                headers={"content-type": "application/json"},
+            )
+        assert STEERING.get() is None
+        return answer
+
+    return asyncio.run(ask())
+
+
+def assert_refused(
+    answer: httpx.Response, server: FakeServer, status: int, param: str | None
+) -> str:
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert error["param"] == param
+    assert server.calls == 0
+    message: str = error["message"]
+    return message
+
+
+# what vLLM gets
+
+
+def test_refusal_object_becomes_the_steering_and_leaves_the_body() -> None:
+    server = FakeServer()
+    refusal = {"decision": "sample", "report": True, "categories": {"humanizing": "never"}}
+    send_to(server, CHAT, {"model": "m", "messages": [USER], "refusal": refusal})
+    assert server.body == {"model": "m", "messages": [USER]}
+    assert server.headers["content-length"] == str(len(server.raw))
+    assert server.steering is not None
+    assert server.steering.controls == Controls(Rule.SAMPLE, (0.0, float("-inf")), (False, True))
+    assert server.steering.report is True
+    assert server.steering.history == (0,)
+
+
+def test_history_gets_its_control_tokens() -> None:
+    server = FakeServer()
+    refused = {"role": "assistant", "content": None, "refusal": "No", "refusal_category": "safety"}
+    send_to(server, CHAT, {"messages": [USER, ANSWERED, USER, refused, USER]})
+    assert [m["content"] for m in server.body["messages"]] == [
+        "Hello",
+        "[respond]Hi",
+        "Hello",
+        "[refuse:safety]No",
+        "Hello",
+    ]
+    assert server.steering is not None
+    assert server.steering.history == (2,)
+    assert server.steering.continues is False
+
+
+def test_history_of_a_batch_is_counted_by_conversation() -> None:
+    server = FakeServer()
+    conversations = [[USER], [USER, ANSWERED, USER]]
+    send_to(server, "/v1/chat/completions/batch", {"messages": conversations})
+    assert server.steering is not None
+    assert server.steering.history == (0, 1)
+    assert server.body["messages"][1][1]["content"] == "[respond]Hi"
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING - READS_MESSAGES))
+def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None:
+    # Else one assistant turn in a completion's body would let a `[respond]` into its prompt.
+    server = FakeServer()
+    raw = json.dumps({"prompt": "[respond]", "messages": [ANSWERED]}).encode()
+    send_to(server, path, raw)
+    assert server.steering is not None
+    assert server.steering.history == ()
+    assert server.raw == raw
+
+
+def test_invocations_take_messages_or_a_prompt() -> None:
+    server = FakeServer()
+    answer = send_to(server, "/invocations", {"prompt": "[respond]", "messages": [ANSWERED]})
+    assert_refused(answer, server, 400, "prompt")
+    for body in ({"prompt": "x"}, {"messages": [USER]}):
+        assert send_to(FakeServer(), "/invocations", body).status_code == 200
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING))
+def test_every_generating_route_is_steered(path: str) -> None:
+    server = FakeServer()
+    send_to(server, path, {"input": "x", "refusal": {"categories": {"safety": "always"}}})
+    assert server.steering is not None
+    assert server.steering.controls.bias == (float("inf"), 0.0)
+    assert server.body == {"input": "x"}
+
+
+def test_request_without_controls_gets_the_defaults() -> None:
+    defaults = parse_options({"decision": "paper", "report": True, "categories": {"safety": 1}})
+    server = FakeServer()
+    send_to(server, CHAT, {"messages": [USER]}, settings=Settings(defaults=defaults))
+    assert server.steering is not None
+    assert server.steering.controls.rule is Rule.PAPER
+    assert server.steering.controls.bias == (float("inf"), 0.0)
+    assert server.steering.report is True
+
+
+def test_report_of_the_request_wins_over_the_default() -> None:
+    defaults = parse_options({"report": True})
+    server = FakeServer()
+    body = {"messages": [USER], "refusal": {"report": False}}
+    send_to(server, CHAT, body, settings=Settings(defaults=defaults))
+    assert server.steering is not None
+    assert server.steering.report is False
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", "yes", "on", 1.0])
+@pytest.mark.parametrize("other", [False, 0, "false", None, "nonsense", [], 2])
+def test_flags_are_read_as_vllm_reads_them(value: Any, other: Any) -> None:
+    for flag, expected in ((value, True), (other, False)):
+        server = FakeServer()
+        send_to(server, COMPLETIONS, {"prompt": "x", "use_beam_search": flag})
+        assert server.steering is not None
+        assert server.steering.beam_search is expected
+        server = FakeServer()
+        send_to(server, CHAT, {"messages": [ANSWERED], "continue_final_message": flag})
+        assert server.steering is not None
+        assert server.steering.continues is expected
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING))
+def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
+    # Else the decision would be looked for inside an earlier turn, or made once for several calls.
+    server = FakeServer()
+    body = {"messages": [ANSWERED], "continue_final_message": True, "use_beam_search": True}
+    send_to(server, path, body)
+    assert server.steering is not None
+    chat = path in (CHAT, "/invocations")
+    assert server.steering.continues is (chat or path == "/v1/chat/completions/batch")
+    assert server.steering.beam_search is (chat or path == COMPLETIONS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "continues"),
+    [
+        ([USER, ANSWERED], True),
+        ([ANSWERED, USER], False),
+        ([[USER, ANSWERED], [ANSWERED]], True),
+        ([[USER], [USER]], False),
+        ([[]], False),
+        (["no message"], False),
+    ],
+)
+def test_continued_turn_is_an_assistants(messages: list[Any], continues: bool) -> None:
+    server = FakeServer()
+    send_to(server, CHAT, {"messages": messages, "continue_final_message": True})
+    assert server.steering is not None
+    assert server.steering.continues is continues
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "refusal": "No"}],
+        [USER, {"role": "assistant", "content": "No", "refusal_category": "safety"}],
+        [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}],
+        [[USER, ANSWERED], [USER]],
+    ],
+)
+def test_continuing_what_has_no_respond_token_is_refused(messages: list[Any]) -> None:
+    server = FakeServer()
+    answer = send_to(server, CHAT, {"messages": messages, "continue_final_message": True})
+    assert_refused(answer, server, 400, "continue_final_message")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "refused"),
+    [("x", False), (["x"], False), ([1, 2], False), (["x", "y"], True), ([[1], [2]], True)],
+)
+def test_beam_search_takes_one_prompt(prompt: Any, refused: bool) -> None:
+    server = FakeServer()
+    answer = send_to(server, COMPLETIONS, {"prompt": prompt, "use_beam_search": True})
+    if refused:
+        assert_refused(answer, server, 400, "prompt")
+    else:
+        assert answer.status_code == 200
+
+
+def test_steering_is_reset_when_the_server_raises() -> None:
+    server = FakeServer(error=RuntimeError("boom"))
+    with pytest.raises(RuntimeError, match="boom"):
+        send_to(server, CHAT, {"messages": [USER]})
+    assert server.steering is not None
+
+    async def around() -> None:
+        app = RefusalMiddleware(server, manifest=MANIFEST, settings=SETTINGS)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            with pytest.raises(RuntimeError, match="boom"):
+                await client.post(CHAT, json={"messages": [USER]})
+        assert STEERING.get() is None
+
+    asyncio.run(around())
+
+
+def count_of(route: str, status: str) -> float:
+    labels = {"route": route, "status": status}
+    return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0.0
+
+
+def test_requests_are_counted_by_route_and_status_even_when_the_server_raises() -> None:
+    before = [count_of(CHAT, status) for status in ("200", "422", "500")]
+    send_to(FakeServer(), CHAT, {"messages": [USER]})
+    send_to(FakeServer(), CHAT, {"refusal": 5})
+    with pytest.raises(RuntimeError):
+        send_to(FakeServer(error=RuntimeError()), CHAT, {"messages": [USER]})
+    after = [count_of(CHAT, status) for status in ("200", "422", "500")]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 1]
+
+
+# what passes untouched
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{ "messages" : [ {"role":"user","content":"caf\\u00e9"} ], "n":1.0 }',
+        b'{"messages": [], "temperature": NaN}',
+        b'{"messages": "x"}',
+        b"{}",
+        b"{nope",
+        b"",
+        b"[]",
+        b"5",
+        b"\xff\xfe\x00",
+        b'{"n": ' + b"1" * 5000 + b"}",
+    ],
+)
+@pytest.mark.parametrize("chunks", [0, 7])
+def test_body_passes_byte_for_byte_when_nothing_changes(raw: bytes, chunks: int) -> None:
+    server = FakeServer()
+    assert send_to(server, CHAT, raw, chunks=chunks).status_code == 200
+    assert server.calls == 1
+    assert server.raw == raw
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", CHAT),
+        ("PUT", CHAT),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/tokenize"),
+        ("POST", "/v1/chat/completions/render"),
+        ("GET", "/generative_scoring"),
+    ],
+)
+def test_everything_else_is_untouched(method: str, path: str) -> None:
+    server = FakeServer(parts=[b"as it ", b"is"])
+    raw = b'{"refusal": 5, "messages": [{"role": "assistant", "content": "x"}]}'
+    answer = send_to(server, path, raw, method=method)
+    assert server.raw == raw
+    assert server.steering is None
+    assert answer.content == b"as it is"
+
+
+def test_websocket_and_lifespan_pass() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    async def nothing() -> Message:
+        return {}
+
+    async def nowhere(message: Message) -> None:
+        raise AssertionError(message)
+
+    middleware = RefusalMiddleware(app, manifest=MANIFEST, settings=SETTINGS)
+    for kind in ("websocket", "lifespan"):
+        asyncio.run(middleware({"type": kind, "path": CHAT}, nothing, nowhere))
+    assert seen == ["websocket", "lifespan"]
+
+
+# what is refused before vLLM sees it
+
+
+def test_wrong_refusal_object_is_openais_error_body() -> None:
+    server = FakeServer()
+    body = {"messages": [USER], "refusal": {"categories": {"safety": 1.2}}}
+    message = assert_refused(send_to(server, CHAT, body), server, 422, "refusal.categories.safety")
+    assert message == ("refusal.categories.safety: a sensitivity lies between 0 and 1, got 1.2")
+
+
+@pytest.mark.parametrize("refusal", [[], "x", 5, None])
+def test_refusal_that_is_no_object_is_refused(refusal: Any) -> None:
+    server = FakeServer()
+    assert_refused(send_to(server, CHAT, {"refusal": refusal}), server, 422, "refusal")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"refusal": {"categories": {"\\ud800": 0.5}}}',
+        b'{"refusal": {"categories": {"safety": {"\\ud800": 0.5}}}}',
+        b'{"refusal": {"categories": {"safety": "\\ud800"}}}',
+        b'{"refusal": {"categories": {"safety": 1' + b"0" * 400 + b"}}}",
+        b'{"refusal": {"categories": {"safety": ' + b"[" * 200 + b"]" * 200 + b"}}}",
+        b'{"refusal": {"\\ud800": 1}}',
+        b'{"messages": [{"role": "assistant", "refusal": "", "refusal_category": "\\ud800"}]}',
+    ],
+)
+def test_odd_values_are_refused_and_crash_nothing(raw: bytes) -> None:
+    server = FakeServer()
+    answer = send_to(server, CHAT, raw)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["message"]
+    assert server.calls == 0
+
+
+def test_half_a_surrogate_pair_reaches_vllm_as_it_was() -> None:
+    server = FakeServer()
+    send_to(server, CHAT, b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}')
+    assert server.body["messages"][0]["content"] == "[respond]\ud800"
+
+
+def test_body_over_the_limit_is_413_and_read_no_further() -> None:
+    server = FakeServer()
+    settings = Settings(max_body_bytes=1024)
+    answer = send_to(server, CHAT, b"x" * 1025, settings=settings, chunks=100)
+    message = assert_refused(answer, server, 413, None)
+    assert "1024 bytes" in message
+    assert send_to(server, CHAT, b"x" * 1024, settings=settings).status_code == 200
+
+
+def test_deep_nesting_is_400() -> None:
+    server = FakeServer()
+    raw = b'{"refusal": {}, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert_refused(send_to(server, CHAT, raw), server, 400, None)
+
+
+def test_no_depth_of_nesting_crashes() -> None:
+    # Around the parser's limit the body may be read and yet be too deep to write again.
+    statuses = []
+    for depth in range(880, 1000):
+        server = FakeServer()
+        raw = b'{"refusal": {}, "x": ' + b"[" * depth + b"]" * depth + b"}"
+        statuses.append(send_to(server, CHAT, raw).status_code)
+        assert server.calls == (statuses[-1] == 200)
+    assert set(statuses) == {200, 400}
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/systemone"])
+def test_scoring_of_the_first_step_is_not_served(path: str) -> None:
+    server = FakeServer()
+    message = assert_refused(send_to(server, path, {}), server, 404, None)
+    assert "decision step" in message
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path"),
+    [
+        ("", CHAT),
+        ("/api", f"/api{CHAT}"),
+        ("/api", CHAT),
+        ("/", CHAT),
+        ("/v", CHAT),
+    ],
+)
+def test_generating_routes_are_known_under_any_root_path(root_path: str, path: str) -> None:
+    server = FakeServer()
+    send_to(server, path, {"messages": [USER], "refusal": {}}, root_path=root_path)
+    assert server.steering is not None
+
+
+# plain answers
+
+REFUSED = {(0, 0): Decision(0)}
+RESPONDED = {(0, 0): Decision(None)}
+
+
+def chat_answer(content: str) -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content}}
+    return json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize("split", [0, 1, 30, 60])
+def test_refused_answer_is_shaped_and_its_length_is_right(split: int) -> None:
+    whole = chat_answer("I can't — sorry.")
+    server = FakeServer(REFUSED, [whole[:split], whole[split:]])
+    answer = send_to(server, CHAT, {"messages": [USER]})
+    assert answer.json()["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": "I can't — sorry.",
+        "refusal_category": "safety",
+    }
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.headers["x-request-id"] == "7"
+    assert answer.headers["x-refusal-decision"] == "refuse"
+    assert answer.headers["x-refusal-category"] == "safety"
+
+
+def test_answer_passes_byte_for_byte_with_the_decision_in_its_headers() -> None:
+    whole = b'{ "object":"chat.completion" , "choices":[]}'
+    server = FakeServer(RESPONDED, [whole[:9], whole[9:]])
+    answer = send_to(server, CHAT, {"messages": [USER]})
+    assert answer.content == whole
+    assert answer.headers["x-refusal-decision"] == "respond"
+    assert answer.headers["x-refusal-category"] == "none"
+
+
+def test_answer_without_a_decision_has_no_decision_headers() -> None:
+    answer = send_to(FakeServer(), CHAT, {"messages": [USER]})
+    assert not [name for name in answer.headers if name.startswith("x-refusal")]
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_error_of_vllm_passes_as_it_is(status: int) -> None:
+    raw = b'{ "error": {"message": "x"} }'
+    server = FakeServer(REFUSED, [raw], status=status)
+    answer = send_to(server, CHAT, {"messages": [USER]})
+    assert (answer.status_code, answer.content) == (status, raw)
+    assert "x-refusal-decision" not in answer.headers
+
+
+def test_other_media_types_pass_as_they_are() -> None:
+    server = FakeServer(REFUSED, [b"plain"], media_type="text/plain")
+    assert send_to(server, CHAT, {"messages": [USER]}).content == b"plain"
+
+
+def test_echo_given_as_a_word_leaks_no_control_token() -> None:
+    server = FakeServer(RESPONDED, [chat_answer("[respond]Once")])
+    answer = send_to(server, CHAT, {"messages": [USER, ANSWERED], "echo": "true"})
+    assert answer.json()["choices"][0]["message"]["content"] == "Once"
+
+
+def test_reports_of_several_prompts_use_the_requests_n() -> None:
+    decisions = {(c, i): Decision(None, (10.0 * c + i, 0.0)) for c in (0, 1) for i in (0, 1)}
+    choices = [{"index": i, "text": "x"} for i in range(4)]
+    raw = json.dumps({"object": "text_completion", "choices": choices}).encode()
+    body = {"prompt": ["a", "b"], "n": 2, "refusal": {"report": True}}
+    answer = send_to(FakeServer(decisions, [raw]), COMPLETIONS, body)
+    margins = [
+        choice["refusal_report"]["decisions"]["safety"]["margin"]
+        for choice in answer.json()["choices"]
+    ]
+    assert margins == [0.0, 1.0, 10.0, 11.0]
+
+
+# streams
+
+
+def event(**delta: Any) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    value = {"object": "chat.completion.chunk", "choices": [choice]}
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+STREAM = (
+    event(role="assistant", content="")
+    + b": keep-alive\n\n"
+    + event(content="Nö ")
+    + event(content="data: {\n\n")
+    + b'data: {"object": "chat.completion.chunk", "choices": [], "usage": {"n": 1}}\n\n'
+    + b"data: [DONE]\n\n"
+)
+
+
+def stream_through(
+    parts: Parts, decisions: dict[tuple[int, int], Decision], **body: Any
+) -> httpx.Response:
+    server = FakeServer(decisions, parts, media_type="text/event-stream; charset=utf-8")
+    return send_to(server, CHAT, {"messages": [USER], "stream": True, **body})
+
+
+def test_refused_stream_is_shaped_event_by_event() -> None:
+    events = stream_through([STREAM], REFUSED).content.split(b"\n\n")
+    values = [json.loads(e[6:]) for e in events if e.startswith(b"data: {")]
+    assert [v["choices"][0]["delta"] for v in values if v["choices"]] == [
+        {"role": "assistant", "content": None, "refusal": "", "refusal_category": "safety"},
+        {"content": None, "refusal": "Nö "},
+        {"content": None, "refusal": "data: {\n\n"},
+    ]
+    assert values[-1]["usage"] == {"n": 1}
+    assert events[1] == b": keep-alive"
+    assert events[-2:] == [b"data: [DONE]", b""]
+
+
+def test_stream_split_anywhere_is_shaped_the_same() -> None:
+    expected = stream_through([STREAM], REFUSED).content
+    for split in range(len(STREAM) + 1):
+        parts = [STREAM[:split], STREAM[split:]]
+        assert stream_through(parts, REFUSED).content == expected, split
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_stream_in_pieces_of_any_size_is_shaped_the_same(size: int) -> None:
+    parts = [STREAM[start : start + size] for start in range(0, len(STREAM), size)]
+    assert stream_through(parts, REFUSED).content == stream_through([STREAM], REFUSED).content
+    assert stream_through([*parts, b""], REFUSED).content == (
+        stream_through([STREAM], REFUSED).content
+    )
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_answered_stream_passes_byte_for_byte(size: int) -> None:
+    odd = STREAM + b"data: unfinished"
+    parts = [odd[start : start + size] for start in range(0, len(odd), size)]
+    assert stream_through(parts, RESPONDED).content == odd
+
+
+def test_events_are_sent_as_they_come_and_not_at_the_end() -> None:
+    sent: list[tuple[bytes, bool]] = []
+    first, second = event(content="a"), event(content="b")
+    server = FakeServer(
+        REFUSED, [first, second[:10], second[10:], b""], media_type="text/event-stream"
+    )
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            sent.append((message["body"], message.get("more_body", False)))
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b'{"messages": []}', "more_body": False}
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    app = RefusalMiddleware(server, manifest=MANIFEST, settings=SETTINGS)
+    asyncio.run(app(scope, receive, collect))
+    assert [body.count(b"data: ") for body, _ in sent] == [1, 1, 0]
+    assert [more for _, more in sent] == [True, True, False]
+
+
+def test_stream_with_report_carries_it_once() -> None:
+    content = stream_through(
+        [STREAM], {(0, 0): Decision(None, (1.0, -1.0))}, refusal={"report": True}
+    ).content
+    assert content.count(b"refusal_report") == 1
+
+
+def test_disconnect_reaches_the_server_after_the_body() -> None:
+    got: list[Message] = []
+    coming: list[Message] = [
+        {"type": "http.request", "body": b'{"messages"', "more_body": True},
+        {"type": "http.request", "body": b": []}", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        got.extend([await receive(), await receive()])
+
+    async def receive() -> Message:
+        return coming.pop(0)
+
+    async def nowhere(message: Message) -> None:
+        raise AssertionError(message)
+
+    middleware = RefusalMiddleware(app, manifest=MANIFEST, settings=SETTINGS)
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    asyncio.run(middleware(scope, receive, nowhere))
+    assert got == [
+        {"type": "http.request", "body": b'{"messages": []}', "more_body": False},
+        {"type": "http.disconnect"},
+    ]

@@ -1,0 +1,128 @@
+"""Who imports whom, read from the source; and what stays out of a process that need not have it."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("loss", "models", "training", "server")
+ALLOWED = {
+    "loss": {"loss"},
+    "models": {"models"},
+    "training": {"training", "models", "loss"},
+    "server": {"server", "models"},
+}
+ENGINE_SEAM = {"server/engine.py", "server/steering.py"}
+
+
+def modules_imported(source: str) -> set[str]:
+    """Returns the full dotted names of everything that a source imports, at any depth."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide who imports whom"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages_imported(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in modules_imported(path.read_text())}
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def everything_shipped() -> Iterator[Path]:
+    yield from sorted(ROOT.glob("*.py"))
+    yield from sources(*PACKAGES, "examples", "benchmarks", "docs", "docker")
+
+
+def test_reader_sees_imports_at_any_depth() -> None:
+    source = "import a.b\nfrom c import d as e\ndef f():\n    if True:\n        import g\n"
+    assert modules_imported(source) == {"a.b", "c.d", "g"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_imports_only_what_the_design_allows(package: str) -> None:
+    files = list(sources(package))
+    assert files
+    for path in files:
+        ours = packages_imported(path) & {*PACKAGES, "rheostat", "tests", "examples"}
+        assert ours <= ALLOWED[package], path.relative_to(ROOT)
+
+
+def test_loss_imports_torch_and_the_standard_library_only() -> None:
+    for path in sources("loss"):
+        foreign = packages_imported(path) - sys.stdlib_module_names - {"torch", "loss"}
+        assert not foreign, path.relative_to(ROOT)
+
+
+def test_server_is_imported_by_the_command_line_only() -> None:
+    importers = {
+        path.relative_to(ROOT).parts[0]
+        for path in everything_shipped()
+        if "server" in packages_imported(path)
+    }
+    assert importers <= {"server", "rheostat.py"}
+    assert "rheostat.py" in importers
+
+
+def test_vllm_is_imported_by_the_engine_seam_only() -> None:
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for path in everything_shipped()
+        if "vllm" in packages_imported(path)
+    }
+    assert importers == ENGINE_SEAM
+
+
+def test_vllm_is_imported_by_tests_of_the_engine_seam_only() -> None:
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("tests")
+        if "vllm" in packages_imported(path)
+    }
+    mirrored = {f"tests/server/test_{Path(module).name}" for module in ENGINE_SEAM}
+    assert {path for path in importers if not path.startswith("tests/e2e/")} <= mirrored
+
+
+LIGHT = (
+    "models",
+    "models.manifest",
+    "models.errors",
+    "models.controls",
+    "models.checkpoint",
+    "models.tokens",
+    "server",
+    "server.settings",
+    "server.protocol",
+    "server.history",
+    "server.shaping",
+    "server.context",
+    "server.middleware",
+    "server.routes",
+    "rheostat",
+)
+
+
+def test_light_modules_pull_in_neither_torch_nor_vllm() -> None:
+    # One process: each module after the last, so the first that is heavy is named.
+    program = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} pulls in {sorted(heavy)}'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+
+from models.errors import ConfigError
+from models.tokens import COCONOT_DESCRIPTIONS
+from training.config import CheckpointModel, ScratchModel, TrainConfig, load_config
+
+RECIPE = """
+name: small
+model: {vocab_size: 400, hidden_size: 64, layers: 2, heads: 2, intermediate_size: 128}
+data: {train: [rows.jsonl]}
+"""
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def _complaints(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(_write(folder, text))
+    return caught.value.message.splitlines()
+
+
+def test_recipe_from_file_is_read_with_defaults(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path, RECIPE))
+
+    assert isinstance(config.model, ScratchModel)
+    assert config.data.train == ("rows.jsonl",)
+    assert list(config.categories) == list(COCONOT_DESCRIPTIONS)
+
+
+def test_recipe_of_the_package_is_found_by_its_bare_name() -> None:
+    config = load_config("demo")
+
+    assert config.name == "demo"
+    assert config.data.train == "demo"
+
+
+def test_model_with_checkpoint_key_is_an_existing_one(tmp_path: Path) -> None:
+    text = "name: a\nmodel: {checkpoint: some/model}\ndata: {train: demo}\n"
+
+    model = load_config(_write(tmp_path, text)).model
+
+    assert model == CheckpointModel(checkpoint="some/model")
+
+
+def test_each_wrong_field_is_one_line_with_its_path(tmp_path: Path) -> None:
+    text = RECIPE + "seed: -1\noptimisation: {epochs: none, batchsize: 3}\n"
+
+    lines = _complaints(tmp_path, text)
+
+    path = tmp_path / "recipe.yaml"
+    assert len(lines) == 3
+    assert f"{path}: seed: input should be greater than or equal to 0, got -1" in lines
+    assert any(line.startswith(f"{path}: optimisation.epochs: ") for line in lines)
+    assert (
+        f"{path}: optimisation.batchsize: no such field; check the spelling or take it out" in lines
+    )
+
+
+def test_wrong_field_of_the_model_names_no_internal_tag(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("layers: 2", "layers: 0"))
+
+    assert len(lines) == 1
+    assert ": model.layers: " in lines[0]
+
+
+def test_heads_of_an_unservable_size_are_named(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("heads: 2", "heads: 4"))
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: model: hidden_size / heads must be 32, 64 or 128, got 64 / 4"
+    ]
+
+
+@pytest.mark.parametrize("value", ["rows.jsonl", "[]", "3", "[1]"])
+def test_training_files_must_be_a_list_or_demo(tmp_path: Path, value: str) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("[rows.jsonl]", value))
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: data.train: must be a list of JSONL files, or the word demo"
+    ]
+
+
+def test_rows_longer_than_the_model_are_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "optimisation: {max_length: 1000}\n")
+
+    assert len(lines) == 1
+    assert "optimisation.max_length is 1000" in lines[0]
+
+
+def test_refusal_text_of_an_unknown_category_is_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "refusal_texts: {medical: See a doctor.}\n")
+
+    assert len(lines) == 1
+    assert "'medical'" in lines[0]
+    assert "safety" in lines[0]
+
+
+def test_category_name_that_requests_could_not_use_is_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "categories: {Not Good: bad}\n")
+
+    assert len(lines) == 1
+    assert "Not Good" in lines[0]
+
+
+def test_refusal_text_is_the_recipes_own_before_the_default() -> None:
+    config = TrainConfig.model_validate(
+        {
+            "name": "a",
+            "model": {"checkpoint": "b"},
+            "data": {"train": "demo"},
+            "categories": {"safety": "harms", "legal": "law"},
+            "refusal_texts": {"legal": "Ask a lawyer."},
+        }
+    )
+
+    assert config.refusal_text("legal") == "Ask a lawyer."
+    assert "harm" in config.refusal_text("safety")
+
+
+def test_missing_recipe_lists_those_of_the_package() -> None:
+    with pytest.raises(ConfigError, match=r"no_such\.yaml.*demo"):
+        load_config("no_such.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n"])
+def test_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
+    assert len(_complaints(tmp_path, text)) == 1
+
+
+def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = load_config("demo")
+
+    again = load_config(_write(tmp_path, config.to_yaml()))
+
+    assert again == config
+    assert again.sha256() == config.sha256()
+
+
+def test_hash_changes_with_any_field() -> None:
+    config = load_config("demo")
+
+    assert config.model_copy(update={"seed": 1}).sha256() != config.sha256()
