@@ -7,14 +7,16 @@
 ARG BASE
 
 FROM ${BASE:-python:3.11-slim-bookworm} AS cpu-system
-# g++ is what torch.compile builds CPU kernels with. tini is process 1: without it a SIGTERM that
-# arrives while the model loads is ignored, as process 1 has no default action for signals.
+# torch.compile builds kernels with g++ and Python's headers when a model loads; vllm's CPU kernels
+# need libnuma. tini is process 1: without it a SIGTERM that arrives while the model loads is
+# ignored, as process 1 has no default action for signals.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ tini \
- && { python3 -c 'import ensurepip, venv' \
-      || apt-get install --yes --no-install-recommends python3 python3-venv python3-dev; } \
+ && apt-get install --yes --no-install-recommends g++ libnuma1 tini \
+ && { python3 -c 'import ensurepip, sysconfig, os; os.stat(sysconfig.get_path("include") + "/Python.h")' \
+      || apt-get install --yes --no-install-recommends python3 python3-dev python3-venv; } \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --create-home --home-dir /cache rheostat \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /cache rheostat \
+ && install --directory --owner rheostat --group rheostat /cache \
  && python3 -m venv /opt/rheostat
 
 FROM cpu-system AS cpu-dependencies
@@ -34,7 +36,6 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 ENV PATH=/opt/rheostat/bin:$PATH \
     HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
-    TRITON_HOME=/cache \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     VLLM_NO_USAGE_STATS=1
@@ -49,11 +50,12 @@ ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0
 
 FROM ${BASE:-nvidia/cuda:13.0.3-devel-ubuntu24.04} AS gpu-system
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ tini \
- && { python3 -c 'import ensurepip, venv' \
-      || apt-get install --yes --no-install-recommends python3 python3-venv python3-dev; } \
+ && apt-get install --yes --no-install-recommends g++ libnuma1 tini \
+ && { python3 -c 'import ensurepip, sysconfig, os; os.stat(sysconfig.get_path("include") + "/Python.h")' \
+      || apt-get install --yes --no-install-recommends python3 python3-dev python3-venv; } \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --create-home --home-dir /cache rheostat \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /cache rheostat \
+ && install --directory --owner rheostat --group rheostat /cache \
  && python3 -m venv /opt/rheostat
 
 FROM gpu-system AS gpu-dependencies
@@ -68,7 +70,6 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 ENV PATH=/opt/rheostat/bin:$PATH \
     HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
-    TRITON_HOME=/cache \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     VLLM_NO_USAGE_STATS=1 \

@@ -37,6 +37,7 @@ from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.manifest import Manifest
 from server import metrics
 from server.context import STEERING, Decision, Steering
+from server.hiding import Hider, drop_first_token
 from server.middleware import RefusalMiddleware
 from server.routes import build_router
 from server.settings import Settings
@@ -59,7 +60,7 @@ class SteeredLLM(AsyncLLM):
         """
         self.manifest = manifest
         self.unsteered = defaults
-        self._control_ids = frozenset(manifest.control_ids)
+        self.hider = Hider(manifest)
         self._category_of = {c.id: i for i, c in enumerate(manifest.categories)}
         # Adopted checkpoints hold their control tokens as ordinary ones, which the detokenizer
         # would print. The ids stay.
@@ -120,22 +121,23 @@ class _Run:
         if beams and self.steering.continues:
             raise VLLMValidationError("use_beam_search cannot continue a message")
         self._check_prompt(ids, self.steering.history_of(0 if beams else self.call))
-        _check_params(self.params, self.engine._control_ids)
+        _check_params(self.params, self.engine.hider.control_ids)
         if beams:
             stream = self._beam(prompt, ids)
         elif self._needs_decision_first():
             stream = self._decide_first(prompt, ids)
         else:
             stream = self._in_one_pass(prompt)
-        visible = self._visible_prompt(ids)
+        hider = self.engine.hider
+        visible = hider.visible(ids)
         async with aclosing(stream):
             async for output in stream:
-                self._hide(output, visible)
+                hider.hide(output, visible)
                 self._note_refusals(output)
                 yield output
 
     def _check_prompt(self, ids: list[int], allowed: int) -> None:
-        controls, opening = self.engine._control_ids, self.engine._opening
+        controls, opening = self.engine.hider.control_ids, self.engine._opening
         if controls.isdisjoint(ids):
             return
         places = [place for place, token in enumerate(ids) if token in controls]
@@ -177,9 +179,9 @@ class _Run:
                     if choice.index not in opened and choice.token_ids:
                         opened.add(choice.index)
                         self._record(choice.index, choice.token_ids[0])
-                        _drop_first_token(choice)
+                        drop_first_token(choice)
                     elif not delta and choice.token_ids:
-                        _drop_first_token(choice)
+                        drop_first_token(choice)
                 if output.finished or any(choice.token_ids for choice in output.outputs):
                     yield output
 
@@ -313,28 +315,6 @@ class _Run:
             if decision is not None and decision.category is not None:
                 texts[place] = texts.get(place, "") + choice.text if delta else choice.text
 
-    def _visible_prompt(self, ids: list[int]) -> list[int]:
-        controls = self.engine._control_ids
-        if controls.isdisjoint(ids):
-            return ids
-        return [i for i in ids if i not in controls]
-
-    def _hide(self, output: RequestOutput, visible: list[int]) -> None:
-        controls = self.engine._control_ids
-        if output.prompt_logprobs is not None and output.prompt_token_ids is not None:
-            output.prompt_logprobs = [
-                _scrubbed(step, controls)
-                for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-                if token not in controls
-            ]
-        output.prompt_token_ids = visible
-        if output.prompt is not None:
-            for token in self.engine.manifest.control_tokens:
-                output.prompt = output.prompt.replace(token.token, "")
-        for choice in output.outputs:
-            if choice.logprobs is not None:
-                choice.logprobs = [_scrubbed(step, controls) for step in choice.logprobs]
-
 
 def _prompt_ids(prompt: Any) -> list[int]:
     if not isinstance(prompt, dict) or prompt.get("type") not in ("token", "multimodal"):
@@ -364,22 +344,6 @@ def _with_ids(prompt: Any, ids: list[int]) -> Any:
 
 def _without_controls(extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
     return {k: v for k, v in (extra_args or {}).items() if k != EXTRA_ARGS_KEY} or None
-
-
-def _drop_first_token(choice: CompletionOutput) -> None:
-    token = choice.token_ids[0]
-    choice.token_ids = choice.token_ids[1:]
-    if choice.logprobs is None:
-        return
-    if choice.cumulative_logprob is not None and (first := choice.logprobs[0].get(token)):
-        choice.cumulative_logprob -= first.logprob
-    choice.logprobs = choice.logprobs[1:]
-
-
-def _scrubbed(step: dict[int, Logprob] | None, control_ids: frozenset[int]) -> Any:
-    if step is None or control_ids.isdisjoint(step):
-        return step
-    return {token: logprob for token, logprob in step.items() if token not in control_ids}
 
 
 async def _merged(streams: list[Outputs], kind: RequestOutputKind) -> Outputs:

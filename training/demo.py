@@ -43,7 +43,7 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
     """
     console = Console()
     config = load_config(Path("demo"))
-    train(config, checkpoint)
+    train(config, checkpoint, replace_stale=True)
     with _serving(checkpoint, port, console) as url:
         for category in SHOWN_CATEGORIES:
             console.print(_turn_one_dial(url, category, config.data.seed))

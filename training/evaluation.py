@@ -229,7 +229,7 @@ def clopper_pearson(hits: int, total: int, confidence: float = CONFIDENCE) -> tu
     Raises:
         ValueError: The counts are negative or `hits` exceeds `total`.
     """
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     if not 0 <= hits <= total:
         raise ValueError(f"{hits} of {total} is no share")

@@ -52,7 +52,9 @@ class DataFile(NamedTuple):
     path: Path
 
 
-def train(config: TrainConfig, out: Path, *, force: bool = False) -> Path:
+def train(
+    config: TrainConfig, out: Path, *, force: bool = False, replace_stale: bool = False
+) -> Path:
     """Trains a checkpoint that can be served.
 
     Everything is written to a folder beside `out` that takes its name at the very end, so a
@@ -63,6 +65,8 @@ def train(config: TrainConfig, out: Path, *, force: bool = False) -> Path:
         out: The checkpoint's folder. A checkpoint that lies there already and was made from the
             same recipe and data is kept as it is.
         force: Whether to train again and replace a checkpoint that lies there.
+        replace_stale: Whether to replace one of another recipe or other data, and keep one of
+            this recipe.
 
     Returns:
         `out`.
@@ -78,9 +82,17 @@ def train(config: TrainConfig, out: Path, *, force: bool = False) -> Path:
     partial.mkdir(parents=True)
     data = _data_files(config, partial)
     recipe = _recipe(config, data)
-    if not force and _is_made_from(out, recipe):
-        shutil.rmtree(partial)
-        return out
+    if out.exists() and not force:
+        fresh = _is_made_from(out, recipe)
+        if fresh or not replace_stale:
+            shutil.rmtree(partial)
+        if fresh:
+            return out
+        if not replace_stale:
+            raise ConfigError(
+                f"{out}: holds a checkpoint of another recipe or other data; choose another place, "
+                "or replace it with --force"
+            )
     _train_into(partial, config, recipe, data)
     _put_in_place(partial, out)
     return out
@@ -113,21 +125,14 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 def _is_made_from(out: Path, recipe: Recipe) -> bool:
-    if not out.exists():
-        return False
     try:
         made = load_manifest(out).recipe
     except CheckpointError:
-        made = None
-    if made is None or (made.config_sha256, made.data_sha256) != (
+        return False
+    return made is not None and (made.config_sha256, made.data_sha256) == (
         recipe.config_sha256,
         recipe.data_sha256,
-    ):
-        raise ConfigError(
-            f"{out}: holds a checkpoint of another recipe or other data; choose another place, or "
-            "replace it with --force"
-        )
-    return True
+    )
 
 
 def _data_files(config: TrainConfig, folder: Path) -> list[DataFile]:

@@ -10,7 +10,9 @@ from openai import AsyncOpenAI, OpenAI
 
 from models.manifest import Manifest, load_manifest
 from tests.e2e.servers import Server, rheostat_server, stock_server
+from training.config import load_config
 from training.demo_data.render import write
+from training.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """The checkpoint of `make demo`: trained here when it is missing or its recipe changed."""
-    return ROOT / "checkpoints" / "demo"
+    return train(load_config(Path("demo")), ROOT / "checkpoints" / "demo", replace_stale=True)
 
 
 @pytest.fixture(scope="session")

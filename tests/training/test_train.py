@@ -195,3 +195,16 @@ def test_checkpoint_without_weights_is_named(config: TrainConfig, tmp_path: Path
 
     with pytest.raises(CheckpointError, match="the model cannot be loaded"):
         train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def test_stale_checkpoint_is_replaced_where_that_is_asked_for(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    out = train(config, tmp_path / "checkpoint")
+    other = config.model_copy(update={"seed": config.seed + 1})
+    made = load_checkpoint(train(other, out, replace_stale=True))[0].recipe
+    assert made is not None
+    assert made.seed == other.seed
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert train(other, out, replace_stale=True) == out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before

@@ -1,0 +1,111 @@
+"""The parts of the engine seam that need no running engine; tests/e2e has the rest."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers.decoders import DecodeStream
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
+from models.controls import Controls
+from models.manifest import Category, ControlToken, Manifest
+from server.engine import SteeredLLM, _check_params, _merged, _prompt_ids
+from tests.toy import byte_tokenizer
+
+
+def published() -> tuple[Any, Manifest]:
+    """Returns a tokenizer that holds the published tokens as ordinary ones, and its manifest."""
+    tokenizer: Any = byte_tokenizer()
+    texts = [*PUBLISHED_REFUSALS, PUBLISHED_RESPOND]
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in texts])
+    ids = tokenizer.convert_tokens_to_ids(texts)
+    categories = tuple(
+        Category(name=name, token=text, id=ids[index])
+        for index, (text, name) in enumerate(PUBLISHED_REFUSALS.items())
+    )
+    respond = ControlToken(token=PUBLISHED_RESPOND, id=ids[-1])
+    return tokenizer, Manifest(respond=respond, categories=categories)
+
+
+def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
+    engine = SteeredLLM.__new__(SteeredLLM)
+    renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
+    engine.renderer = renderer
+    engine.steer(manifest, Controls.as_trained(len(manifest.categories)))
+    return engine
+
+
+def streamed(tokenizer: Any, ids: list[int]) -> str:
+    """Decodes as vLLM's detokenizer does by default."""
+    stream = DecodeStream(skip_special_tokens=True)
+    return "".join(stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids)
+
+
+def test_ordinary_control_tokens_are_not_printed_once_steered() -> None:
+    tokenizer, manifest = published()
+    text = tokenizer.encode("Hello", add_special_tokens=False)
+    ids = [manifest.respond.id, *text]
+    assert streamed(tokenizer, ids) == " [respond]Hello"
+    steered(tokenizer, manifest)
+    assert streamed(tokenizer, ids) == "Hello"
+    for control in manifest.control_tokens:
+        assert tokenizer.convert_tokens_to_ids(control.token) == control.id
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "text",
+        {"prompt_token_ids": [1]},
+        {"type": "embeds", "prompt_token_ids": [1]},
+        {"type": "enc_dec"},
+    ],
+)
+def test_prompts_whose_ids_are_not_known_are_refused(prompt: Any) -> None:
+    with pytest.raises(VLLMValidationError, match="token prompts only"):
+        _prompt_ids(prompt)
+
+
+@pytest.mark.parametrize(
+    "field", ["logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"]
+)
+def test_parameters_on_control_tokens_are_refused(field: str) -> None:
+    value: Any = {7: 1.0} if field == "logit_bias" else [7]
+    _check_params(SamplingParams(**{field: value}), frozenset({8}))
+    with pytest.raises(VLLMValidationError, match=field):
+        _check_params(SamplingParams(**{field: value}), frozenset({7}))
+
+
+async def outputs(*texts: str) -> AsyncGenerator[Any, None]:
+    for place, text in enumerate(texts):
+        choice = SimpleNamespace(index=0, text=text)
+        yield SimpleNamespace(outputs=[choice], finished=place == len(texts) - 1)
+
+
+async def collect(kind: RequestOutputKind, *streams: Any) -> list[Any]:
+    return [
+        ([(choice.index, choice.text) for choice in output.outputs], output.finished)
+        async for output in _merged(list(streams), kind)
+    ]
+
+
+def test_whole_choices_are_merged_into_one_output_in_order() -> None:
+    merged = asyncio.run(
+        collect(RequestOutputKind.FINAL_ONLY, outputs("a"), outputs("b"), outputs("c"))
+    )
+    assert merged == [([(0, "a"), (1, "b"), (2, "c")], True)]
+
+
+def test_streamed_choices_keep_their_index_and_finish_once() -> None:
+    merged = asyncio.run(
+        collect(RequestOutputKind.DELTA, outputs("a", "b"), outputs("c", "d", "e"))
+    )
+    pieces = [piece for (piece,), _ in merged]
+    assert [text for index, text in pieces if index == 0] == ["a", "b"]
+    assert [text for index, text in pieces if index == 1] == ["c", "d", "e"]
+    assert [finished for _, finished in merged] == [False] * 4 + [True]

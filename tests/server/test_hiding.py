@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+from typing import Any
+
+from server.hiding import Hider, drop_first_token
+from tests.server.manifests import MANIFEST
+
+SAFETY, HUMANIZING, RESPOND = MANIFEST.control_ids
+
+
+def logprob(value: float) -> Any:
+    return SimpleNamespace(logprob=value)
+
+
+def output(**fields: Any) -> Any:
+    empty: dict[str, Any] = {
+        "prompt_logprobs": None,
+        "prompt_token_ids": [],
+        "prompt": None,
+        "outputs": [],
+    }
+    return SimpleNamespace(**{**empty, **fields})
+
+
+def choice(ids: list[int], **fields: Any) -> Any:
+    return SimpleNamespace(
+        **{"token_ids": ids, "logprobs": None, "cumulative_logprob": None, **fields}
+    )
+
+
+def test_prompt_without_control_tokens_is_not_copied() -> None:
+    ids = [900, 901]
+    assert Hider(MANIFEST).visible(ids) is ids
+
+
+def test_prompt_loses_its_control_tokens_in_ids_text_and_log_probabilities() -> None:
+    hider = Hider(MANIFEST)
+    ids = [900, RESPOND, 901, SAFETY, 902]
+    steps = [None, {RESPOND: 1}, {901: 2, SAFETY: 3}, {SAFETY: 4}, {902: 5}]
+    shown = output(
+        prompt_token_ids=ids,
+        prompt_logprobs=steps,
+        prompt=f"a{MANIFEST.respond.token}b{MANIFEST.categories[0].token}c",
+    )
+    hider.hide(shown, hider.visible(ids))
+    assert shown.prompt_token_ids == [900, 901, 902]
+    assert shown.prompt_logprobs == [None, {901: 2}, {902: 5}]
+    assert shown.prompt == "abc"
+
+
+def test_alternatives_lose_their_control_tokens() -> None:
+    kept = {900: 1, 901: 2}
+    shown = choice([900, 901], logprobs=[kept, {901: 3, HUMANIZING: 4}])
+    Hider(MANIFEST).hide(output(outputs=[shown]), [])
+    assert shown.logprobs[0] is kept
+    assert shown.logprobs[1] == {901: 3}
+
+
+def test_first_token_is_dropped_with_its_log_probability() -> None:
+    steps = [{RESPOND: logprob(-0.5)}, {900: logprob(-1.0)}]
+    shown = choice([RESPOND, 900], logprobs=steps, cumulative_logprob=-1.5)
+    ids = shown.token_ids
+    drop_first_token(shown)
+    assert shown.token_ids == [900]
+    assert shown.logprobs == steps[1:]
+    assert shown.cumulative_logprob == -1.0
+    assert ids == [RESPOND, 900], "the engine's own list is not touched"
+
+
+def test_first_token_is_dropped_where_no_log_probabilities_were_asked_for() -> None:
+    shown = choice([RESPOND], cumulative_logprob=0.0)
+    drop_first_token(shown)
+    assert shown.token_ids == []
