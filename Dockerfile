@@ -31,8 +31,8 @@ COPY . .
 RUN /opt/rheostat/bin/pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM cpu-dependencies AS cpu
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /wheel
+RUN /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
 ENV PATH=/opt/rheostat/bin:$PATH \
     HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
@@ -65,8 +65,8 @@ COPY docker/install.sh docker/install.sh
 RUN VENV=/opt/rheostat PIP_NO_CACHE_DIR=1 sh docker/install.sh gpu dependencies
 
 FROM gpu-dependencies AS gpu
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
+COPY --from=wheel /wheel /wheel
+RUN /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
 ENV PATH=/opt/rheostat/bin:$PATH \
     HOME=/cache \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
