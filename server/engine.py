@@ -307,6 +307,8 @@ class _Run:
         return tuple(step[c.id].logprob - respond for c in manifest.categories)
 
     def _note_refusals(self, output: RequestOutput) -> None:
+        if self.steering.beam_search:  # these are steps of beams, and vLLM makes the text of them
+            return
         delta = self.params.output_kind is RequestOutputKind.DELTA
         texts = self.steering.refusal_texts
         for choice in output.outputs:
