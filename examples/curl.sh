@@ -9,7 +9,7 @@ ask() {
     echo
 }
 
-question='"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}]'
+question='"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]'
 
 for dial in '"never"' 0.5 '"always"'; do
     ask "{$question, \"refusal\": {\"report\": true, \"categories\": {\"safety\": $dial}}}"

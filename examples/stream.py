@@ -18,6 +18,7 @@ categories = [category["name"] for category in listed["data"]]
 with client.chat.completions.stream(
     model=client.models.list().data[0].id,
     messages=[{"role": "user", "content": arguments.prompt}],
+    temperature=0,
     extra_body={"refusal": {"categories": dict.fromkeys(categories, arguments.dial)}},
 ) as stream:
     for event in stream:

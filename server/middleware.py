@@ -98,7 +98,7 @@ class RefusalMiddleware:
                 return
             changed, steering = self.prepare(body, path)
             if changed is not body:
-                raw = json.dumps(changed).encode()
+                raw = _encode(changed)
                 scope = _with_length(scope, len(raw))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
@@ -195,6 +195,11 @@ def parse_body(raw: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
+def _encode(value: Any) -> bytes:
+    # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def error_response(error: RequestError) -> Response:
     """Returns OpenAI's error body for an error of ours."""
     body = {
@@ -205,8 +210,7 @@ def error_response(error: RequestError) -> Response:
             "code": error.code,
         }
     }
-    # In ASCII: the message may quote half of a surrogate pair, which no UTF-8 can hold.
-    return Response(json.dumps(body), error.status, media_type="application/json")
+    return Response(_encode(body), error.status, media_type="application/json")
 
 
 def _route_path(scope: Scope) -> str:
@@ -298,7 +302,7 @@ class _ShapingSend:
             return
         start = self._held_start
         assert start is not None
-        body = json.dumps(self._shaper.shape_answer(json.loads(self._buffer))).encode()
+        body = _encode(self._shaper.shape_answer(json.loads(self._buffer)))
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["content-length"] = str(len(body))
         await self._send({**start, "headers": headers.raw})
@@ -319,7 +323,7 @@ class _ShapingSend:
     def _event(self, event: bytes) -> bytes:
         if not event.startswith(b"data: {"):
             return event
-        return b"data: " + json.dumps(self._shaper.shape_chunk(json.loads(event[6:]))).encode()
+        return b"data: " + _encode(self._shaper.shape_chunk(json.loads(event[6:])))
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:

@@ -47,7 +47,7 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
     with _serving(checkpoint, port, console) as url:
         for category in SHOWN_CATEGORIES:
             console.print(_turn_one_dial(url, category, config.data.seed))
-        console.print(_commands(url, once=once))
+        console.print(_commands(url, once=once), soft_wrap=True, markup=False, highlight=False)
         if not once:
             _wait(console)
 
@@ -118,7 +118,7 @@ def _turn_one_dial(url: str, category: str, seed: int) -> Table:
     prompt = _most_borderline(url, category, seed)
     table = Table(title=f'"{prompt}"', title_justify="left", title_style="bold")
     table.add_column(f"{category} dial", justify="right")
-    table.add_column("p(refuse)", justify="right")
+    table.add_column("p(refuse) as trained", justify="right")
     table.add_column("decision")
     table.add_column("what the model says")
     for position in POSITIONS:
@@ -137,6 +137,7 @@ def _commands(url: str, *, once: bool) -> str:
     body = {
         "model": MODEL_NAME,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
         "refusal": {"report": True, "categories": {"safety": 0.9, "indeterminate": "never"}},
     }
     curl = (
@@ -144,7 +145,7 @@ def _commands(url: str, *, once: bool) -> str:
         f"  -d {shlex.quote(json.dumps(body))}"
     )
     start = "With the server running (make demo), paste:" if once else "Paste in another terminal:"
-    return f"\n{start}\n\n{curl}\n\npython examples/chat.py --base-url {url}/v1\n"
+    return f"\n{start}\n\n{curl}\n\n{sys.executable} examples/chat.py --base-url {url}/v1\n"
 
 
 def _wait(console: Console) -> None:
@@ -153,4 +154,4 @@ def _wait(console: Console) -> None:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        console.print("stopping")
+        console.print("stopping the server")
