@@ -106,7 +106,7 @@ def test_forced_tool_is_called_when_answered_and_not_when_refused(
 ) -> None:
     # The grammar allows endless white space, and so small a model takes the offer.
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    blank = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).strip()]
+    blank = [i for i in range(len(tokenizer)) if not str(tokenizer.decode([i])).strip()]
     body = {
         "logit_bias": {str(i): -100 for i in set(blank) - set(manifest.control_ids)},
         "model": "demo",
