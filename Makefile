@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.rheostat-$(shell cat pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
-CHECKPOINT := checkpoints/demo
 
 .PHONY: setup demo test lint bench
 

@@ -13,7 +13,14 @@ from models.manifest import Manifest
 from server import metrics
 from server.context import STEERING, Steering
 from server.history import annotate, is_refusal
-from server.protocol import FIELD, RefusalOptions, parse_options, resolve_controls
+from server.protocol import (
+    FIELD,
+    HEADER,
+    RefusalOptions,
+    parse_header,
+    parse_options,
+    resolve_controls,
+)
 from server.settings import Settings
 from server.shaping import Shaper
 
@@ -96,6 +103,7 @@ class RefusalMiddleware:
             if body is None:
                 await self._app(scope, _replay(raw, receive), send)
                 return
+            body = _with_header_dials(body, Headers(scope=scope))
             changed, steering = self.prepare(body, path)
             if changed is not body:
                 raw = _encode(changed)
@@ -211,6 +219,19 @@ def error_response(error: RequestError) -> Response:
         }
     }
     return Response(_encode(body), error.status, media_type="application/json")
+
+
+def _with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
+    if "x-refusal-policy" in headers:
+        raise RequestError("this server keeps no policies", param="X-Refusal-Policy")
+    dials = headers.getlist(HEADER)
+    if not dials:
+        return body
+    if FIELD in body:
+        raise RequestError(
+            "send the dials in the body's `refusal` or in X-Refusal, not in both", param="X-Refusal"
+        )
+    return {**body, FIELD: parse_header(",".join(dials))}
 
 
 def _route_path(scope: Scope) -> str:

@@ -19,6 +19,7 @@ from models.errors import RequestError
 
 WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
+HEADER = "x-refusal"
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -112,6 +113,36 @@ class RefusalReport(BaseModel):
     refused: bool
     category: str | None
     decisions: dict[str, DecisionReport]
+
+
+def parse_header(text: str) -> dict[str, Any]:
+    """Reads the header form, ``safety=0.9, humanizing=never, incomplete=bias:-2``.
+
+    Returns:
+        The ``refusal`` object that says the same; its values are not validated yet.
+
+    Raises:
+        RequestError: It is not written like that, or names a category twice.
+    """
+    categories: dict[str, Any] = {}
+    for item in text.split(","):
+        name, equals, dial = (part.strip() for part in item.partition("="))
+        if not (name and equals and dial) or name in categories:
+            raise RequestError(
+                f"X-Refusal: {reprlib.repr(item.strip())} is not one category=dial, each category "
+                "once; write them like safety=0.9, humanizing=never, incomplete=bias:-2",
+                param="X-Refusal",
+            )
+        form, colon, number = (part.strip() for part in dial.partition(":"))
+        categories[name] = {form: _number_or_text(number)} if colon else _number_or_text(dial)
+    return {"categories": categories}
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def parse_options(value: Any) -> RefusalOptions:

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -87,6 +88,7 @@ def send_to(
     settings: Settings = SETTINGS,
     root_path: str = "",
     chunks: int = 0,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> httpx.Response:
     """Sends one request through the middleware; what is no bytes is sent as JSON."""
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -103,7 +105,7 @@ def send_to(
                 method,
                 path,
                 content=in_chunks() if chunks else raw,
-                headers={"content-type": "application/json"},
+                headers=[("content-type", "application/json"), *headers],
             )
         assert STEERING.get() is None
         return answer
@@ -138,6 +140,49 @@ def test_refusal_object_becomes_the_steering_and_leaves_the_body() -> None:
     assert server.steering.controls == Controls(Rule.SAMPLE, (0.0, float("-inf")), (False, True))
     assert server.steering.report is True
     assert server.steering.history == (0,)
+
+
+def test_header_form_is_the_refusal_object() -> None:
+    server = FakeServer()
+    headers = [("X-Refusal", "safety=0.5 , humanizing = never")]
+    answer = send_to(server, CHAT, {"messages": [USER]}, headers=headers)
+    assert answer.status_code == 200
+    assert server.steering is not None
+    assert server.steering.controls == Controls(Rule.GREEDY, (0.0, -math.inf), (True, True))
+    assert server.body == {"messages": [USER]}
+
+
+def test_several_headers_are_one() -> None:
+    server = FakeServer()
+    headers = [("X-Refusal", "safety=always"), ("X-Refusal", "humanizing=bias:-2")]
+    assert send_to(server, CHAT, {"messages": [USER]}, headers=headers).status_code == 200
+    assert server.steering is not None
+    assert server.steering.controls.bias == (math.inf, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "param"),
+    [
+        ([("X-Refusal", "safety")], {}, "X-Refusal"),
+        ([("X-Refusal", "")], {}, "X-Refusal"),
+        ([("X-Refusal", "safety=1,safety=0")], {}, "X-Refusal"),
+        ([("X-Refusal", "safety=0.5"), ("X-Refusal", "safety=0")], {}, "X-Refusal"),
+        ([("X-Refusal", "safety=0.5")], {"refusal": {}}, "X-Refusal"),
+        ([("X-Refusal", "safety=nan")], {}, "refusal.categories.safety"),
+        ([("X-Refusal", "safety=1.2")], {}, "refusal.categories.safety"),
+        ([("X-Refusal", "safety=rate:0.3")], {}, "refusal.categories.safety"),
+        ([("X-Refusal", "bogus=0.3")], {}, "refusal.categories.bogus"),
+        ([("X-Refusal-Policy", "desk")], {}, "X-Refusal-Policy"),
+    ],
+)
+def test_wrong_header_names_its_place(
+    headers: Sequence[tuple[str, str]], body: dict[str, Any], param: str
+) -> None:
+    server = FakeServer()
+    answer = send_to(server, CHAT, {"messages": [USER], **body}, headers=headers)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == param
+    assert server.calls == 0
 
 
 def test_history_gets_its_control_tokens() -> None:
