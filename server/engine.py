@@ -34,6 +34,7 @@ from vllm.v1.executor import Executor
 
 from models.checkpoint import opening_ids
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
+from models.errors import ConfigError
 from models.manifest import Manifest
 from server import metrics
 from server.context import STEERING, Decision, Steering
@@ -43,6 +44,16 @@ from server.routes import build_router
 from server.settings import Settings
 
 Outputs = AsyncGenerator[RequestOutput, None]
+
+UNSERVED_FLAGS = {
+    "headless": "this is one HTTP server with its engine; run vLLM's own for engines without one",
+    "grpc": "only HTTP is served",
+    "api_server_count": "one HTTP process a server; put several servers behind the gateway",
+    "tokenizer": "the control tokens are verified against the checkpoint's own tokenizer",
+    "skip_tokenizer_init": "the control tokens are read and hidden with the tokenizer",
+    "chat_template": "put it into the checkpoint as chat_template.jinja, where it is verified",
+    "logits_processors": "the decision is the one logits processor here",
+}
 
 
 class SteeredLLM(AsyncLLM):
@@ -371,10 +382,18 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
 
     Args:
         arguments: As on the command line, ``--model`` included.
+
+    Raises:
+        ConfigError: A flag would be ignored here, or would lead around what was verified.
     """
     cli_env_setup()  # type: ignore[no-untyped-call]
     parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
     args: Namespace = parser.parse_args(list(arguments))
+    for name, reason in UNSERVED_FLAGS.items():
+        value = getattr(args, name)
+        one_server = name == "api_server_count" and value == 1
+        if value != parser.get_default(name) and not one_server:
+            raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args

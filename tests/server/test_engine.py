@@ -13,8 +13,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
+from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
-from server.engine import SteeredLLM, _check_params, _merged, _prompt_ids
+from server.engine import SteeredLLM, _check_params, _merged, _prompt_ids, parse_flags
 from tests.toy import byte_tokenizer
 
 
@@ -109,3 +110,26 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
     assert [text for index, text in pieces if index == 0] == ["a", "b"]
     assert [text for index, text in pieces if index == 1] == ["c", "d", "e"]
     assert [finished for _, finished in merged] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--headless"],
+        ["--grpc"],
+        ["--api-server-count", "2"],
+        ["--tokenizer", "elsewhere"],
+        ["--skip-tokenizer-init"],
+        ["--chat-template", "other.jinja"],
+        ["--logits-processors", "some.module:Processor"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_that_would_be_ignored_are_refused(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match=f"^{flags[0]}: "):
+        parse_flags(["--model", "somewhere", *flags])
+
+
+def test_flags_of_vllm_are_kept() -> None:
+    args = parse_flags(["--model", "somewhere", "--port", "7", "--tensor-parallel-size", "2"])
+    assert (args.model, args.port, args.tensor_parallel_size) == ("somewhere", 7, 2)
