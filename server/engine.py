@@ -53,6 +53,7 @@ UNSERVED_FLAGS = {
     "skip_tokenizer_init": "the control tokens are read and hidden with the tokenizer",
     "chat_template": "put it into the checkpoint as chat_template.jinja, where it is verified",
     "logits_processors": "the decision is the one logits processor here",
+    "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }
 
 
@@ -162,8 +163,9 @@ class _Run:
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
-        # token in the text, or needs the margins.
+        # token in the text, or needs the margins. The paper's rule reads all other logits too.
         params = self.params
+        reads_all = self.steering.controls.rule is Rule.PAPER
         return bool(
             self.steering.report
             or self.steering.continues
@@ -173,6 +175,7 @@ class _Run:
             or params.repetition_penalty != 1.0
             or params.thinking_token_budget is not None
             or not params.skip_special_tokens
+            or (reads_all and (params.logit_bias or params.min_tokens))
         )
 
     async def _in_one_pass(self, prompt: Any) -> Outputs:
@@ -189,7 +192,7 @@ class _Run:
                 for choice in output.outputs:
                     if choice.index not in opened and choice.token_ids:
                         opened.add(choice.index)
-                        self._record(choice.index, choice.token_ids[0])
+                        self._record(choice.index, choice.token_ids[0], output)
                         drop_first_token(choice)
                     elif not delta and choice.token_ids:
                         drop_first_token(choice)
@@ -245,7 +248,7 @@ class _Run:
             raise VLLMValidationError("the request was aborted before its decision")
         choices = final.outputs if draws else final.outputs * self.params.n
         for index, choice in enumerate(choices):
-            self._record(index, choice.token_ids[0], self._margins(choice))
+            self._record(index, choice.token_ids[0], final, self._margins(choice))
         return [choice.token_ids[0] for choice in choices]
 
     def _continue(
@@ -299,10 +302,19 @@ class _Run:
         }
         return steered
 
-    def _record(self, index: int, token: int, margins: tuple[float, ...] | None = None) -> None:
+    def _record(
+        self,
+        index: int,
+        token: int,
+        output: RequestOutput,
+        margins: tuple[float, ...] | None = None,
+    ) -> None:
         category = self.engine._category_of.get(token)
         self.steering.decisions[self.call, index] = Decision(category, margins)
-        metrics.DECISION_LATENCY.observe(time.monotonic() - self.started_s)
+        # A whole answer is seen when it ends; vLLM's own statistics know when it began.
+        stats = output.metrics
+        waited_s = stats.first_token_latency if stats else time.monotonic() - self.started_s
+        metrics.DECISION_LATENCY.observe(waited_s)
         metrics.DECISIONS.labels(
             "respond" if category is None else "refuse",
             "" if category is None else self.engine.manifest.names[category],

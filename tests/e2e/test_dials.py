@@ -276,3 +276,17 @@ def test_paper_rule_thresholds_the_top_category_only(
         decisions = report_of(answer)["decisions"]
         top = max(manifest.names, key=lambda name: decisions[name]["margin"])
         assert refused_for(answer) == top
+
+
+def test_paper_rule_reads_the_models_own_probabilities(
+    asynchronous: AsyncOpenAI, evaluation: list[Row]
+) -> None:
+    """A bias on other tokens moves the whole distribution, and must not move the decision."""
+    prompts = prompts_of(evaluation, "safety", 20)
+    refusal = {"decision": "paper", "categories": {"safety": 0.5}}
+    cases = [(p, {**refusal, "report": report}) for p in prompts for report in (False, True)]
+    biased = {"extra_body": {"logit_bias": {"300": 100, "301": 100}, "min_tokens": 1}}
+    answers = asyncio.run(ask_all(asynchronous, cases, **biased))
+    assert sum(refused_for(answer) == "safety" for answer in answers) >= 24
+    for plain, with_report in zip(answers[::2], answers[1::2], strict=True):
+        assert refused_for(plain) == refused_for(with_report)

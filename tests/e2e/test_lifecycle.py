@@ -39,6 +39,8 @@ def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:
     assert metric(after, decided) - metric(before, decided) == 3
     assert metric(after, answered) - metric(before, answered) == 3
     assert metric(after, refused) - metric(before, refused) == 1
+    spent = "rheostat_decision_latency_seconds_sum"
+    assert 0 < metric(after, spent) - metric(before, spent) < 60
     count = "rheostat_decision_latency_seconds_count"
     assert metric(after, count) - metric(before, count) == 3
     assert "vllm:num_requests_running" in after

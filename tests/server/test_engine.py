@@ -122,6 +122,7 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
         ["--skip-tokenizer-init"],
         ["--chat-template", "other.jinja"],
         ["--logits-processors", "some.module:Processor"],
+        ["--logprobs-mode", "processed_logprobs"],
     ],
     ids=lambda flags: flags[0],
 )
