@@ -1,1 +1,1 @@
-"""Losses on log-probabilities. The flexible loss comes to stand here."""
+"""Losses on log-probabilities: `loss.flexible` has the family, `loss.members` names its members."""
