@@ -196,7 +196,8 @@ class _Run:
                         drop_first_token(choice)
                     elif not delta and choice.token_ids:
                         drop_first_token(choice)
-                if output.finished or any(choice.token_ids for choice in output.outputs):
+                shows = any(choice.token_ids for choice in output.outputs)
+                if shows or output.finished or output.prompt_logprobs:
                     yield output
 
     async def _decide_first(self, prompt: Any, ids: list[int]) -> Outputs:

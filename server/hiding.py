@@ -33,7 +33,7 @@ class Hider:
             output: The output; the control token that opened a choice is already dropped.
             visible: What ``visible`` returned for the client's prompt.
         """
-        if output.prompt_logprobs is not None:
+        if output.prompt_logprobs:  # an empty list stands in all deltas but the first
             output.prompt_logprobs = [
                 self._without(step)
                 for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)

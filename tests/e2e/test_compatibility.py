@@ -217,3 +217,28 @@ def test_every_generating_route_answers_and_hides_its_control_tokens(
         assert not any(token.token in answer.text for token in manifest.control_tokens)
         verdict = "refuse" if dial == "always" else "respond"
         assert set(answer.headers["x-refusal-decision"].split(", ")) == {verdict}
+
+
+def test_streamed_echo_has_the_prompts_log_probabilities(
+    server: Server, stock: Server, manifest: Manifest
+) -> None:
+    body = {
+        "model": "demo",
+        "prompt": "What is the capital of France?",
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 4,
+        "temperature": 0,
+        "stream": True,
+    }
+
+    def prompt_logprobs(answer: httpx.Response) -> list[float | None]:
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+        choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        values = [v for choice in choices for v in choice["logprobs"]["token_logprobs"]]
+        return values[:-4]
+
+    ours = prompt_logprobs(post(server, "/v1/completions", {**body, **answering(manifest)}))
+    theirs = prompt_logprobs(post(stock, "/v1/completions", body))
+    assert len(ours) > 4
+    assert ours == pytest.approx(theirs, abs=1e-4)

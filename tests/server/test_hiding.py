@@ -70,3 +70,10 @@ def test_first_token_is_dropped_where_no_log_probabilities_were_asked_for() -> N
     shown = choice([RESPOND], cumulative_logprob=0.0)
     drop_first_token(shown)
     assert shown.token_ids == []
+
+
+def test_later_deltas_have_no_prompt_log_probabilities_to_hide() -> None:
+    shown = output(prompt_token_ids=[900, RESPOND], prompt_logprobs=[])
+    Hider(MANIFEST).hide(shown, [900])
+    assert shown.prompt_logprobs == []
+    assert shown.prompt_token_ids == [900]
