@@ -229,6 +229,7 @@ def test_streamed_echo_has_the_prompts_log_probabilities(
         "logprobs": 1,
         "max_tokens": 4,
         "temperature": 0,
+        "ignore_eos": True,
         "stream": True,
     }
 
