@@ -25,4 +25,6 @@ lint: setup
 	@$(BIN)/mypy
 
 bench: setup
-	@$(BIN)/python -m benchmarks.overhead
+	@$(BIN)/python -m benchmarks.losses --out bench/losses
+	@$(BIN)/rheostat train demo
+	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json

@@ -144,6 +144,7 @@ def main() -> None:
                     rounds[name].append(measured)
     results = show(console, rounds)
     if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -44,5 +44,7 @@ def flexible(log_p: float, q: float, gamma: float) -> tuple[Exact, Exact, Exact]
             [weight_1 * tail, weight * tail_1],
             [weight_2 * tail, 2 * weight_1 * tail_1, weight * tail_2],
         )
-        first, second, third = (Exact(sum(s, Decimal(0)), sum(map(abs, s), Decimal(0))) for s in sums)
+        first, second, third = (
+            Exact(sum(s, Decimal(0)), sum(map(abs, s), Decimal(0))) for s in sums
+        )
         return first, second, third
