@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Serve one language model with a refusal dial per category and request.",
 )
 
@@ -37,7 +38,8 @@ def serve(
     """Serve a checkpoint over vLLM's OpenAI-compatible API, with the `refusal` object.
 
     Every other flag goes to vLLM's server as it is (--port, --tensor-parallel-size, ...). The
-    checkpoint is verified before the engine starts.
+    checkpoint is verified before the engine starts. RHEOSTAT_DEFAULTS holds the dials of requests
+    that bring none, as a JSON `refusal` object.
     """
     from models.checkpoint import load_checkpoint, resolve_checkpoint
     from server.protocol import resolve_controls
@@ -91,9 +93,12 @@ def evaluate(
             help="What the judge of texts learns from. [default: the demo's]",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use that many random rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use that many random rows.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Also write the report there as JSON.")] = None,
+    out: Annotated[
+        typer.FileTextWrite | None,
+        typer.Option(lazy=False, help="Also write the report there as JSON."),
+    ] = None,
 ) -> None:
     """Measure how a served checkpoint decides, and whether its text follows the token.
 
@@ -111,7 +116,7 @@ def evaluate(
         if data is None or train_data is None:
             write(Path(rendered), seed=0)
         report = evaluate_server(
-            url,
+            url.removesuffix("/").removesuffix("/v1"),
             data or Path(rendered) / "evaluation.jsonl",
             train_data=train_data or Path(rendered) / "train.jsonl",
             limit=limit,
@@ -120,12 +125,12 @@ def evaluate(
         )
     Console().print(report.table())
     if out is not None:
-        out.write_text(report.to_json() + "\n")
+        out.write(report.to_json() + "\n")
 
 
 @app.command()
 def demo_data(
-    out: Annotated[Path, typer.Option(help="A folder; made where it is missing.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="A folder; made where it is missing.")],
     seed: Annotated[int, typer.Option(help="Another seed, other sentences.")] = 0,
 ) -> None:
     """Render the demo's prompts and answers: train, calibration and evaluation as JSON lines."""
@@ -133,7 +138,7 @@ def demo_data(
 
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in write(out, seed).items():
-        typer.echo(f"{out / name}: {rows} rows")
+        typer.echo(f"{out / name}.jsonl: {rows} rows")
 
 
 @app.command()
@@ -152,7 +157,9 @@ def demo(
 
 @app.command()
 def adopt(
-    directory: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
+    directory: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="The checkpoint's folder.")
+    ],
     chat_template: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="A Jinja file to serve it with."),

@@ -5,6 +5,7 @@ This module and server/steering.py are the only ones that import vllm.
 """
 
 import copy
+import os
 import secrets
 import time
 from argparse import Namespace
@@ -25,6 +26,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -44,6 +46,8 @@ from server.routes import build_router
 from server.settings import Settings
 
 Outputs = AsyncGenerator[RequestOutput, None]
+
+CPU_KVCACHE_GIB = "2"
 
 UNSERVED_FLAGS = {
     "headless": "this is one HTTP server with its engine; run vLLM's own for engines without one",
@@ -132,6 +136,7 @@ class _Run:
         beams = self.steering.beam_search
         if beams and self.steering.continues:
             raise VLLMValidationError("use_beam_search cannot continue a message")
+        self._check_length(ids)
         self._check_prompt(ids, self.steering.history_of(0 if beams else self.call))
         _check_params(self.params, self.engine.hider.control_ids)
         if beams:
@@ -147,6 +152,15 @@ class _Run:
                 hider.hide(output, visible)
                 self._note_refusals(output)
                 yield output
+
+    def _check_length(self, ids: list[int]) -> None:
+        longest = self.engine.model_config.max_model_len - 2
+        if len(ids) > longest and self.call == 0:
+            raise VLLMValidationError(
+                f"the prompt has {len(ids)} tokens and may have {longest}: the decision and the "
+                "first token of the answer need a place each",
+                parameter="messages",
+            )
 
     def _check_prompt(self, ids: list[int], allowed: int) -> None:
         controls, opening = self.engine.hider.control_ids, self.engine._opening
@@ -181,7 +195,7 @@ class _Run:
     async def _in_one_pass(self, prompt: Any) -> Outputs:
         params = self._steered(self.params)
         if params.max_tokens is not None:
-            params.max_tokens += 1
+            params.max_tokens = min(params.max_tokens, self.engine.model_config.max_model_len) + 1
         if params.min_tokens:
             params.min_tokens += 1
         delta = params.output_kind is RequestOutputKind.DELTA
@@ -409,7 +423,15 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
             raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
+    if args.gpu_memory_utilization == parser.get_default("gpu_memory_utilization"):
+        _bound_cpu_cache()
     return args
+
+
+def _bound_cpu_cache() -> None:
+    # vLLM would take 92 % of the machine's memory, and not start where so much is not free.
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KVCACHE_GIB)
 
 
 def serve(args: Namespace, manifest: Manifest, settings: Settings, defaults: Controls) -> None:
@@ -427,7 +449,10 @@ def serve(args: Namespace, manifest: Manifest, settings: Settings, defaults: Con
 async def _serve(
     args: Namespace, manifest: Manifest, settings: Settings, defaults: Controls
 ) -> None:
-    _, sock = setup_server(args, reuse_port=False)
+    try:
+        _, sock = setup_server(args, reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"--port {args.port}: {error.strerror}") from error
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )

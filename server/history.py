@@ -61,6 +61,12 @@ def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> di
             f"{path}.refusal: must be a string or null, got {type(refusal).__name__}",
             param=f"{path}.refusal",
         )
+    if not isinstance(content, str | list | None):
+        raise RequestError(
+            f"{path}.content: must be a string, a list of parts or null, got "
+            f"{type(content).__name__}",
+            param=f"{path}.content",
+        )
     if not refusal and isinstance(content, list) and content:
         turn["content"] = _prefix_parts(content, token)
     else:

@@ -46,6 +46,9 @@ READS_MESSAGES = frozenset(
         "/invocations",
     }
 )
+REPORTS = frozenset(
+    {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/invocations"}
+)
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 READS_CONTINUE = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/invocations"})
 # They read the label's probability off the first step, where this model only decides.
@@ -140,6 +143,10 @@ class RefusalMiddleware:
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
         defaults = self._settings.defaults
         report = options.report if options.report is not None else bool(defaults.report)
+        if options.report and path not in REPORTS:
+            raise RequestError(
+                f"refusal.report: {path} gives no report yet", param=f"{FIELD}.report"
+            )
         steering = Steering(
             controls=resolve_controls(options, defaults, self._manifest.names),
             report=report,

@@ -7,6 +7,7 @@ from models.manifest import Manifest
 from server.context import Decision, Steering
 from server.protocol import build_report
 
+MOST_IN_HEADERS = 64
 CHAT = "chat.completion"
 CHAT_CHUNK = "chat.completion.chunk"
 PARSED_FIELDS = frozenset({"tool_calls", "function_call", "reasoning"})
@@ -43,9 +44,12 @@ class Shaper:
         )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Returns the decision headers, one value a choice; none when nothing was decided."""
+        """Returns the decision headers, one value a choice.
+
+        None when nothing was decided, or so many choices that proxies would refuse the headers.
+        """
         decisions = [d for _, d in sorted(self._steering.decisions.items())]
-        if not decisions:
+        if not 0 < len(decisions) <= MOST_IN_HEADERS:
             return []
         verdicts = ["respond" if d.category is None else "refuse" for d in decisions]
         names = [self._name(d) or "none" for d in decisions]

@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +17,13 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import EvaluationError
+from models.errors import ConfigError, EvaluationError
 from training.config import load_config
 from training.demo_data.render import render
 from training.train import train
 
 SERVER_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
+HOST = "127.0.0.1"
 MODEL_NAME = "demo"
 START_LIMIT_S = 300
 POSITIONS = (0.1, 0.5, 0.9)
@@ -39,9 +42,12 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
         once: Whether to end after the show, rather than to keep serving.
 
     Raises:
+        ConfigError: The port is taken.
         EvaluationError: The server did not start.
     """
     console = Console()
+    _check_port_is_free(port)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     config = load_config(Path("demo"))
     train(config, checkpoint, replace_stale=True)
     with _serving(checkpoint, port, console) as url:
@@ -52,12 +58,27 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
             _wait(console)
 
 
+def _check_port_is_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port}: {error.strerror}; choose another with --port"
+            ) from error
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
 @contextmanager
 def _serving(checkpoint: Path, port: int, console: Console) -> Iterator[str]:
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{HOST}:{port}"
     log = checkpoint.with_name(f"{checkpoint.name}-server.log")
     command = [sys.executable, "-m", "rheostat", "serve", "--model", str(checkpoint)]
-    command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", MODEL_NAME, "--host", HOST, "--port", str(port)]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     with log.open("wb") as file:
         process = subprocess.Popen(

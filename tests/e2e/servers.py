@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 START_LIMIT_S = 240
 ENGINE_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
@@ -56,14 +57,22 @@ class Server:
         raise RuntimeError(f"no server on {self.url}:\n{self.log.read_text()[-4000:]}")
 
     def end(self) -> None:
-        """Asks the process to stop, and kills it when it does not within 30 s."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        """Asks the process to stop, kills it when it does not within 30 s, and its children.
+
+        A stock server's engine process may outlive it.
+        """
+        if self.process.poll() is not None:
+            return
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        _, left = psutil.wait_procs(children, timeout=10)
+        for child in left:
+            child.kill()
 
 
 @contextmanager

@@ -154,6 +154,34 @@ def test_bodies_that_vllm_refuses_stay_4xx(server: Server, body: str) -> None:
     assert_lives(server)
 
 
+@pytest.mark.parametrize("report", [False, True])
+def test_prompt_that_leaves_no_place_for_the_decision_is_refused(
+    server: Server, report: bool
+) -> None:
+    body = {"model": "demo", "max_tokens": 1, "refusal": {"report": report}}
+    fits = post(server, {**body, "prompt": [300] * 510}, "/v1/completions")
+    assert fits.status_code == 200, fits.text
+    assert fits.json()["usage"]["completion_tokens"] == 1
+    full = post(server, {**body, "prompt": [300] * 511}, "/v1/completions")
+    assert full.status_code == 400
+    assert "511 tokens" in full.json()["error"]["message"]
+
+
+def test_serve_says_in_one_line_that_its_port_is_taken(server: Server, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(checkpoint)]
+    ended = subprocess.run(
+        [*command, "--host", "127.0.0.1", "--port", str(server.port)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == f"rheostat: --port {server.port}: Address already in use"
+
+
 def test_deep_nesting_is_refused(server: Server) -> None:
     answer = post(server, "[" * 100_000)
     assert answer.status_code == 400

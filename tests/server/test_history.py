@@ -147,3 +147,10 @@ def test_refusal_that_is_no_text_is_refused(refusal: Any) -> None:
 )
 def test_refusal_is_told_by_any_of_its_three_marks(message: dict[str, Any], refused: bool) -> None:
     assert is_refusal(message) is refused
+
+
+@pytest.mark.parametrize("content", [5, True, {"a": 1}])
+def test_content_that_is_no_text_names_its_path(content: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        annotate([{"role": "user"}, {"role": "assistant", "content": content}], MANIFEST)
+    assert caught.value.param == "messages.1.content"

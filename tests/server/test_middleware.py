@@ -705,3 +705,12 @@ def test_disconnect_reaches_the_server_after_the_body() -> None:
         {"type": "http.request", "body": b'{"messages": []}', "more_body": False},
         {"type": "http.disconnect"},
     ]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_report_is_refused_where_none_is_given(path: str) -> None:
+    server = FakeServer()
+    answer = send_to(server, path, {"refusal": {"report": True}})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "refusal.report"
+    assert server.calls == 0

@@ -280,3 +280,8 @@ def test_report_is_in_the_first_chunk_of_each_choice_only() -> None:
 def test_no_report_without_being_asked() -> None:
     answer = shaper_of(reported((1.0, 1.0), 0)).shape_answer(completion(1))
     assert "refusal_report" not in answer["choices"][0]
+
+
+def test_headers_are_left_out_where_proxies_would_refuse_them() -> None:
+    assert len(shaper_of(*[RESPOND] * 64).headers()) == 2
+    assert shaper_of(*[RESPOND] * 65).headers() == []
