@@ -212,7 +212,10 @@ def parse_body(raw: bytes) -> dict[str, Any] | None:
 
 def _encode(value: Any) -> bytes:
     # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
-    return json.dumps(value, separators=(",", ":")).encode()
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError as error:  # what could just be read may be too deep to write again
+        raise RequestError("the body nests too deeply", status=400) from error
 
 
 def error_response(error: RequestError) -> Response:
