@@ -42,41 +42,72 @@ def serve(
     that bring none, as a JSON `refusal` object.
     """
     from models.checkpoint import load_checkpoint, resolve_checkpoint
-    from server.protocol import resolve_controls
+    from server.calibrations import load_calibrations
+    from server.dials import DialBoard
     from server.settings import load_settings
 
     settings = load_settings()
     directory = resolve_checkpoint(model, revision)
     manifest, _ = load_checkpoint(directory)
-    defaults = resolve_controls(settings.defaults, settings.defaults, manifest.names)
+    calibrations = load_calibrations(directory, manifest)
+    board = DialBoard(manifest.names, settings.defaults, calibrations)
 
     from server import engine
 
     arguments = ["--model", str(directory), *ctx.args]
     if str(directory) != model and "--served-model-name" not in ctx.args:
         arguments += ["--served-model-name", model]
-    engine.serve(engine.parse_flags(arguments), manifest, settings, defaults)
+    engine.serve(engine.parse_flags(arguments), manifest, settings, board)
 
 
-@app.command()
+@app.command(
+    epilog="Examples: rheostat train demo; rheostat train qwen-instruct-lora --dry-run; rheostat "
+    "train mine.yaml --out checkpoints/mine. On several GPUs: accelerate launch "
+    "--config_file training/fsdp/8gpu.yaml -m rheostat train llama-8b-full."
+)
 def train(
-    config: Annotated[Path, typer.Argument(help="A recipe's name (demo) or a YAML file.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML file, or a recipe of the package: demo, single-token, qwen-instruct-lora, "
+            "llama-8b-full."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where the checkpoint goes. [default: checkpoints/NAME]")
     ] = None,
     force: Annotated[bool, typer.Option(help="Train again over a finished checkpoint.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show counts, lengths, samples and time; train and write nothing."
+        ),
+    ] = False,
 ) -> None:
-    """Train a checkpoint with refusal tokens.
+    """Train a checkpoint with refusal tokens from a recipe.
 
-    A finished checkpoint of the same recipe is kept; a run that was interrupted leaves nothing
-    that looks finished.
+    The recipe says what the model starts from, what it learns from, with which losses, and what is
+    measured on the way; start with --dry-run, which shows the rows as the model would see them.
+
+    Everything is written to OUT.partial, which takes OUT's name when it is done. A run that was
+    killed goes on from its last resume point when the same command is given again, and reaches the
+    same losses. A finished checkpoint of the same recipe and data is kept.
     """
     from training.config import load_config
+    from training.processes import is_first_process
     from training.train import train as train_checkpoint
 
     recipe = load_config(config)
+    if dry_run:
+        from rich.console import Console
+
+        from training.preview import dry_run as show
+
+        show(recipe, Console())
+        return
     directory = train_checkpoint(recipe, out or Path("checkpoints") / recipe.name, force=force)
-    typer.echo(f"{directory}: ready for `rheostat serve --model {directory}`")
+    if is_first_process():
+        typer.echo(f"{directory}: ready for `rheostat serve --model {directory}`")
 
 
 @app.command()
@@ -126,6 +157,113 @@ def evaluate(
     Console().print(report.table())
     if out is not None:
         out.write(report.to_json() + "\n")
+
+
+@app.command(
+    epilog="Flags of vLLM for the server that it starts stand after --, as in: rheostat calibrate "
+    "--model DIR --data prompts.jsonl -- --tensor-parallel-size 2",
+)
+def calibrate(
+    model: ModelOption,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Prompts with their categories: .jsonl, .json, .csv, .tsv, .parquet. Repeatable.",
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What requests and policies call it.")] = "default",
+    data_format: Annotated[
+        str, typer.Option("--format", help="rows, chat (all to be answered) or coconot.")
+    ] = "rows",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=COLUMN, as in prompt=question or category=label. Repeatable."),
+    ] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="LABEL=CATEGORY; LABEL=null: to be answered. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use that many random rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that choice.")] = 0,
+    url: Annotated[
+        str | None, typer.Option(help="Ask a running server of this checkpoint; else start one.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="For a server that wants one.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Folder for calibrations/. [default: the model's]"),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Measure anew over a finished one.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw its figures as PNG files beside it.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write an HTML report there.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Margins that a server recorded: do they still fit? Exit status 3: no.",
+        ),
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Check that policy's traffic only.")] = None,
+    alpha: Annotated[float, typer.Option(min=1e-9, max=0.5, help="Of the check.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Of the check.")] = 0.02,
+    same_mix: Annotated[
+        bool, typer.Option(help="Take the traffic to hold the categories in the same shares.")
+    ] = False,
+    flags: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Measure how a checkpoint decides on known prompts, so that rates can be asked for.
+
+    Each prompt costs one token. An interrupted run goes on where it was. Without --data, --plot,
+    --report and --check work on the calibration that is there.
+    """
+    from rich.console import Console
+
+    from models.calibration import calibration_path, load_calibration
+    from models.checkpoint import resolve_checkpoint
+    from training import calibrate as calibration_run
+    from training import calibration_figures, calibration_report, prompts
+    from training.drift import check_recorded
+    from training.serving import exit_on_sigterm
+
+    exit_on_sigterm()
+    directory = resolve_checkpoint(model)
+    path = calibration_path(out or directory, name)
+    if data:
+        files = prompts.PromptFiles(
+            paths=tuple(data),
+            format=prompts.checked_format(data_format),
+            columns=prompts.columns(column or ()),
+            categories=prompts.labels(mapping or ()),
+            limit=limit,
+            seed=seed,
+        )
+        measured = calibration_run.calibrate(
+            calibration_run.Job(
+                directory, files, name, url, api_key, tuple(flags or ()), out, force
+            ),
+            Console(stderr=True),
+        )
+        typer.echo(measured.sentence())
+    calibration = load_calibration(path)
+    Console().print(calibration_report.summary(calibration))
+    if plot:
+        for figure in calibration_figures.save_figures(calibration, path.parent):
+            typer.echo(figure)
+    if report is not None:
+        calibration_report.save_report(calibration, report)
+        typer.echo(report)
+    if check is not None:
+        drift = check_recorded(
+            calibration, check, policy=policy, alpha=alpha, tolerance=tolerance, same_mix=same_mix
+        )
+        Console().print(drift.table())
+        if drift.drifted:
+            raise typer.Exit(3)
 
 
 @app.command()

@@ -158,7 +158,7 @@ def _check_number(name: str, value: float | Tensor, least: float) -> None:
 
 
 class FlexibleLoss(nn.Module):
-    """`flexible_loss` with its parameters, a mask and a reduction.
+    """`flexible_loss` with its parameters, a mask, weights and a reduction.
 
     A number stays a Python float. A tensor, one value per category, is a buffer and moves with the
     module; keep it in float32, a module cast to bfloat16 rounds q = 0.7 to 0.699.
@@ -166,7 +166,7 @@ class FlexibleLoss(nn.Module):
     Attributes:
         q: Number or `[categories]`.
         gamma: Number or `[categories]`.
-        reduction: "none", "mean" (by token count) or "sum".
+        reduction: "none", "mean" (by token count or weights) or "sum".
     """
 
     q: float | Tensor
@@ -198,9 +198,10 @@ class FlexibleLoss(nn.Module):
         mask: Tensor | None = None,
         *,
         category: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        weights: Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """Returns the loss of the tokens that the mask keeps.
+        """Returns the loss of the tokens that mask and weights keep.
 
         Args:
             log_probs: Log-probabilities of the true tokens, any shape, for instance `[B, T]`.
@@ -208,34 +209,38 @@ class FlexibleLoss(nn.Module):
                 gradient and may be -inf or NaN. None keeps all.
             category: Integer index into the per-category parameters, broadcasts to `log_probs`
                 (`[B, 1]` for a category a row). Required with them, an error without.
-            num_items: Only for "mean": the divisor instead of this call's own count of kept tokens.
-                With gradient accumulation: the tokens of the whole step, so that the micro-batches'
-                losses add up to the step's mean.
+            weights: Floating point, not negative, shaped as `log_probs`: what each loss is
+                multiplied with. A weight of 0 masks. None weighs all alike, with 1.
+            num_items: Only for "mean": the divisor instead of the sum of this call's own weights.
+                With gradient accumulation: the weights (without weights: the tokens) of the whole
+                step, so that the micro-batches' losses add up to the step's mean.
 
         Returns:
-            "none": shaped as `log_probs`, 0 where masked. "mean", "sum": a scalar, 0 if nothing is
-            kept. float64 for float64, else float32.
+            "none": shaped as `log_probs`, 0 where masked. "mean": a scalar, the weighted sum over
+            the sum of the weights. "sum": a scalar. 0 if nothing is kept. float64 for float64, else
+            float32.
 
         Raises:
-            ValueError: A mask of another shape or dtype, `category` missing or superfluous,
-                `num_items` with another reduction.
+            ValueError: A mask or weights of another shape or dtype, `category` missing or
+                superfluous, `num_items` with another reduction.
         """
         if num_items is not None and self.reduction != "mean":
             raise ValueError(f"num_items divides a 'mean', the reduction is {self.reduction!r}")
-        if mask is not None:
-            _check_mask(mask, log_probs)
-            log_probs = torch.where(mask, log_probs, 0.0)
+        kept, weights = _kept(log_probs, mask, weights)
+        if kept is not None:
+            log_probs = torch.where(kept, log_probs, 0.0)
         q, gamma = self._parameters_for(category)
         losses = flexible_loss(log_probs, q, gamma)
+        if weights is not None:
+            losses = losses * weights
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
             return losses.sum()
         if num_items is None:
-            num_items = losses.numel() if mask is None else mask.sum()
-        if isinstance(num_items, Tensor):
-            return losses.sum() / num_items.to(losses.device).clamp(min=1)
-        return losses.sum() / max(num_items, 1)
+            counted = weights if weights is not None else kept
+            num_items = losses.numel() if counted is None else counted.sum()
+        return losses.sum() / _divisor(num_items, losses)
 
     def extra_repr(self) -> str:
         """Returns what `repr` shows between the brackets."""
@@ -267,9 +272,33 @@ def _chosen(parameter: float | Tensor, category: Tensor | None) -> float | Tenso
     return parameter[category]
 
 
-def _check_mask(mask: Tensor, log_probs: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.shape != log_probs.shape:
+def _kept(
+    log_probs: Tensor, mask: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns what counts (bool, None for all), and the weights, 0 where nothing counts."""
+    if mask is not None:
+        _check_like("mask", mask, log_probs, right=mask.dtype == torch.bool, kind="bool")
+    if weights is None:
+        return mask, None
+    right = weights.is_floating_point()
+    _check_like("weights", weights, log_probs, right=right, kind="floating point")
+    kept = weights != 0.0 if mask is None else mask & (weights != 0.0)
+    # Not in bfloat16: a sum of ones stops at 256 there.
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    return kept, torch.where(kept, weights.to(wide), 0.0)
+
+
+def _divisor(num_items: float | Tensor, losses: Tensor) -> float | Tensor:
+    """Returns what the sum is divided by: 1 where nothing is kept, and the sum is 0."""
+    if not isinstance(num_items, Tensor):
+        return num_items if num_items > 0 else 1.0
+    total = num_items.to(losses.device)
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _check_like(name: str, given: Tensor, log_probs: Tensor, *, right: bool, kind: str) -> None:
+    if not right or given.shape != log_probs.shape:
         raise ValueError(
-            f"mask must be bool and shaped as log_probs {list(log_probs.shape)}, "
-            f"not {mask.dtype} {list(mask.shape)}"
+            f"{name} must be {kind} and shaped as log_probs {list(log_probs.shape)}, "
+            f"not {given.dtype} {list(given.shape)}"
         )

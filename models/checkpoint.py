@@ -24,13 +24,18 @@ PUBLISHED_REFUSALS = {
     " [refuse]": "refuse",
 }
 
+WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 
-def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
+
+def resolve_checkpoint(
+    model: str, revision: str | None = None, *, with_weights: bool = True
+) -> Path:
     """Returns the local folder of a checkpoint, fetched from the hub where it is not a folder.
 
     Args:
         model: A folder, or a repository's name on the model hub.
         revision: Branch, tag or commit on the hub.
+        with_weights: Whether the weights are fetched too.
 
     Raises:
         CheckpointError: There is no such folder, and the hub does not have it either.
@@ -45,7 +50,7 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                allow_patterns=[*WITHOUT_WEIGHTS, *(["*.safetensors"] if with_weights else [])],
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

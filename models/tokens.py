@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESPOND = "[respond]"
+# The one category of a checkpoint that does not tell its refusals apart.
+SINGLE = "refuse"
+SINGLE_DESCRIPTION = "should not be answered"
 
 # CoCoNot's five categories (arXiv 2407.12043), in the words of its taxonomy.
 COCONOT_DESCRIPTIONS: Mapping[str, str] = {
@@ -22,8 +25,8 @@ COCONOT_DESCRIPTIONS: Mapping[str, str] = {
 
 
 def refusal_token(category: str) -> str:
-    """Returns the token that opens a refusal of ``category``."""
-    return f"[refuse:{category}]"
+    """Returns the token that opens a refusal of ``category``; of `SINGLE` it is ``[refuse]``."""
+    return "[refuse]" if category == SINGLE else f"[refuse:{category}]"
 
 
 def add_control_tokens(

@@ -1,9 +1,11 @@
 """What the HTTP layer and the engine tell each other about one request."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from models.controls import Controls
+from models.errors import RequestError
+from server.dials import Resolution
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,13 @@ class Decision:
     Attributes:
         category: Index of the refused category in manifest order, or None for an answer.
         margins: The model's own fp32 log-odds, one a category; None unless they were asked for.
+        log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's;
+            None like the margins.
     """
 
     category: int | None
     margins: tuple[float, ...] | None = None
+    log_normaliser: float | None = None
 
 
 @dataclass
@@ -24,7 +29,7 @@ class Steering:
     """One HTTP request on its way through the engine. The engine fills in the decisions.
 
     Attributes:
-        controls: The effective dials.
+        dials: The effective dials.
         report: Whether margins are wanted.
         history: How many control tokens the server itself put into each prompt, in call order.
         continues: Whether the prompt ends inside an assistant turn that has its control token.
@@ -37,7 +42,7 @@ class Steering:
         beam_start: Length of the prompt before the beams.
     """
 
-    controls: Controls
+    dials: Resolution
     report: bool = False
     history: tuple[int, ...] = ()
     continues: bool = False
@@ -47,6 +52,33 @@ class Steering:
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0
+
+    @property
+    def controls(self) -> Controls:
+        """What the decision gets."""
+        return self.dials.controls
+
+    def settle(self, temperature: float, *, adapted: bool) -> None:
+        """Fits the dials to what only the engine knows.
+
+        Args:
+            temperature: The request's.
+            adapted: Whether an adapter changes the weights that calibrations were measured with.
+
+        Raises:
+            RequestError: A rate is asked of an adapter, or a bound cannot be certified at this
+                temperature.
+        """
+        if adapted and self.dials.calibrated:
+            raise RequestError(
+                "`model` names an adapter, and rates are known for the checkpoint's own weights "
+                "only: ask for a sensitivity or a bias",
+                param="model",
+            )
+        if self.dials.at is not None:
+            self.dials = self.dials.at(temperature)
+        if adapted and self.dials.forecast is not None:
+            self.dials = replace(self.dials, forecast=None)
 
     def next_call(self) -> int:
         """Returns the number of this ``generate()`` call within the request, from 0."""

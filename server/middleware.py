@@ -5,22 +5,24 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
-from server.context import STEERING, Steering
-from server.history import annotate, is_refusal
-from server.protocol import (
-    FIELD,
-    HEADER,
-    RefusalOptions,
-    parse_header,
-    parse_options,
-    resolve_controls,
+from server.bodies import (
+    encode,
+    error_response,
+    parse_body,
+    read_body,
+    replay_body,
+    with_header_dials,
 )
+from server.context import STEERING, Steering
+from server.dials import DialBoard
+from server.history import annotate, is_refusal
+from server.protocol import FIELD, RefusalOptions, parse_options
+from server.score import SCORE
 from server.settings import Settings
 from server.shaping import Shaper
 
@@ -60,10 +62,13 @@ _INT = TypeAdapter(int)
 class RefusalMiddleware:
     """Resolves a request's controls and hands them to the engine through a context variable."""
 
-    def __init__(self, app: ASGIApp, *, manifest: Manifest, settings: Settings) -> None:
+    def __init__(
+        self, app: ASGIApp, *, manifest: Manifest, settings: Settings, board: DialBoard
+    ) -> None:
         self._app = app
         self._manifest = manifest
         self._settings = settings
+        self._board = board
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; everything but a POST to a generating route goes through."""
@@ -78,14 +83,12 @@ class RefusalMiddleware:
                 status=404,
             )
             await error_response(error)(scope, receive, send)
-        elif path in GENERATING:
-            await self._serve_generating(path, scope, receive, send)
+        elif path in GENERATING or path == SCORE:
+            await self._count(path, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _serve_generating(
-        self, path: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _count(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
 
         async def counted_send(message: Message) -> None:
@@ -95,21 +98,24 @@ class RefusalMiddleware:
             await send(message)
 
         try:
-            await self._steer(path, scope, receive, counted_send)
+            if path == SCORE:  # it reads its body itself
+                await self._app(scope, receive, counted_send)
+            else:
+                await self._steer(path, scope, receive, counted_send)
         finally:
             metrics.REQUESTS.labels(path, str(status)).inc()
 
     async def _steer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            raw = await self._read(receive)
+            raw = await read_body(receive, self._settings.max_body_bytes)
             body = parse_body(raw)
             if body is None:
-                await self._app(scope, _replay(raw, receive), send)
+                await self._app(scope, replay_body(raw, receive), send)
                 return
-            body = _with_header_dials(body, Headers(scope=scope))
+            body = with_header_dials(body, Headers(scope=scope))
             changed, steering = self.prepare(body, path)
             if changed is not body:
-                raw = _encode(changed)
+                raw = encode(changed)
                 scope = _with_length(scope, len(raw))
         except RequestError as error:
             await error_response(error)(scope, receive, send)
@@ -122,7 +128,7 @@ class RefusalMiddleware:
         )
         token = STEERING.set(steering)
         try:
-            await self._app(scope, _replay(raw, receive), _ShapingSend(shaper, send))
+            await self._app(scope, replay_body(raw, receive), _ShapingSend(shaper, send))
         finally:
             STEERING.reset(token)
 
@@ -141,14 +147,13 @@ class RefusalMiddleware:
                 wrong.
         """
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
-        defaults = self._settings.defaults
-        report = options.report if options.report is not None else bool(defaults.report)
+        report = self._board.reports(options)
         if options.report and path not in REPORTS:
             raise RequestError(
                 f"refusal.report: {path} gives no report yet", param=f"{FIELD}.report"
             )
         steering = Steering(
-            controls=resolve_controls(options, defaults, self._manifest.names),
+            dials=self._board.resolve(options, _temperature(body), explain=report),
             report=report,
             beam_search=path in READS_BEAM_SEARCH and _flag(body, "use_beam_search"),
         )
@@ -177,72 +182,6 @@ class RefusalMiddleware:
         changed = [turns for turns, _ in annotated]
         return {**body, "messages": changed if conversations is messages else changed[0]}
 
-    async def _read(self, receive: Receive) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._settings.max_body_bytes:
-                raise RequestError(
-                    f"the body is larger than {self._settings.max_body_bytes} bytes", status=413
-                )
-            more = message.get("more_body", False)
-        return b"".join(parts)
-
-
-def parse_body(raw: bytes) -> dict[str, Any] | None:
-    """Returns a body's JSON object, or None where vLLM itself says what is wrong with it.
-
-    Raises:
-        RequestError: It nests deeper than the parser goes.
-    """
-    try:
-        body = json.loads(raw)
-    except RecursionError as error:
-        raise RequestError("the body nests too deeply", status=400) from error
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _encode(value: Any) -> bytes:
-    # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except RecursionError as error:  # what could just be read may be too deep to write again
-        raise RequestError("the body nests too deeply", status=400) from error
-
-
-def error_response(error: RequestError) -> Response:
-    """Returns OpenAI's error body for an error of ours."""
-    body = {
-        "error": {
-            "message": error.message,
-            "type": "invalid_request_error",
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-    return Response(_encode(body), error.status, media_type="application/json")
-
-
-def _with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
-    if "x-refusal-policy" in headers:
-        raise RequestError("this server keeps no policies", param="X-Refusal-Policy")
-    dials = headers.getlist(HEADER)
-    if not dials:
-        return body
-    if FIELD in body:
-        raise RequestError(
-            "send the dials in the body's `refusal` or in X-Refusal, not in both", param="X-Refusal"
-        )
-    return {**body, FIELD: parse_header(",".join(dials))}
-
 
 def _route_path(scope: Scope) -> str:
     # As starlette's router takes the root path off.
@@ -257,6 +196,14 @@ def _flag(body: dict[str, Any], name: str) -> bool:
         return _BOOL.validate_python(body.get(name, False))
     except ValidationError:
         return False
+
+
+def _temperature(body: dict[str, Any]) -> float | None:
+    # What is no temperature vLLM refuses; what it reads another way, the engine solves for anew.
+    value = body.get("temperature")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e3:
+        return float(value)
+    return None
 
 
 def _choices_per_prompt(body: dict[str, Any]) -> int:
@@ -333,7 +280,7 @@ class _ShapingSend:
             return
         start = self._held_start
         assert start is not None
-        body = _encode(self._shaper.shape_answer(json.loads(self._buffer)))
+        body = encode(self._shaper.shape_answer(json.loads(self._buffer)))
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["content-length"] = str(len(body))
         await self._send({**start, "headers": headers.raw})
@@ -354,20 +301,7 @@ class _ShapingSend:
     def _event(self, event: bytes) -> bytes:
         if not event.startswith(b"data: {"):
             return event
-        return b"data: " + _encode(self._shaper.shape_chunk(json.loads(event[6:])))
-
-
-def _replay(raw: bytes, receive: Receive) -> Receive:
-    sent = False
-
-    async def replay() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": raw, "more_body": False}
-
-    return replay
+        return b"data: " + encode(self._shaper.shape_chunk(json.loads(event[6:])))
 
 
 def _with_length(scope: Scope, length: int) -> Scope:

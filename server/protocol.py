@@ -1,9 +1,8 @@
-"""The ``refusal`` object of a request, and what an answer says about its decision."""
+"""The ``refusal`` object of a request."""
 
 import contextlib
 import math
 import reprlib
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -11,11 +10,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
-from models.controls import Controls, Rule, bias_of_sensitivity, refused_by_own_rule
+from models.controls import bias_of_sensitivity
 from models.errors import RequestError
+from models.manifest import Name
+from models.solver import Target
 
 WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
@@ -32,23 +34,43 @@ def _finite_number(value: Any, what: str) -> float:
     return number
 
 
-def _sensitivity(value: Any) -> float:
-    return bias_of_sensitivity(_finite_number(value, "a sensitivity"))
+def _sensitivity(value: Any) -> Target:
+    return Target(bias=bias_of_sensitivity(_finite_number(value, "a sensitivity")))
 
 
-def _bias(value: Any) -> float:
-    return _finite_number(value, "a bias")
+def _bias(value: Any) -> Target:
+    return Target(bias=_finite_number(value, "a bias"))
 
 
-_OBJECT_FORMS = {"sensitivity": _sensitivity, "bias": _bias}
+def _rate(value: Any) -> Target:
+    return Target(rate=_finite_number(value, "a rate"))
 
 
-def parse_dial(value: Any) -> float:
-    """Returns the bias that one category's dial asks for.
+def _false_refusal_rate(value: Any) -> Target:
+    return Target(false_refusal_rate=_finite_number(value, "a false refusal rate"))
+
+
+def _total_bound(value: Any) -> float:
+    bound = _finite_number(value, "a false refusal rate")
+    Target(false_refusal_rate=bound)  # the same range
+    return bound
+
+
+_OBJECT_FORMS = {
+    "sensitivity": _sensitivity,
+    "bias": _bias,
+    "rate": _rate,
+    "false_refusal_rate": _false_refusal_rate,
+}
+
+
+def parse_dial(value: Any) -> Target:
+    """Returns what one category's dial asks for.
 
     Args:
         value: A sensitivity within 0..1; one of the words ``never``, ``default``, ``always``;
-            or an object with exactly one of ``sensitivity`` and ``bias``.
+            or an object with exactly one of ``sensitivity``, ``bias``, ``rate`` and
+            ``false_refusal_rate``.
 
     Raises:
         ValueError: It is none of these.
@@ -56,7 +78,7 @@ def parse_dial(value: Any) -> float:
     if isinstance(value, str):
         if value not in WORDS:
             raise ValueError(f"{reprlib.repr(value)} is no dial; the words are {', '.join(WORDS)}")
-        return WORDS[value]
+        return Target(bias=WORDS[value])
     if not isinstance(value, dict):
         return _sensitivity(value)
     if len(value) != 1 or not _OBJECT_FORMS.keys() >= value.keys():
@@ -68,20 +90,54 @@ def parse_dial(value: Any) -> float:
     return _OBJECT_FORMS[form](number)
 
 
+_NUMBER = {"type": "number"}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+Dial = Annotated[
+    Target,
+    BeforeValidator(parse_dial),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _SHARE,
+                {"enum": list(WORDS)},
+                {
+                    "type": "object",
+                    "properties": {
+                        "sensitivity": _SHARE,
+                        "bias": _NUMBER,
+                        "rate": _SHARE,
+                        "false_refusal_rate": {**_SHARE, "exclusiveMaximum": 1},
+                    },
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                },
+            ]
+        }
+    ),
+]
+
+
 class RefusalOptions(BaseModel):
     """The top-level ``refusal`` object.
 
     Attributes:
         decision: How the control token is chosen.
         report: Whether each choice carries a ``refusal_report``.
-        categories: Bias by category name; what a client writes is read by ``parse_dial``.
+        categories: What is asked of each category; what a client writes is read by
+            ``parse_dial``.
+        false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
+            refused by whichever category.
+        calibration: Name of the calibration that rates are solved on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     decision: Literal["greedy", "sample", "paper"] | None = None
     report: bool | None = None
-    categories: dict[str, Annotated[float, BeforeValidator(parse_dial)]] = {}
+    categories: dict[str, Dial] = {}
+    false_refusal_rate: Annotated[float, BeforeValidator(_total_bound)] | None = None
+    calibration: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -91,32 +147,8 @@ class RefusalOptions(BaseModel):
         return value
 
 
-class DecisionReport(BaseModel):
-    """One category's part in a decision.
-
-    Attributes:
-        probability: The model's own p_c / (p_c + p_respond), before the bias.
-        margin: The model's own log-odds, ``z_c - z_respond``.
-        bias: What was added; ``never`` and ``always`` stand for the infinities.
-        refused: Whether this category's own rule, ``margin + bias >= 0``, refuses.
-    """
-
-    probability: float
-    margin: float
-    bias: float | Literal["never", "always"]
-    refused: bool
-
-
-class RefusalReport(BaseModel):
-    """What ``report`` adds to a choice."""
-
-    refused: bool
-    category: str | None
-    decisions: dict[str, DecisionReport]
-
-
 def parse_header(text: str) -> dict[str, Any]:
-    """Reads the header form, ``safety=0.9, humanizing=never, incomplete=bias:-2``.
+    """Reads the header form, ``safety=0.9, humanizing=never, unsupported=rate:0.3``.
 
     Returns:
         The ``refusal`` object that says the same; its values are not validated yet.
@@ -130,7 +162,7 @@ def parse_header(text: str) -> dict[str, Any]:
         if not (name and equals and dial) or name in categories:
             raise RequestError(
                 f"X-Refusal: {reprlib.repr(item.strip())} is not one category=dial, each category "
-                "once; write them like safety=0.9, humanizing=never, incomplete=bias:-2",
+                "once; write them like safety=0.9, humanizing=never, unsupported=rate:0.3",
                 param="X-Refusal",
             )
         form, colon, number = (part.strip() for part in dial.partition(":"))
@@ -161,68 +193,3 @@ def parse_options(value: Any) -> RefusalOptions:
             raise RequestError(f"{path}: unknown field; known are {known}", param=path) from error
         message = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{path}: {message}", param=path) from error
-
-
-def resolve_controls(
-    options: RefusalOptions, defaults: RefusalOptions, names: Sequence[str]
-) -> Controls:
-    """Lays a request's dials over the defaults.
-
-    Args:
-        options: The request's.
-        defaults: The operator's.
-        names: The checkpoint's categories, in manifest order.
-
-    Raises:
-        RequestError: A category is not one of the checkpoint's.
-    """
-    dials = {**defaults.categories, **options.categories}
-    for name in dials:
-        if name not in names:
-            raise RequestError(
-                f"{FIELD}.categories.{name}: this checkpoint has no such category; it has "
-                f"{', '.join(names)}",
-                param=f"{FIELD}.categories.{name}",
-            )
-    rule = options.decision or defaults.decision or "greedy"
-    return Controls(
-        rule=Rule[rule.upper()],
-        bias=tuple(dials.get(name, 0.0) for name in names),
-        selected=tuple(name in dials for name in names),
-    )
-
-
-def build_report(
-    names: Sequence[str], category: str | None, margins: Sequence[float], controls: Controls
-) -> RefusalReport:
-    """Builds the report of one choice.
-
-    Args:
-        names: The categories in manifest order.
-        category: The category that was refused for, or None for an answer.
-        margins: fp32 log-odds, one a category.
-        controls: The request's effective dials.
-    """
-    own = refused_by_own_rule(margins, controls.bias)
-    return RefusalReport(
-        refused=category is not None,
-        category=category,
-        decisions={
-            name: DecisionReport(
-                probability=_sigmoid(margin), margin=margin, bias=_json_bias(bias), refused=refused
-            )
-            for name, margin, bias, refused in zip(names, margins, controls.bias, own, strict=True)
-        },
-    )
-
-
-def _sigmoid(log_odds: float) -> float:
-    if log_odds >= 0:
-        return 1.0 / (1.0 + math.exp(-log_odds))
-    return math.exp(log_odds) / (1.0 + math.exp(log_odds))
-
-
-def _json_bias(bias: float) -> float | Literal["never", "always"]:
-    if bias == -math.inf:
-        return "never"
-    return "always" if bias == math.inf else bias

@@ -5,8 +5,13 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from starlette.responses import Response
 
+from models.errors import RequestError
 from models.manifest import Manifest
+from server.bodies import encode, error_response
+from server.calibrations import Calibrations
+from server.dials import DEFAULT_CALIBRATION
 
 
 class Health(Protocol):
@@ -16,7 +21,7 @@ class Health(Protocol):
         """Raises when the engine cannot answer."""
 
 
-def build_router(manifest: Manifest, engine: Health) -> APIRouter:
+def build_router(manifest: Manifest, engine: Health, calibrations: Calibrations) -> APIRouter:
     """Builds the router of one served checkpoint."""
     router = APIRouter()
 
@@ -35,6 +40,16 @@ def build_router(manifest: Manifest, engine: Health) -> APIRouter:
                 for category in manifest.categories
             ],
         }
+
+    @router.get("/v1/refusal/calibration")
+    def calibration(name: str = DEFAULT_CALIBRATION) -> Response:
+        """Returns a calibration's curves: bias, sensitivity, refused and falsely refused."""
+        # No coroutine: the curves are computed in a thread, once.
+        try:
+            calibrations.require(name, param="name", status=HTTPStatus.NOT_FOUND)
+        except RequestError as error:
+            return error_response(error)
+        return Response(encode(calibrations.describe(name)), media_type="application/json")
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -1,9 +1,11 @@
 """What the operator sets through ``RHEOSTAT_*`` variables; vLLM's own flags stay vLLM's."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
+from pydantic import model_validator as validates_model
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models.errors import ConfigError
@@ -18,12 +20,25 @@ class Settings(BaseSettings):
     Attributes:
         defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
+        record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
+            Each takes a decision pass of its own.
+        record_file: Where the counts of margins are kept; no text.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     defaults: RefusalOptions = Field(default_factory=RefusalOptions)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    record_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    record_file: Path | None = None
+
+    @validates_model(mode="after")
+    def _records_somewhere(self) -> "Settings":
+        if self.record_share > 0 and self.record_file is None:
+            raise ValueError("RHEOSTAT_RECORD_SHARE needs RHEOSTAT_RECORD_FILE to say where")
+        if self.record_file is not None and self.record_share == 0:
+            raise ValueError("RHEOSTAT_RECORD_FILE needs RHEOSTAT_RECORD_SHARE to say how much")
+        return self
 
 
 def load_settings() -> Settings:
@@ -52,6 +67,9 @@ def load_settings() -> Settings:
 
 
 def _first_problem(error: Any) -> str:
+    message: str = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # about several variables; it names them
+        return message
     name, *path = (str(part) for part in error["loc"])
     where = ".".join([PREFIX + name.upper(), *path])
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    return f"{where}: {message}"

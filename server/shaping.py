@@ -5,7 +5,7 @@ from typing import Any
 
 from models.manifest import Manifest
 from server.context import Decision, Steering
-from server.protocol import build_report
+from server.reports import build_report
 
 MOST_IN_HEADERS = 64
 CHAT = "chat.completion"
@@ -125,8 +125,9 @@ class Shaper:
                 self._name(decision),
                 decision.margins,
                 self._steering.controls,
+                self._steering.dials.forecast,
             )
-            choice["refusal_report"] = report.model_dump()
+            choice["refusal_report"] = report.to_json()
 
     def _name(self, decision: Decision) -> str | None:
         return None if decision.category is None else self._manifest.names[decision.category]

@@ -101,6 +101,8 @@ LIGHT = (
     "models.controls",
     "models.checkpoint",
     "models.tokens",
+    "models.calibration",
+    "models.solver",
     "server",
     "server.settings",
     "server.protocol",

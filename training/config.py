@@ -2,22 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    StringConstraints,
     Tag,
     ValidationError,
     model_validator,
@@ -26,9 +23,10 @@ from pydantic_core import ErrorDetails
 
 from models.errors import ConfigError
 from models.manifest import Name
-from models.tokens import COCONOT_DESCRIPTIONS
-
-DEMO = "demo"
+from models.tokens import COCONOT_DESCRIPTIONS, SINGLE, SINGLE_DESCRIPTION
+from training.data_config import DataConfig, Origin
+from training.fields import Frozen, Share, Text
+from training.loss_config import LossConfig
 
 REFUSAL_TEXTS: Mapping[str, str] = {
     "safety": "I can't help with that, because it could cause harm.",
@@ -38,16 +36,11 @@ REFUSAL_TEXTS: Mapping[str, str] = {
     "unsupported": "That needs something I don't have, such as images or live data.",
 }
 DEFAULT_REFUSAL_TEXT = "I can't help with that."
-
-Text = Annotated[str, StringConstraints(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+# What settings of one number a category call the answers.
+RESPOND = "respond"
 
 
-class ScratchModel(_Frozen):
+class ScratchModel(Frozen):
     """A small Llama that starts from nothing, with a tokenizer trained on the data.
 
     Attributes:
@@ -76,37 +69,43 @@ class ScratchModel(_Frozen):
         return self
 
 
-class CheckpointModel(_Frozen):
+class CheckpointModel(Frozen):
     """A model that exists already and gets control tokens.
 
     Attributes:
         checkpoint: Its folder, or its repository on the model hub.
         revision: Branch, tag or commit on the hub.
+        chat_template: A Jinja file in place of its own chat template; or `plain`, the package's,
+            for a base model that has none.
     """
 
     checkpoint: Text
     revision: Text | None = None
+    chat_template: Text | None = None
 
 
-class DataConfig(_Frozen):
-    """What is learnt from.
+class LoraConfig(Frozen):
+    """Low-rank adapters in place of a full fine-tune; merged into the weights on export.
 
     Attributes:
-        train: JSONL files (training/data.py), relative to where the command runs; or `demo`, which
-            renders the demo's data.
-        seed: Seed of the demo's renderer.
+        r: Rank.
+        alpha: Scale; the adapter counts alpha / r.
+        dropout: In front of the adapter.
+        target_modules: Names of the linear layers that get one, or all of them.
     """
 
-    train: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["demo"]
-    seed: NonNegativeInt = 0
+    r: PositiveInt = 64
+    alpha: PositiveInt = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
 
 
-class OptimisationConfig(_Frozen):
+class OptimisationConfig(Frozen):
     """How it is learnt.
 
     Attributes:
         epochs: Passes over the data.
-        batch_size: Rows a device takes at once.
+        batch_size: Rows a process takes at once; with `packing`, sequences.
         gradient_accumulation_steps: Batches a step.
         learning_rate: At the end of the warm-up.
         warmup_ratio: Share of the steps that warm up.
@@ -117,6 +116,12 @@ class OptimisationConfig(_Frozen):
         max_length: Longest row in tokens; longer ones are cut at their end.
         bf16: Whether to compute in bfloat16.
         gradient_checkpointing: Whether to save memory by computing activations twice.
+        packing: Whether short rows share a sequence of up to `max_length`, without seeing each
+            other.
+        fused_head: Whether the loss is computed in chunks, without logits of the whole vocabulary
+            for every token. `auto`: from a vocabulary of 16,384 on.
+        save_every: Share of the steps after which a killed run goes on, 0 for from the start. A
+            point takes three times the space of the trained weights in fp32; two are kept.
     """
 
     epochs: PositiveFloat = 1.0
@@ -131,6 +136,28 @@ class OptimisationConfig(_Frozen):
     max_length: Annotated[int, Field(ge=16)] = 512
     bf16: bool = False
     gradient_checkpointing: bool = False
+    packing: bool = False
+    fused_head: bool | Literal["auto"] = "auto"
+    save_every: Share = 0.1
+
+
+class EvaluationConfig(Frozen):
+    """What is measured during the training, on the decision token.
+
+    Attributes:
+        data: Sources as in `data.train`, or `demo`: the demo's calibration rows. Never what a
+            result is reported on: the best checkpoint is chosen by it.
+        every: Share of the steps between two measurements.
+        rows: At most so many rows, drawn at random.
+        best: What chooses the checkpoint that is kept; `last` keeps the last one.
+        flip_sample: Rows that are also forced against the model's decision, at the end.
+    """
+
+    data: Origin
+    every: Annotated[float, Field(gt=0, le=1)] = 0.1
+    rows: PositiveInt = 2000
+    best: Literal["auc", "refused_at_5", "calibration_error", "loss", "last"] = "auc"
+    flip_sample: NonNegativeInt = 64
 
 
 def _model_kind(value: Any) -> str:
@@ -144,7 +171,7 @@ Model = Annotated[
 ]
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Frozen):
     """A recipe: everything that decides what a training run makes.
 
     Attributes:
@@ -154,11 +181,13 @@ class TrainConfig(_Frozen):
         data: What is learnt from.
         categories: Refusal categories with one line of description, in the order that breaks ties.
         refusal_texts: What a refusal says where the text is not generated, by category.
-        decision_weight: Loss weight of the control token; every token of the text has 1.
-        pair_decision_weight: The same in the rows of a counterfactual pair, where one prompt comes
-            both refused and answered: they teach the text that follows a token, and their control
-            tokens are noise to the decision.
+        single_token: Whether the checkpoint has one refusal token, `[refuse]`, and no categories;
+            every refused row counts for it.
+        loss: What is minimised.
+        lora: Adapters, for an existing model; None trains every weight.
         optimisation: How it is learnt.
+        evaluation: What is measured on the way; None measures nothing.
+        report_to: Where the log goes besides the checkpoint's folder.
     """
 
     name: Name
@@ -169,18 +198,20 @@ class TrainConfig(_Frozen):
         default_factory=lambda: dict(COCONOT_DESCRIPTIONS)
     )
     refusal_texts: dict[Name, Text] = Field(default_factory=dict)
-    decision_weight: PositiveFloat = 10.0
-    pair_decision_weight: NonNegativeFloat = 0.0
+    single_token: bool = False
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
     optimisation: OptimisationConfig = OptimisationConfig()
+    evaluation: EvaluationConfig | None = None
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
-        for name in self.refusal_texts:
-            if name not in self.categories:
-                raise ValueError(
-                    f"refusal_texts names {name!r}, which is none of the categories "
-                    f"{', '.join(self.categories)}"
-                )
+        self._check_names("refusal_texts", self.refusal_texts, self.token_categories)
+        decisions = (*self.token_categories, RESPOND)
+        for name, setting in (("q", self.loss.decision.q), ("gamma", self.loss.decision.gamma)):
+            if isinstance(setting, dict):
+                self._check_names(f"loss.decision.{name}", setting, decisions)
         if isinstance(self.model, ScratchModel):
             longest = self.model.max_length
             if self.optimisation.max_length > longest:
@@ -188,7 +219,22 @@ class TrainConfig(_Frozen):
                     f"optimisation.max_length is {self.optimisation.max_length}, more than the "
                     f"{longest} of model.max_length"
                 )
+            if self.lora is not None:
+                raise ValueError(
+                    "lora adapts an existing model: give model.checkpoint, or take lora out"
+                )
         return self
+
+    @staticmethod
+    def _check_names(field: str, names: Iterable[str], known: Collection[str]) -> None:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{field} names {name!r}, which is none of {', '.join(known)}")
+
+    @property
+    def token_categories(self) -> dict[str, str]:
+        """The categories that have a token, with their descriptions."""
+        return {SINGLE: SINGLE_DESCRIPTION} if self.single_token else self.categories
 
     def refusal_text(self, category: str) -> str:
         """Returns what a refusal of `category` says where the text is not generated."""
@@ -232,19 +278,23 @@ def load_config(path: str | Path) -> TrainConfig:
         raise ConfigError("\n".join(dict.fromkeys(lines))) from error
 
 
+def packaged_recipes() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in (files("training") / "recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
 def _read_recipe(name: str) -> tuple[str, str]:
-    recipes = files("training") / "recipes"
-    packaged = recipes / f"{name}.yaml"
-    if name.isidentifier() and packaged.is_file():
-        return packaged.read_text(encoding="utf-8"), f"recipe {name}"
+    known = packaged_recipes()
+    if name in known:
+        text = (files("training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        return text, f"recipe {name}"
     try:
         return Path(name).read_text(encoding="utf-8"), name
     except (OSError, UnicodeDecodeError) as error:
-        known = sorted(
-            entry.name.removesuffix(".yaml")
-            for entry in recipes.iterdir()
-            if entry.name.endswith(".yaml")
-        )
         raise ConfigError(
             f"{name}: is neither a recipe file that can be read nor a recipe of the package "
             f"({', '.join(known)})"
@@ -255,8 +305,10 @@ def _describe(origin: str, detail: ErrorDetails) -> str:
     parts = [str(part) for part in detail["loc"]]
     if parts[:1] == ["model"] and parts[1:2] in (["scratch"], ["existing"]):
         del parts[1]
-    if parts[:2] == ["data", "train"]:
-        return f"{origin}: data.train: must be a list of JSONL files, or the word demo"
+    if parts[:2] in (["data", "train"], ["evaluation", "data"]):
+        parts = [*parts[:2], *(part for part in parts[2:] if part not in ("sources", "demo"))]
+        if len(parts) == 2 or detail["type"] == "model_type":
+            return f"{origin}: {'.'.join(parts[:2])}: must be a list of sources, or the word demo"
     where = ".".join(part for part in parts if part != "[key]")
     return f"{origin}: {where + ': ' if where else ''}{_reason(detail)}"
 

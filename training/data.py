@@ -1,98 +1,39 @@
-"""Training rows: read, checked, and turned into token ids with a loss weight for each."""
+"""Training rows turned into token ids with a loss weight for each."""
 
-import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import ConfigError
 from models.manifest import Manifest
+from training.data_config import Source, TooLong
+from training.rows import Message, Row
+from training.sources import read_source
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerBase
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+__all__ = [
+    "DecisionWeights",
+    "Example",
+    "Message",
+    "Row",
+    "TooLong",
+    "encode_rows",
+    "fit",
+    "fit_one",
+    "read_rows",
+]
 
+ROWS_AT_ONCE = 2048
+ROWS_WORTH_A_BAR = 10_000
 
-class Message(BaseModel):
-    """One turn of a conversation.
-
-    Attributes:
-        role: Who speaks.
-        content: What is said, without control token.
-        category: Why an assistant turn refuses; None where it answers, and for the other roles.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: Text
-    category: str | None = None
-
-
-class _PromptRow(BaseModel):
-    # Other fields say where a row comes from and are not ours to check. `category` has no
-    # default: misspelt, it would turn every refusal into an answer.
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    prompt: Text
-    category: str | None
-    response: Text
-    answer: str | None = None
-    pair: str | None = None
-
-    def turns(self) -> tuple[Message, ...]:
-        asked = Message(role="user", content=self.prompt)
-        return (
-            asked,
-            Message(role="assistant", content=self.response, category=self.category),
-        )
-
-
-class _ConversationRow(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    messages: Annotated[tuple[Message, ...], Field(min_length=2)]
-    answer: str | None = None
-    pair: str | None = None
-
-    def turns(self) -> tuple[Message, ...]:
-        return self.messages
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation that ends with the assistant.
-
-    Attributes:
-        messages: Its turns; the last one is the assistant's.
-        answer: What a right answer contains, where that can be checked.
-        pair: What the rows of a counterfactual pair share.
-        origin: File and line.
-    """
-
-    messages: tuple[Message, ...]
-    answer: str | None
-    pair: str | None
-    origin: str
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        """The turns before the last answer."""
-        return self.messages[:-1]
-
-    @property
-    def category(self) -> str | None:
-        """Why the last turn refuses; None where it answers."""
-        return self.messages[-1].category
-
-    @property
-    def response(self) -> str:
-        """The text of the last turn."""
-        return self.messages[-1].content
+Chat = list[dict[str, str]]
 
 
 class Example(NamedTuple):
@@ -108,44 +49,48 @@ class Example(NamedTuple):
 
 
 class DecisionWeights(NamedTuple):
-    """Loss weights of the control tokens.
+    """Loss weights of the tokens.
 
     Attributes:
-        plain: In an ordinary row.
-        pair: In a row of a counterfactual pair.
+        plain: Of the control tokens in an ordinary row.
+        pair: Of the control tokens in a row of a counterfactual pair.
+        text: Of every other token of the assistant.
+        near_miss: Times this, where a prompt only looks as if it were to be refused.
+        factors: Times this, by the decision's category; None stands for the answers. What is not
+            named counts once.
     """
 
     plain: float
     pair: float
+    text: float = 1.0
+    near_miss: float = 1.0
+    factors: Mapping[str | None, float] = MappingProxyType({})
+
+    def of_decisions(self, row: Row) -> list[float]:
+        """Returns the weight of each assistant turn's control token."""
+        base = self.plain if row.pair is None else self.pair
+        weights = [
+            base * self.factors.get(turn.category, 1.0)
+            for turn in row.messages
+            if turn.role == "assistant"
+        ]
+        if row.near_miss is not None:
+            weights[-1] *= self.near_miss
+        return weights
 
 
 def read_rows(path: Path, categories: Collection[str]) -> list[Row]:
-    """Reads a JSONL file.
-
-    A row is either `{"prompt", "category", "response"}` or `{"messages": [...]}`, whose assistant
-    turns carry a `category`; null means that the response answers. `answer` and `pair` are
-    optional, other fields are not read.
+    """Reads a file of our own format, as `training.sources.read_source` does.
 
     Args:
-        path: The file.
+        path: A .jsonl, .json, .csv, .tsv or .parquet file.
         categories: The names that a row may give as its category.
 
     Raises:
-        ConfigError: The file cannot be read or holds no rows, or a row is wrong: the message names
+        ConfigError: The file cannot be read or holds no rows, or rows are wrong: the message names
             file, line and reason.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    rows = [
-        _parse(line, f"{path}:{number}", categories)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not rows:
-        raise ConfigError(f"{path}: holds no rows")
-    return rows
+    return read_source(Source(path=str(path)), categories)
 
 
 def encode_rows(
@@ -153,147 +98,268 @@ def encode_rows(
     tokenizer: "PreTrainedTokenizerBase",
     manifest: Manifest,
     weights: DecisionWeights,
-    max_length: int,
+    max_length: int | None,
+    too_long: TooLong = "cut",
 ) -> list[Example]:
     """Renders rows with the chat template and weighs their tokens.
 
     Every assistant turn opens with its control token. What it says, from the control token to the
-    end-of-turn token, is learnt; what the others say is not. Where a turn begins and ends is found
-    by rendering the conversation up to it and through it, so that any template will do whose turns
-    do not change when more follow.
+    end-of-turn token, is learnt; what the others say is not. A row without a response ends with its
+    control token. Where a turn begins is where its control token stands, and it must stand right
+    after what the template prints when it asks for an answer, as it will when serving; so any
+    template will do whose turns do not change when more follow.
 
     Args:
         rows: The rows.
         tokenizer: It holds the control tokens and a chat template.
         manifest: Names the control tokens.
-        weights: Loss weights of the control tokens.
-        max_length: Longer rows are cut at their end, in tokens.
+        weights: Loss weights.
+        max_length: Longest example, in tokens; None for any length.
+        too_long: Whether longer rows are cut at their end, left out, or an error.
+
+    Returns:
+        An example a row, in their order; fewer where `too_long` is `drop` or `cut_or_drop`.
 
     Raises:
-        ConfigError: A row's text holds a control token, nothing of a row is left to learn, or the
-            template does not render it in the way described.
+        ConfigError: A row's text holds a control token, nothing of a row is left to learn, rows are
+            too long and must not be, or the template does not render one in the way described.
     """
-    rendered = [_render(row, tokenizer, manifest) for row in rows]
-    texts = [text for cuts in rendered for cut in cuts for text in cut]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return [
-        _weigh(
-            row,
-            [(next(encoded), next(encoded)) for _ in cuts],
-            tokenizer.eos_token_id,
-            weights.plain if row.pair is None else weights.pair,
-            max_length,
+    encoder = _Encoder(tokenizer, manifest, weights)
+    examples: list[Example] = []
+    with _progress(len(rows)) as advance:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[start : start + ROWS_AT_ONCE]
+            examples += encoder.encode(chunk)
+            advance(len(chunk))
+    return examples if max_length is None else fit(rows, examples, max_length, too_long)
+
+
+def fit(
+    rows: Sequence[Row], examples: Sequence[Example], max_length: int, too_long: TooLong
+) -> list[Example]:
+    """Does what `encode_rows` does with examples that are too long.
+
+    Args:
+        rows: The rows.
+        examples: What they became, uncut.
+        max_length: Longest example, in tokens.
+        too_long: Whether longer ones are cut, left out, or an error.
+
+    Raises:
+        ConfigError: Examples are too long and must not be, or nothing of one is left to learn.
+    """
+    kept = [fit_one(example, max_length, too_long) for example in examples]
+    if too_long in ("cut", "error"):
+        over = [row.origin for row, fitting in zip(rows, kept, strict=True) if fitting is None]
+        if over:
+            raise ConfigError(_over_complaint(over, max_length, too_long))
+    return [example for example in kept if example is not None]
+
+
+def fit_one(example: Example, max_length: int, too_long: TooLong) -> Example | None:
+    """Returns what is kept of an example; None where that is nothing."""
+    ids, weights = example
+    if len(ids) <= max_length:
+        return example
+    if too_long not in ("cut", "cut_or_drop"):
+        return None
+    kept = weights[:max_length]
+    # The decision alone would teach a refusal or an answer without its first word.
+    if sum(weight > 0 for weight in kept) < min(2, sum(weight > 0 for weight in weights)):
+        return None
+    return Example(ids[:max_length], kept)
+
+
+def _over_complaint(over: Sequence[str], max_length: int, too_long: TooLong) -> str:
+    first = over[0]
+    more = f" (and of {len(over) - 1} more rows)" if len(over) > 1 else ""
+    if too_long == "cut":
+        return (
+            f"{first}: nothing of the response is left within {max_length} tokens{more}; raise "
+            "optimisation.max_length, or leave such rows out with data.too_long: cut_or_drop"
         )
-        for row, cuts in zip(rows, rendered, strict=True)
-    ]
+    more = f" (and {len(over) - 1} more rows)" if len(over) > 1 else ""
+    return (
+        f"{first}: has more than {max_length} tokens{more}; raise optimisation.max_length, or set "
+        "data.too_long to cut_or_drop or drop"
+    )
 
 
-def _parse(line: str, origin: str, categories: Collection[str]) -> Row:
-    try:
-        values: Any = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{origin}: is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{origin}: must be a JSON object, one a line")
-    kind = _ConversationRow if "messages" in values else _PromptRow
-    try:
-        row: _ConversationRow | _PromptRow = kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{origin}: {where}: {first['msg']}") from error
-    turns = row.turns()
-    _check_turns(turns, origin, categories)
-    return Row(turns, row.answer, row.pair, origin)
+@contextmanager
+def _progress(rows: int) -> "Iterator[Callable[[int], None]]":
+    from rich.console import Console
+    from rich.progress import Progress
+
+    silent = rows < ROWS_WORTH_A_BAR or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=silent) as bar:
+        task = bar.add_task("encoding rows", total=rows)
+        yield lambda done: bar.advance(task, done)
 
 
-def _check_turns(turns: Sequence[Message], origin: str, categories: Collection[str]) -> None:
-    if turns[-1].role != "assistant":
-        raise ConfigError(f"{origin}: the last message must be the assistant's")
-    for turn in turns:
-        if turn.category is None:
-            continue
-        if turn.role != "assistant":
-            raise ConfigError(f"{origin}: only assistant messages have a category")
-        if turn.category not in categories:
-            known = ", ".join(categories)
+class _Turn(NamedTuple):
+    """An assistant turn in the rendered conversation.
+
+    Attributes:
+        before: The conversation up to it.
+        through: The conversation up to its end.
+        control_id: Its control token.
+    """
+
+    before: str
+    through: str
+    control_id: int
+
+
+class _Encoder:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", manifest: Manifest, weights: DecisionWeights
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._weights = weights
+        self._controls: dict[str | None, Any] = {c.name: c for c in manifest.categories}
+        self._controls[None] = manifest.respond
+        self._tokens = [control.token for control in manifest.control_tokens]
+        self._control_ids = frozenset(manifest.control_ids)
+        self._end_id = tokenizer.eos_token_id
+        self._end = str(tokenizer.eos_token or "")
+
+    def encode(self, rows: Sequence[Row]) -> Iterator[Example]:
+        rendered = self._render(rows)
+        texts = [turns[-1].through for turns in rendered]
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            # Longer than the model is made for: `fit` sees to that.
+            verbose=False,
+        )["input_ids"]
+        for row, turns, ids in zip(rows, rendered, encoded, strict=True):
+            yield self._weigh(row, turns, ids)
+
+    def _render(self, rows: Sequence[Row]) -> list[list[_Turn]]:
+        chats = [self._chat(row) for row in rows]
+        try:
+            rendered = self._render_chats(chats)
+        except _TemplateFailure:
+            for row, chat in zip(rows, chats, strict=True):
+                self._render_one(row, chat)
+            raise
+        for row, turns in zip(rows, rendered, strict=True):
+            self._check_stable(row, turns)
+        return rendered
+
+    def _chat(self, row: Row) -> Chat:
+        chat = []
+        for turn in row.messages:
+            for token in self._tokens:
+                if token in turn.content:
+                    raise _typed_control_token(row, token)
+            control = self._controls[turn.category].token if turn.role == "assistant" else ""
+            chat.append({"role": turn.role, "content": control + turn.content})
+        return chat
+
+    def _render_one(self, row: Row, chat: Chat) -> None:
+        try:
+            self._render_chats([chat])
+        except _TemplateFailure as error:
             raise ConfigError(
-                f"{origin}: category {turn.category!r} is unknown; known are {known}, and null "
-                "where the response answers"
+                f"{row.origin}: the chat template does not take this conversation: {error}"
+            ) from error
+
+    def _render_chats(self, chats: Sequence[Chat]) -> list[list[_Turn]]:
+        places = [
+            (number, position)
+            for number, chat in enumerate(chats)
+            for position, turn in enumerate(chat)
+            if turn["role"] == "assistant"
+        ]
+        befores = self._apply([chats[n][:position] for n, position in places], asking=True)
+        throughs = self._apply([chats[n][: position + 1] for n, position in places], asking=False)
+        rendered: list[list[_Turn]] = [[] for _ in chats]
+        for (n, position), before, through in zip(places, befores, throughs, strict=True):
+            content = chats[n][position]["content"]
+            if content in self._tokens:
+                through = before + content
+            control = next(t for t in self._controls.values() if content.startswith(t.token))
+            rendered[n].append(_Turn(before, through, control.id))
+        return rendered
+
+    def _apply(self, chats: Sequence[Chat], *, asking: bool) -> list[str]:
+        from jinja2 import TemplateError
+
+        try:
+            texts: Any = self._tokenizer.apply_chat_template(
+                list(chats), tokenize=False, add_generation_prompt=asking
             )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _TemplateFailure(" ".join(str(error).split())) from error
+        return list(texts)
+
+    def _check_stable(self, row: Row, turns: Sequence[_Turn]) -> None:
+        whole = turns[-1].through
+        for turn, token in zip(turns, self._tokens_of(row), strict=True):
+            if not (whole.startswith(token, len(turn.before)) and whole.startswith(turn.before)):
+                raise _unstable(row)
+
+    def _tokens_of(self, row: Row) -> list[str]:
+        return [
+            self._controls[turn.category].token for turn in row.messages if turn.role == "assistant"
+        ]
+
+    def _weigh(self, row: Row, turns: Sequence[_Turn], ids: list[int]) -> Example:
+        starts = self._starts(row, turns, ids)
+        weights = [0.0] * len(ids)
+        stop = len(ids)
+        for start, turn, decision in zip(
+            starts, turns, self._weights.of_decisions(row), strict=True
+        ):
+            stop = self._stop(turn, ids, start) or self._stop_by_text(row, turn, turns, ids)
+            weights[start:stop] = [decision, *[self._weights.text] * (stop - start - 1)]
+        return Example(ids[:stop], weights[:stop])
+
+    def _starts(self, row: Row, turns: Sequence[_Turn], ids: list[int]) -> list[int]:
+        """Returns where the turns' control tokens stand, and holds that there are no others."""
+        starts: list[int] = []
+        # list.index and list.count: a loop in Python over every token took a fifth of the time.
+        if sum(map(ids.count, self._control_ids)) == len(turns):
+            for turn in turns:
+                after = starts[-1] + 1 if starts else 0
+                if turn.control_id in ids[after:]:
+                    starts.append(ids.index(turn.control_id, after))
+        if len(starts) != len(turns):
+            raise _typed_control_token(row, " or ".join(self._tokens))
+        return starts
+
+    def _stop(self, turn: _Turn, ids: list[int], start: int) -> int | None:
+        """Returns where a turn ends: after its end-of-turn token, before what a template adds."""
+        if not self._end or turn.through.count(self._end) == turn.before.count(self._end):
+            return None
+        return ids.index(self._end_id, start) + 1 if self._end_id in ids[start:] else None
+
+    def _stop_by_text(self, row: Row, turn: _Turn, turns: Sequence[_Turn], ids: list[int]) -> int:
+        """Does so where the template closes the assistant's turns with another token, or none."""
+        if turn is turns[-1]:
+            return len(ids)
+        through: list[int] = self._tokenizer(turn.through, add_special_tokens=False)["input_ids"]
+        if ids[: len(through)] != through:
+            raise _unstable(row)
+        return len(through)
 
 
-def _render(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", manifest: Manifest
-) -> list[tuple[str, str]]:
-    """Returns the conversation up to and through each assistant turn."""
-    _check_free_of_control_tokens(row, manifest)
-    tokens: dict[str | None, str] = {c.name: c.token for c in manifest.categories}
-    tokens[None] = manifest.respond.token
-    turns = [
-        {
-            "role": turn.role,
-            "content": tokens[turn.category] + turn.content
-            if turn.role == "assistant"
-            else turn.content,
-        }
-        for turn in row.messages
-    ]
-    return list(_cuts(turns, tokenizer))
+class _TemplateFailure(ValueError):
+    pass
 
 
-def _cuts(
-    turns: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[str, str]]:
-    for position, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            before = tokenizer.apply_chat_template(
-                turns[:position], tokenize=False, add_generation_prompt=True
-            )
-            through = tokenizer.apply_chat_template(turns[: position + 1], tokenize=False)
-            yield str(before), str(through)
+def _typed_control_token(row: Row, token: str) -> ConfigError:
+    return ConfigError(
+        f"{row.origin}: the text holds the control token {token!r}; it is put in front of each "
+        "response by the training, never by the data"
+    )
 
 
-def _check_free_of_control_tokens(row: Row, manifest: Manifest) -> None:
-    for turn in row.messages:
-        for control in manifest.control_tokens:
-            if control.token in turn.content:
-                raise ConfigError(
-                    f"{row.origin}: the text holds the control token {control.token!r}; it is put "
-                    "in front of each response by the training, never by the data"
-                )
-
-
-def _weigh(
-    row: Row,
-    cuts: Sequence[tuple[list[int], list[int]]],
-    end_of_turn: int | None,
-    decision_weight: float,
-    max_length: int,
-) -> Example:
-    ids = cuts[-1][1]
-    weights = [0.0] * len(ids)
-    stop = len(ids)
-    for before, through in cuts:
-        start = len(before)
-        if through[:start] != before or ids[: len(through)] != through:
-            raise ConfigError(
-                f"{row.origin}: the chat template renders an earlier turn differently once the "
-                "assistant's turn follows; rows of several turns cannot be used with it"
-            )
-        stop = _end(through, start, end_of_turn)
-        weights[start:stop] = [decision_weight, *[1.0] * (stop - start - 1)]
-    if len(cuts[0][0]) + 2 > max_length:
-        raise ConfigError(
-            f"{row.origin}: nothing of the response is left within {max_length} tokens; raise "
-            "optimisation.max_length or take the row out"
-        )
-    stop = min(stop, max_length)
-    return Example(ids[:stop], weights[:stop])
-
-
-def _end(ids: list[int], start: int, end_of_turn: int | None) -> int:
-    """Returns where a turn ends: after its end-of-turn token, before what a template adds."""
-    if end_of_turn in ids[start:]:
-        return ids.index(end_of_turn, start) + 1
-    return len(ids)
+def _unstable(row: Row) -> ConfigError:
+    return ConfigError(
+        f"{row.origin}: the chat template renders an earlier turn differently once the "
+        "assistant's turn follows; rows of several turns cannot be used with it"
+    )

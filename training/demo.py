@@ -1,15 +1,12 @@
 """`rheostat demo`: from nothing to a turned dial."""
 
 import json
-import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,14 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from models.errors import ConfigError, EvaluationError
+from models.errors import ConfigError
 from training.config import load_config
 from training.demo_data.render import render
+from training.serving import HOST, exit_on_sigterm, serving
 from training.train import train
 
 SERVER_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
-HOST = "127.0.0.1"
 MODEL_NAME = "demo"
-START_LIMIT_S = 300
 POSITIONS = (0.1, 0.5, 0.9)
 SHOWN_CATEGORIES = ("safety", "indeterminate")
 CANDIDATES = 40
@@ -47,7 +43,7 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
     """
     console = Console()
     _check_port_is_free(port)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    exit_on_sigterm()
     config = load_config(Path("demo"))
     train(config, checkpoint, replace_stale=True)
     with _serving(checkpoint, port, console) as url:
@@ -69,45 +65,13 @@ def _check_port_is_free(port: int) -> None:
             ) from error
 
 
-def _exit_on_signal(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
-
-
 @contextmanager
 def _serving(checkpoint: Path, port: int, console: Console) -> Iterator[str]:
-    url = f"http://{HOST}:{port}"
     log = checkpoint.with_name(f"{checkpoint.name}-server.log")
-    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(checkpoint)]
-    command += ["--served-model-name", MODEL_NAME, "--host", HOST, "--port", str(port)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, *SERVER_FLAGS], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        with console.status(f"starting vLLM on {url} (its log: {log})"):
-            _wait_until_ready(url, process, log)
+    with ExitStack() as stack:
+        with console.status(f"starting vLLM on http://{HOST}:{port} (its log: {log})"):
+            url = stack.enter_context(serving(checkpoint, MODEL_NAME, log, SERVER_FLAGS, port))
         yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            time.sleep(0.25)
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    raise EvaluationError(f"the server did not start: {last} (all of it: {log})")
 
 
 def _ask(url: str, prompt: str, refusal: dict[str, Any], max_tokens: int = 48) -> Answer:

@@ -26,7 +26,7 @@ class Judge:
             has a single text. No text is in two folds.
 
     Args:
-        rows: The training rows. Each distinct text counts once.
+        rows: The training rows. Each distinct text counts once, rows without response do not.
 
     Raises:
         EvaluationError: All rows are of one kind.
@@ -37,7 +37,7 @@ class Judge:
             turn.content: turn.category or ANSWER
             for row in rows
             for turn in row.messages
-            if turn.role == "assistant"
+            if turn.role == "assistant" and turn.content
         }
         labels = list(kinds.values())
         if len(set(labels)) < 2:

@@ -1,55 +1,85 @@
-"""Trains a checkpoint from a recipe."""
+"""Trains a checkpoint from a recipe; a run that is killed goes on when it is started again."""
 
-import hashlib
-import json
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from models.checkpoint import load_checkpoint, load_tokenizer, resolve_checkpoint
-from models.errors import CheckpointError, ConfigError
-from models.manifest import MANIFEST_NAME, Manifest, Recipe, load_manifest, save_manifest
-from models.tokens import RESPOND, add_control_tokens, grow_embeddings, refusal_token
-from training.config import DEMO, CheckpointModel, ScratchModel, TrainConfig
-from training.data import DecisionWeights, Row, encode_rows, read_rows
-from training.scratch import new_model, train_tokenizer
+from models.checkpoint import load_checkpoint
+from models.errors import ConfigError, EvaluationError
+from training.auto_loss import CHOICE_NAME, is_auto
+from training.config import EvaluationConfig, TrainConfig
+from training.data import encode_rows
+from training.data_config import DEMO
+from training.loss_config import LossConfig
+from training.mixture import Mixture, decision_weights, evaluation_rows, gather
+from training.processes import Processes
+from training.record import DEMO_DATA, data_hashes, recipe_of, write_contract, write_log
+from training.resume import ResumePoints
+from training.rows import Row
+from training.run_folder import (
+    Identity,
+    keeps,
+    locked,
+    mark_finished,
+    open_partial,
+    put_in_place,
+    write_atomically,
+)
+from training.start import Start, start_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from training.monitor import DecisionMonitor, Measurement
     from training.trainer import ControlTokenTrainer
 
-DEMO_DATA = "demo_data"
-LOSS = "cross_entropy"
+RESUME_FOLDER = "resume"
+SEARCH_FOLDER = "search"
 
 
-class Start(NamedTuple):
-    """What the training begins with.
-
-    Attributes:
-        model: With a row for every control token.
-        tokenizer: With the control tokens.
-        manifest: Of the control tokens; without a recipe.
-    """
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    manifest: Manifest
-
-
-class DataFile(NamedTuple):
-    """A training file.
+class _Run(NamedTuple):
+    """What all parts of a run need.
 
     Attributes:
-        name: As the recipe calls it.
-        path: Where it lies.
+        config: The recipe.
+        hashes: Of the data.
+        folder: Where it writes.
+        processes: Those of the run.
+        points: Its resume points.
     """
 
-    name: str
-    path: Path
+    config: TrainConfig
+    hashes: dict[str, str]
+    folder: Path
+    processes: Processes
+    points: ResumePoints
+
+    @property
+    def demo_folder(self) -> Path:
+        return self.folder / DEMO_DATA
+
+    def say(self, line: str) -> None:
+        """Tells the user something, once."""
+        if self.processes.is_main:
+            from rich.console import Console
+
+            Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+class _Kept(NamedTuple):
+    """What is measured on.
+
+    Attributes:
+        rows: The rows.
+        monitor: Measures on them.
+        config: What the recipe says of it.
+    """
+
+    rows: list[Row]
+    monitor: "DecisionMonitor"
+    config: EvaluationConfig
 
 
 def train(
@@ -57,8 +87,10 @@ def train(
 ) -> Path:
     """Trains a checkpoint that can be served.
 
-    Everything is written to a folder beside `out` that takes its name at the very end, so a
-    folder called `out` is always a finished checkpoint.
+    Everything is written to a folder beside `out`, `OUT.partial`, that takes its name at the very
+    end, so a folder called `out` is always a finished checkpoint. A run that was killed goes on
+    from the last complete point in `OUT.partial` and reaches the same losses and weights. Several
+    processes, started by `accelerate launch` or `torchrun`, share the steps; the first one writes.
 
     Args:
         config: The recipe.
@@ -72,212 +104,253 @@ def train(
         `out`.
 
     Raises:
-        ConfigError: The data are wrong, or something else lies at `out`.
+        ConfigError: The recipe or its data are wrong, the memory does not suffice, another run
+            writes there, or something else lies at `out`.
         CheckpointError: The model to start from cannot be loaded or could not be served.
+        EvaluationError: The training diverged.
     """
-    _refuse_foreign_folder(out)
+    processes = Processes()
     partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    data = _data_files(config, partial)
-    recipe = _recipe(config, data)
-    if out.exists() and not force:
-        fresh = _is_made_from(out, recipe)
-        if fresh or not replace_stale:
-            shutil.rmtree(partial)
-        if fresh:
+    with ExitStack() as held:
+        # Held by the first process until the whole run ends.
+        processes.on_main(lambda: held.enter_context(locked(out)))
+        hashes = processes.on_main(lambda: _hashes(config))
+        recipe = recipe_of(config, hashes, config.loss)
+        if processes.on_main(lambda: keeps(out, recipe, force=force, replace_stale=replace_stale)):
             return out
-        if not replace_stale:
-            raise ConfigError(
-                f"{out}: holds a checkpoint of another recipe or other data; choose another place, "
-                "or replace it with --force"
-            )
-    _train_into(partial, config, recipe, data)
-    _put_in_place(partial, out)
+        identity = Identity(recipe.config_sha256, hashes, processes.count)
+        opened = processes.on_main(lambda: open_partial(partial, identity))
+        run = _Run(config, hashes, partial, processes, ResumePoints(partial / RESUME_FOLDER))
+        if opened.discarded is not None:
+            run.say(opened.discarded)
+        if not opened.finished:
+            _train_into(run)
+        processes.on_main(lambda: _finish(run, identity, out))
     return out
 
 
-def _train_into(
-    folder: Path, config: TrainConfig, recipe: Recipe, data: Sequence[DataFile]
-) -> None:
-    seconds: dict[str, float] = {}
+def _hashes(config: TrainConfig) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        _render_demo(config, Path(folder))
+        return data_hashes(config, Path(folder))
+
+
+def _render_demo(config: TrainConfig, folder: Path) -> None:
+    origins = [config.data.train, config.evaluation and config.evaluation.data]
+    if DEMO in origins:
+        from training.demo_data.render import write
+
+        write(folder, config.data.seed)
+
+
+def _finish(run: _Run, identity: Identity, out: Path) -> None:
+    # From here on nothing is trained again, whenever the process is killed.
+    mark_finished(run.folder, identity)
+    run.points.remove()
+    put_in_place(run.folder, out)
+
+
+def _train_into(run: _Run) -> None:
+    from training.assembly import memory_told
+
+    config, seconds = run.config, dict[str, float]()
     with _timed(seconds, "data_s"):
-        rows = [row for file in data for row in read_rows(file.path, config.categories)]
-    with _timed(seconds, "model_s"):
-        start = _start(config, rows)
-        _write_contract(folder, config, recipe, start)
-        # Before the training as well as after it: what could not be served is not trained.
-        load_checkpoint(folder)
-    with _timed(seconds, "trainer_s"):
-        trainer = _trainer(config, rows, start, folder)
-    with _timed(seconds, "training_s"):
-        trainer.train()
-    with _timed(seconds, "saving_s"):
-        _save_weights(trainer, folder)
-        load_checkpoint(folder)
-    _write_log(folder, [*trainer.state.log_history, seconds])
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    if out.exists() and not (out / MANIFEST_NAME).is_file():
-        raise ConfigError(f"{out}: exists and is not a checkpoint of ours; choose another place")
-
-
-def _is_made_from(out: Path, recipe: Recipe) -> bool:
-    try:
-        made = load_manifest(out).recipe
-    except CheckpointError:
-        return False
-    return made is not None and (made.config_sha256, made.data_sha256) == (
-        recipe.config_sha256,
-        recipe.data_sha256,
-    )
-
-
-def _data_files(config: TrainConfig, folder: Path) -> list[DataFile]:
-    if config.data.train != DEMO:
-        return [DataFile(name, Path(name)) for name in config.data.train]
-    from training.demo_data.render import write
-
-    write(folder / DEMO_DATA, config.data.seed)
-    return [DataFile(f"{DEMO_DATA}/train.jsonl", folder / DEMO_DATA / "train.jsonl")]
-
-
-def _recipe(config: TrainConfig, data: Sequence[DataFile]) -> Recipe:
-    try:
-        hashes = {file.name: hashlib.sha256(file.path.read_bytes()).hexdigest() for file in data}
-    except OSError as error:
-        raise ConfigError(
-            f"data.train: {error.filename} cannot be read: {error.strerror}"
-        ) from error
-    return Recipe(config_sha256=config.sha256(), data_sha256=hashes, loss=LOSS, seed=config.seed)
-
-
-def _start(config: TrainConfig, rows: Sequence[Row]) -> Start:
-    if isinstance(config.model, ScratchModel):
-        return _start_from_scratch(config, config.model, rows)
-    return _start_from_checkpoint(config, config.model)
-
-
-def _start_from_scratch(config: TrainConfig, model: ScratchModel, rows: Sequence[Row]) -> Start:
-    controls = {RESPOND, *map(refusal_token, config.categories)}
-    tokenizer = train_tokenizer(
-        (turn.content for row in rows for turn in row.messages),
-        model.vocab_size - len(controls),
-        model.max_length,
-    )
-    manifest = add_control_tokens(tokenizer, config.categories)
-    return Start(new_model(model, tokenizer, config.seed), tokenizer, manifest)
-
-
-def _start_from_checkpoint(config: TrainConfig, source: CheckpointModel) -> Start:
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve_checkpoint(source.checkpoint, source.revision)
-    tokenizer = load_tokenizer(folder)
-    manifest = add_control_tokens(tokenizer, config.categories)
-    try:
-        # AdamW in bfloat16 loses small updates; bf16 training is autocast over fp32 weights.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="float32", local_files_only=True, use_safetensors=True
+        run.processes.on_main(lambda: _render_demo(config, run.demo_folder))
+        mixture = gather(
+            config.data,
+            config.categories,
+            demo_folder=run.demo_folder,
+            single_token=config.single_token,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {reason}") from error
-    grow_embeddings(model, tokenizer, manifest)
-    return Start(model, tokenizer, manifest)
+        _tell_what_is_odd(run, mixture)
+    with _timed(seconds, "model_s"):
+        start = start_of(config, mixture.rows)
+        run.processes.on_main(lambda: _write_contract(run, start, config.loss))
+    with _timed(seconds, "loss_s"):
+        loss = _resolved_loss(run, start, mixture)
+        run.processes.on_main(lambda: _write_contract(run, start, loss))
+    with _timed(seconds, "trainer_s"), memory_told():
+        kept = _kept(run, start)
+        point = run.processes.on_main(run.points.open)
+        trainer = _trainer(run, start, mixture, loss, kept, resumed=point is not None)
+        before = kept and kept.monitor.text_loss(trainer.model, control_tokens=False)
+    with _timed(seconds, "training_s"), memory_told():
+        if point is not None:
+            run.say(f"{run.folder}: goes on after step {point.name.rpartition('-')[2]}")
+        trainer.train(resume_from_checkpoint=None if point is None else str(point))
+    with _timed(seconds, "saving_s"):
+        summary = _closing(run, start, mixture, kept, trainer, before)
+    if run.processes.is_main:
+        write_log(run.folder, [*trainer.state.log_history, *summary, seconds])
 
 
-def _write_contract(folder: Path, config: TrainConfig, recipe: Recipe, start: Start) -> None:
-    categories = tuple(
-        category.model_copy(update={"refusal_text": config.refusal_text(category.name)})
-        for category in start.manifest.categories
+def _write_contract(run: _Run, start: Start, loss: LossConfig) -> None:
+    write_contract(run.folder, run.config, recipe_of(run.config, run.hashes, loss), start)
+    # Before the training as well as after it: what could not be served is not trained.
+    load_checkpoint(run.folder)
+
+
+def _tell_what_is_odd(run: _Run, mixture: Mixture) -> None:
+    for source in mixture.sources:
+        if source.left_out:
+            run.say(f"{source.name}: {source.left_out} rows are left out: {source.why}")
+    if mixture.conflicts:
+        run.say(f"{mixture.conflicts} prompts come with several decisions; see --dry-run")
+
+
+def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
+    """Returns the losses as numbers; `auto` is searched for once and then read back."""
+    if not is_auto(run.config.loss):
+        return run.config.loss
+    from training.search import read_choice, search, with_choice
+
+    choice = read_choice(run.folder)
+    if choice is None:
+        run.say("auto: choosing q and gamma by short trainings on the training data")
+        folder = run.folder / SEARCH_FOLDER
+        found = search(run.config, start, mixture.rows, folder)
+        run.processes.on_main(lambda: write_atomically(run.folder / CHOICE_NAME, found.to_json()))
+        run.processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        run.say(f"auto: {found.search.reason}")
+        choice = found.search.best
+    return with_choice(run.config.loss, choice)
+
+
+def _kept(run: _Run, start: Start) -> _Kept | None:
+    config, evaluation = run.config, run.config.evaluation
+    if evaluation is None:
+        return None
+    from training.monitor import DecisionMonitor
+
+    rows = evaluation_rows(
+        evaluation.data,
+        config.categories,
+        limit=evaluation.rows,
+        seed=config.data.seed,
+        demo_folder=run.demo_folder,
+        single_token=config.single_token,
     )
-    start.model.config.save_pretrained(folder)
-    start.tokenizer.save_pretrained(folder)
-    (folder / "resolved_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    save_manifest(
-        folder, start.manifest.model_copy(update={"categories": categories, "recipe": recipe})
+    monitor = DecisionMonitor(
+        rows,
+        start.tokenizer,
+        start.manifest,
+        max_length=_longest(config, start),
+        too_long=config.data.too_long,
+        batch_size=config.optimisation.batch_size,
+        seed=config.seed,
     )
+    if monitor.left_out:
+        run.say(f"evaluation.data: {monitor.left_out} rows are left out: too long for the model")
+    if evaluation.best != "last" and evaluation.best not in monitor.metric_names():
+        raise ConfigError(
+            f"evaluation.best: {evaluation.best} cannot be told from evaluation.data: it needs "
+            "rows that are to be refused and rows that are to be answered"
+        )
+    return _Kept(rows, monitor, evaluation)
+
+
+def _longest(config: TrainConfig, start: Start) -> int:
+    """Returns how long a measured row may be: prompts are measured whole where the model can."""
+    own: int | None = getattr(start.config, "max_position_embeddings", None)
+    return max(config.optimisation.max_length, own or 0)
 
 
 def _trainer(
-    config: TrainConfig, rows: Sequence[Row], start: Start, folder: Path
+    run: _Run,
+    start: Start,
+    mixture: Mixture,
+    loss: LossConfig,
+    kept: _Kept | None,
+    *,
+    resumed: bool,
 ) -> "ControlTokenTrainer":
-    from training.trainer import Collator, ControlTokenTrainer, as_dataset
+    from training.assembly import Watch, assemble
+    from training.trainer import Rhythm
 
-    tokenizer = start.tokenizer
+    config = run.config
     examples = encode_rows(
-        rows,
-        tokenizer,
+        mixture.rows,
+        start.tokenizer,
         start.manifest,
-        DecisionWeights(config.decision_weight, config.pair_decision_weight),
+        decision_weights(mixture.rows, config.data, config.loss),
         config.optimisation.max_length,
+        config.data.too_long,
     )
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return ControlTokenTrainer(
-        control_ids=start.manifest.control_ids,
-        seed=config.seed,
-        model=start.model,
-        args=_arguments(config, folder),
-        train_dataset=as_dataset(examples),
-        data_collator=Collator(pad_id or 0),
-        processing_class=tokenizer,
+    rhythm = Rhythm(
+        save=config.optimisation.save_every, evaluate=0.0 if kept is None else kept.config.every
     )
-
-
-def _arguments(config: TrainConfig, folder: Path) -> Any:
-    from trl.trainer.sft_config import SFTConfig
-
-    chosen = config.optimisation
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=chosen.epochs,
-        per_device_train_batch_size=chosen.batch_size,
-        gradient_accumulation_steps=chosen.gradient_accumulation_steps,
-        learning_rate=chosen.learning_rate,
-        warmup_steps=chosen.warmup_ratio,
-        weight_decay=chosen.weight_decay,
-        adam_beta2=chosen.beta2,
-        max_grad_norm=chosen.max_grad_norm,
-        lr_scheduler_type=chosen.scheduler,
-        bf16=chosen.bf16,
-        gradient_checkpointing=chosen.gradient_checkpointing,
-        seed=config.seed,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        logging_steps=0.05,
-        save_strategy="no",
-        report_to="none",
+    watch = Watch(
+        rhythm,
+        run.points,
+        None if kept is None else kept.monitor,
+        "last" if kept is None else kept.config.best,
+        resumed,
+        config.report_to,
     )
+    return assemble(config, start, examples, loss, run.folder, watch)
 
 
-def _save_weights(trainer: "ControlTokenTrainer", folder: Path) -> None:
-    # Off for the training; kept so, whoever loads the checkpoint would generate without a cache.
-    model: Any = trainer.model
-    model.config.use_cache = True
-    trainer.save_model(str(folder))
-    # A pickle of the trainer's arguments; resolved_config.yaml says the same without code in it.
-    (folder / "training_args.bin").unlink(missing_ok=True)
+def _closing(
+    run: _Run,
+    start: Start,
+    mixture: Mixture,
+    kept: _Kept | None,
+    trainer: "ControlTokenTrainer",
+    text_loss_before: float | None,
+) -> list[dict[str, Any]]:
+    """Writes weights and figures; returns the last lines of the log."""
+    from training.export import export
+
+    step = trainer.load_best()
+    final = None if kept is None else kept.monitor.measure(trainer.model)
+    export(trainer, start, run.folder, run.processes)
+    lines: list[dict[str, Any]] = [{"data": mixture.summary()}]
+    if kept is not None and final is not None:
+        lines.append(
+            {
+                "kept_step": trainer.state.global_step if step is None else step,
+                "text_loss_before": text_loss_before,
+                "text_loss_after": final.metrics.get("text_loss"),
+                "final": final.metrics,
+                **_flips(run, start, mixture, kept, trainer),
+            }
+        )
+    if run.processes.is_main:
+        _draw(run, trainer, final)
+    return lines
 
 
-def _write_log(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    lines = (json.dumps(entry) + "\n" for entry in entries)
-    (folder / "training_log.jsonl").write_text("".join(lines), encoding="utf-8")
+def _flips(
+    run: _Run, start: Start, mixture: Mixture, kept: _Kept, trainer: "ControlTokenTrainer"
+) -> dict[str, Any]:
+    if not kept.config.flip_sample:
+        return {}
+    if trainer.is_fsdp_enabled:
+        return {"flips_not_measured": "the weights are spread over processes"}
+    from training.flips import flip_fidelity
+    from training.judge import Judge
+
+    try:
+        # In every process: it measures decisions, and all of them share a measurement.
+        flips = flip_fidelity(
+            trainer.model,
+            start.tokenizer,
+            start.manifest,
+            kept.rows,
+            Judge(mixture.rows),
+            sample=kept.config.flip_sample,
+            seed=run.config.seed,
+            max_length=run.config.optimisation.max_length,
+        )
+    except EvaluationError as error:
+        return {"flips_not_measured": error.message}
+    return {"flips": {name: share.as_dict() for name, share in flips.items()}}
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
-    replaced = out.with_name(f"{out.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+def _draw(run: _Run, trainer: "ControlTokenTrainer", final: "Measurement | None") -> None:
+    from training.plots import save_training_plots
+
+    save_training_plots(run.folder, trainer.state.log_history, final)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One demo checkpoint, one Rheostat server and one stock server for the whole session."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from models.calibration import CALIBRATIONS
 from models.manifest import Manifest, load_manifest
+from tests.e2e.calibrating import KEY, CalibratedServer, calibrate, calibration_prompts
 from tests.e2e.servers import Server, rheostat_server, stock_server
 from training.config import load_config
 from training.demo_data.render import write
@@ -54,6 +57,23 @@ def stock(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("stock") / "stock.log"
     with stock_server(checkpoint, log) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    server: Server, checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CalibratedServer]:
+    """A server of the same checkpoint, calibrated with what the other one scores."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    copied = folder / "demo"
+    shutil.copytree(checkpoint, copied, ignore=shutil.ignore_patterns(CALIBRATIONS))
+    prompts = calibration_prompts(data / "calibration.jsonl")
+    calibration = calibrate(server.url, copied, prompts)
+    margins = folder / "margins.json"
+    recording = {"RHEOSTAT_RECORD_SHARE": "0.5", "RHEOSTAT_RECORD_FILE": str(margins)}
+    flags = ("--api-key", KEY)
+    with rheostat_server(copied, folder / "log", *flags, variables=recording) as running:
+        yield CalibratedServer(running, calibration, prompts, margins)
 
 
 @pytest.fixture

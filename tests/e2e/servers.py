@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,13 +27,20 @@ def free_port() -> int:
 class Server:
     """A process that answers HTTP on loopback."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-m", module, *arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port), *ENGINE_FLAGS]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment.update(variables or {})
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment
@@ -76,10 +83,19 @@ class Server:
 
 
 @contextmanager
-def rheostat_server(checkpoint: Path, log: Path) -> Iterator[Server]:
-    """Serves a checkpoint with Rheostat."""
-    arguments = ["serve", "--model", str(checkpoint), "--served-model-name", "demo"]
-    server = Server("rheostat", arguments, log)
+def rheostat_server(
+    checkpoint: Path, log: Path, *flags: str, variables: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Serves a checkpoint with Rheostat.
+
+    Args:
+        checkpoint: Its folder.
+        log: Where the server's output goes.
+        flags: More flags of vLLM's.
+        variables: More environment variables.
+    """
+    arguments = ["serve", "--model", str(checkpoint), "--served-model-name", "demo", *flags]
+    server = Server("rheostat", arguments, log, variables)
     try:
         server.wait_until_ready("/readyz")
         yield server

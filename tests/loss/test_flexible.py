@@ -72,6 +72,25 @@ def test_value_and_both_derivatives_are_right_to_a_few_roundings(dtype: torch.dt
     assert worst[0] < 8, worst
 
 
+def test_bfloat16_derivatives_are_right_to_their_own_rounding() -> None:
+    known = cases(torch.bfloat16)
+    x, q, gamma = torch.tensor([case[:3] for case in known], dtype=torch.float64).T
+    results = derivatives(x.bfloat16(), q.float(), gamma.float())
+    info = torch.finfo(torch.bfloat16)
+    assert [result.dtype for result in results] == [torch.float32, *[torch.bfloat16] * 2]
+    for order, result in enumerate(results[1:], start=1):
+        for case, got in zip(known, result.tolist(), strict=True):
+            if case.exact[0].value > Decimal(torch.finfo(torch.float32).max):
+                continue
+            exact = case.exact[order]
+            # Half a rounding, and what float32 had lost of terms that cancel.
+            lost = float(exact.size) * 2**-23 * 8 * (2 + abs(case.q * case.log_p))
+            if order == 2 and 0 < case.gamma < 1:
+                lost /= case.gamma
+            allowed = abs(float(exact.value)) * info.eps / 2 + lost + info.tiny
+            assert abs(float(Decimal(got) - exact.value)) <= allowed, (order, case, got)
+
+
 def test_bfloat16_is_widened_before_anything_is_computed() -> None:
     log_probs = torch.tensor([-1e4, -3.0, -0.3, -1e-3, 0.0], dtype=torch.bfloat16)
     for q, gamma in product((-0.5, 0.0, 0.7), (0.0, 0.5, 2.0)):

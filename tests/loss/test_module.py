@@ -119,3 +119,79 @@ def test_wrong_arguments_are_named() -> None:
         FlexibleLoss()(LOG_PROBS, MASK.long())
     with pytest.raises(ValueError, match=r"\[2, 3\], not torch.bool \[3\]"):
         FlexibleLoss()(LOG_PROBS, MASK[0])
+
+
+def test_weights_multiply_and_divide_by_hand() -> None:
+    weights = torch.tensor([[2.0, 0.0, 0.5], [0.0, 4.0, 1.0]])
+    # 1·2 + 3·0.5 + 5·4 + 6·1 = 29.5, the weights' sum is 7.5.
+    assert FlexibleLoss(reduction="sum")(LOG_PROBS, weights=weights).item() == 29.5
+    assert FlexibleLoss()(LOG_PROBS, weights=weights).item() == pytest.approx(29.5 / 7.5)
+    each = FlexibleLoss(reduction="none")(LOG_PROBS, weights=weights)
+    assert each.tolist() == [[2, 0, 1.5], [0, 20, 6]]
+    # With the mask 1·2 + 3·0.5 + 6·1 = 9.5 over 3.5.
+    assert FlexibleLoss()(LOG_PROBS, MASK, weights=weights).item() == pytest.approx(9.5 / 3.5)
+
+
+def test_weights_below_1_in_sum_still_give_a_mean() -> None:
+    loss = FlexibleLoss()(LOG_PROBS, weights=torch.full((2, 3), 0.01))
+    assert loss.item() == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("padding", [math.nan, -math.inf])
+def test_a_weight_of_0_masks(padding: float) -> None:
+    weights = MASK.float() * 3
+    padded = LOG_PROBS.where(MASK, padding).requires_grad_()
+    loss = FlexibleLoss(0.5, 0.5)(padded, weights=weights)
+    torch.autograd.backward(loss)
+    kept = LOG_PROBS[MASK].requires_grad_()
+    expected = flexible_loss(kept, 0.5, 0.5).mean()
+    torch.autograd.backward(expected)
+    torch.testing.assert_close(loss, expected)
+    assert padded.grad is not None
+    assert kept.grad is not None
+    torch.testing.assert_close(padded.grad[MASK], kept.grad)
+    assert not padded.grad[~MASK].any()
+
+
+def test_weights_of_0_only_give_0() -> None:
+    padded = torch.full((2, 3), math.nan, requires_grad=True)
+    loss = FlexibleLoss(0.5)(padded, weights=torch.zeros(2, 3))
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert padded.grad is not None
+    assert not padded.grad.any()
+
+
+def test_weighted_micro_batches_add_up_to_the_whole_step() -> None:
+    weights = torch.tensor([[0.2, 0.1, 0.0], [3.0, 0.5, 10.0]])
+    loss = FlexibleLoss(0.7, 1.0)
+    whole = loss(LOG_PROBS, weights=weights).item()
+    for total in (weights.sum(), weights.sum().item()):
+        parts = [loss(LOG_PROBS[r], weights=weights[r], num_items=total).item() for r in range(2)]
+        assert sum(parts) == pytest.approx(whole)
+
+
+def test_bfloat16_weights_are_summed_in_float32() -> None:
+    ones = torch.ones(4096, dtype=torch.bfloat16)
+    assert FlexibleLoss()(-ones, weights=ones).item() == pytest.approx(1.0)
+
+
+def test_wrong_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"weights must be floating point .* torch.int64 \[2, 3\]"):
+        FlexibleLoss()(LOG_PROBS, weights=MASK.long())
+    with pytest.raises(ValueError, match=r"weights must .* \[2, 3\], not torch.float32 \[3\]"):
+        FlexibleLoss()(LOG_PROBS, weights=torch.ones(3))
+
+
+def test_module_compiles_without_a_graph_break() -> None:
+    loss = FlexibleLoss(torch.tensor([0.0, 0.7]), torch.tensor([2.0, 0.5]))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    weights = torch.tensor([[2.0, 0.0, 0.5], [0.0, 4.0, 1.0]])
+    category = torch.tensor([[1], [0]])
+    ours, plain = (LOG_PROBS.clone().requires_grad_() for _ in range(2))
+    value = compiled(ours, MASK, category=category, weights=weights)
+    expected = loss(plain, MASK, category=category, weights=weights)
+    torch.testing.assert_close(value, expected)
+    torch.autograd.backward(value)
+    torch.autograd.backward(expected)
+    torch.testing.assert_close(ours.grad, plain.grad)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
-from server.engine import SteeredLLM, _check_params, _merged, _prompt_ids, parse_flags
+from server.dials import Resolution
+from server.engine import SteeredLLM, _merged, parse_flags
 from tests.toy import byte_tokenizer
 
 
@@ -37,7 +37,7 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine = SteeredLLM.__new__(SteeredLLM)
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
-    engine.steer(manifest, Controls.as_trained(len(manifest.categories)))
+    engine.steer(manifest, Resolution(Controls.as_trained(len(manifest.categories))))
     return engine
 
 
@@ -56,30 +56,6 @@ def test_ordinary_control_tokens_are_not_printed_once_steered() -> None:
     assert streamed(tokenizer, ids) == "Hello"
     for control in manifest.control_tokens:
         assert tokenizer.convert_tokens_to_ids(control.token) == control.id
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "text",
-        {"prompt_token_ids": [1]},
-        {"type": "embeds", "prompt_token_ids": [1]},
-        {"type": "enc_dec"},
-    ],
-)
-def test_prompts_whose_ids_are_not_known_are_refused(prompt: Any) -> None:
-    with pytest.raises(VLLMValidationError, match="token prompts only"):
-        _prompt_ids(prompt)
-
-
-@pytest.mark.parametrize(
-    "field", ["logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"]
-)
-def test_parameters_on_control_tokens_are_refused(field: str) -> None:
-    value: Any = {7: 1.0} if field == "logit_bias" else [7]
-    _check_params(SamplingParams(**{field: value}), frozenset({8}))
-    with pytest.raises(VLLMValidationError, match=field):
-        _check_params(SamplingParams(**{field: value}), frozenset({7}))
 
 
 async def outputs(*texts: str) -> AsyncGenerator[Any, None]:

@@ -8,13 +8,14 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import REGISTRY
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.controls import Controls, Rule
 from server.context import STEERING, Decision, Steering
 from server.middleware import GENERATING, READS_MESSAGES, RefusalMiddleware
 from server.protocol import parse_options
 from server.settings import Settings
+from tests.server.boards import board
 from tests.server.manifests import MANIFEST
 
 CHAT = "/v1/chat/completions"
@@ -23,6 +24,13 @@ USER = {"role": "user", "content": "Hello"}
 ANSWERED = {"role": "assistant", "content": "Hi"}
 SETTINGS = Settings(max_body_bytes=2**20)
 Parts = Sequence[bytes]
+
+
+def steering_app(
+    app: ASGIApp, settings: Settings = SETTINGS, *calibrations: str
+) -> RefusalMiddleware:
+    dials = board(settings.defaults, *calibrations)
+    return RefusalMiddleware(app, manifest=MANIFEST, settings=settings, board=dials)
 
 
 class FakeServer:
@@ -90,6 +98,7 @@ def send_to(
     root_path: str = "",
     chunks: int = 0,
     headers: Sequence[tuple[str, str]] = (),
+    calibrations: Sequence[str] = (),
 ) -> httpx.Response:
     """Sends one request through the middleware; what is no bytes is sent as JSON."""
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -99,7 +108,7 @@ def send_to(
             yield raw[start : start + chunks]
 
     async def ask() -> httpx.Response:
-        app = RefusalMiddleware(server, manifest=MANIFEST, settings=settings)
+        app = steering_app(server, settings, *calibrations)
         transport = httpx.ASGITransport(app, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer = await client.request(
@@ -172,6 +181,8 @@ def test_several_headers_are_one() -> None:
         ([("X-Refusal", "safety=nan")], {}, "refusal.categories.safety"),
         ([("X-Refusal", "safety=1.2")], {}, "refusal.categories.safety"),
         ([("X-Refusal", "safety=rate:0.3")], {}, "refusal.categories.safety"),
+        ([("X-Refusal", "safety=rate:1.3")], {}, "refusal.categories.safety"),
+        ([("X-Refusal", "safety=false_refusal_rate:x")], {}, "refusal.categories.safety"),
         ([("X-Refusal", "bogus=0.3")], {}, "refusal.categories.bogus"),
         ([("X-Refusal-Policy", "desk")], {}, "X-Refusal-Policy"),
     ],
@@ -184,6 +195,47 @@ def test_wrong_header_names_its_place(
     assert answer.status_code == 422
     assert answer.json()["error"]["param"] == param
     assert server.calls == 0
+
+
+def test_header_takes_rates() -> None:
+    header = asked_with({}, [("X-Refusal", "safety=rate:0.25, humanizing=false_refusal_rate:0.05")])
+    body = asked_with(
+        {"categories": {"safety": {"rate": 0.25}, "humanizing": {"false_refusal_rate": 0.05}}}
+    )
+    assert header.controls == body.controls
+    assert -10.5 <= header.controls.bias[0] < -9.5
+    assert header.dials.asked_rates == (("safety", 0.25),)
+
+
+@pytest.mark.parametrize(
+    ("sent", "solved_at"),
+    [(0.5, 0.5), (2, 2.0), (0, 0.0), (None, 1.0), ("0.5", 1.0), (True, 1.0), (-1, 1.0)],
+)
+def test_sampled_rate_is_solved_at_the_bodys_temperature(sent: Any, solved_at: float) -> None:
+    refusal = {"decision": "sample", "categories": {"safety": {"rate": 0.3}}}
+    steering = asked_with(refusal, temperature=sent)
+    options = parse_options(refusal)
+    wanted = board(None, "default").resolve(options, solved_at)
+    assert steering.controls == wanted.controls
+
+
+def test_report_explains_the_dials_where_a_calibration_is_loaded() -> None:
+    assert asked_with({"categories": {"safety": 0.9}}).dials.forecast is None
+    explained = asked_with({"report": True, "categories": {"safety": 0.9}})
+    assert explained.dials.forecast is not None
+    assert explained.dials.forecast.calibration == "default"
+
+
+def asked_with(
+    refusal: dict[str, Any], headers: Sequence[tuple[str, str]] = (), **body: Any
+) -> Steering:
+    """Returns the steering of a chat request to a server with a calibration."""
+    server = FakeServer()
+    content = {"messages": [USER], **body, **({"refusal": refusal} if refusal else {})}
+    answer = send_to(server, CHAT, content, headers=headers, calibrations=("default",))
+    assert answer.status_code == 200, answer.text
+    assert server.steering is not None
+    return server.steering
 
 
 def test_history_gets_its_control_tokens() -> None:
@@ -337,7 +389,7 @@ def test_steering_is_reset_when_the_server_raises() -> None:
     assert server.steering is not None
 
     async def around() -> None:
-        app = RefusalMiddleware(server, manifest=MANIFEST, settings=SETTINGS)
+        app = steering_app(server)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             with pytest.raises(RuntimeError, match="boom"):
@@ -420,7 +472,7 @@ def test_websocket_and_lifespan_pass() -> None:
     async def nowhere(message: Message) -> None:
         raise AssertionError(message)
 
-    middleware = RefusalMiddleware(app, manifest=MANIFEST, settings=SETTINGS)
+    middleware = steering_app(app)
     for kind in ("websocket", "lifespan"):
         asyncio.run(middleware({"type": kind, "path": CHAT}, nothing, nowhere))
     assert seen == ["websocket", "lifespan"]
@@ -670,7 +722,7 @@ def test_events_are_sent_as_they_come_and_not_at_the_end() -> None:
         return {"type": "http.request", "body": b'{"messages": []}', "more_body": False}
 
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    app = RefusalMiddleware(server, manifest=MANIFEST, settings=SETTINGS)
+    app = steering_app(server)
     asyncio.run(app(scope, receive, collect))
     assert [body.count(b"data: ") for body, _ in sent] == [1, 1, 0]
     assert [more for _, more in sent] == [True, True, False]
@@ -700,7 +752,7 @@ def test_disconnect_reaches_the_server_after_the_body() -> None:
     async def nowhere(message: Message) -> None:
         raise AssertionError(message)
 
-    middleware = RefusalMiddleware(app, manifest=MANIFEST, settings=SETTINGS)
+    middleware = steering_app(app)
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
     asyncio.run(middleware(scope, receive, nowhere))
     assert got == [

@@ -1,27 +1,20 @@
-import json
 import math
 from typing import Any
 
 import pytest
 
-from models.controls import Controls, Rule
 from models.errors import RequestError
-from server.protocol import (
-    RefusalOptions,
-    build_report,
-    parse_dial,
-    parse_options,
-    resolve_controls,
-)
+from models.solver import Target
+from server.protocol import parse_dial, parse_options
+from tests.server.boards import board
 
-NAMES = ["safety", "humanizing"]
 INF = math.inf
 
 
 def refused(value: Any) -> RequestError:
     """Returns what the whole way from the wire to the controls refuses a value with."""
     with pytest.raises(RequestError) as caught:
-        resolve_controls(parse_options(value), RefusalOptions(), NAMES)
+        board().resolve(parse_options(value))
     error = caught.value
     assert error.status == 422
     assert error.param is not None
@@ -67,6 +60,16 @@ def refused(value: Any) -> RequestError:
         ({"bias": INF}, "finite number"),
         ({"bias": -INF}, "finite number"),
         ({"bias": -(10**400)}, "finite number"),
+        ({"rate": 1.01}, "between 0 and 1"),
+        ({"rate": -0.01}, "between 0 and 1"),
+        ({"rate": math.nan}, "finite number"),
+        ({"rate": "0.3"}, "finite number"),
+        ({"rate": True}, "finite number"),
+        ({"rate": None}, "finite number"),
+        ({"rate": 0.3, "false_refusal_rate": 0.1}, "exactly one of"),
+        ({"false_refusal_rate": 1}, "below 1"),
+        ({"false_refusal_rate": -0.01}, "between 0 and 1"),
+        ({"false_refusal_rate": INF}, "finite number"),
     ],
 )
 def test_wrong_dial_is_refused_with_its_path(dial: Any, said: str) -> None:
@@ -97,6 +100,16 @@ def test_wrong_dial_is_refused_with_its_path(dial: Any, said: str) -> None:
         ({"categories": {"weather": 0.5}}, "refusal.categories.weather"),
         ({"categories": {"Safety": 0.5}}, "refusal.categories.Safety"),
         ({"categories": {"": 0.5}}, "refusal.categories."),
+        ({"false_refusal_rate": 1.0}, "refusal.false_refusal_rate"),
+        ({"false_refusal_rate": -0.1}, "refusal.false_refusal_rate"),
+        ({"false_refusal_rate": "0.1"}, "refusal.false_refusal_rate"),
+        ({"false_refusal_rate": True}, "refusal.false_refusal_rate"),
+        ({"false_refusal_rate": math.nan}, "refusal.false_refusal_rate"),
+        ({"calibration": 5}, "refusal.calibration"),
+        ({"calibration": ""}, "refusal.calibration"),
+        ({"calibration": "../default"}, "refusal.calibration"),
+        ({"calibration": "a/b"}, "refusal.calibration"),
+        ({"calibration": "x" * 65}, "refusal.calibration"),
     ],
 )
 def test_wrong_object_is_refused_with_the_path_of_the_field(value: Any, param: str) -> None:
@@ -132,69 +145,26 @@ def test_key_that_is_no_text_is_refused() -> None:
     ],
 )
 def test_right_dial_gives_its_bias(dial: Any, bias: float) -> None:
-    assert parse_dial(dial) == pytest.approx(bias, rel=1e-12)
+    target = parse_dial(dial)
+    assert (target.rate, target.false_refusal_rate) == (None, None)
+    assert target.bias == pytest.approx(bias, rel=1e-12)
 
 
-def test_controls_are_in_manifest_order_and_undialled_categories_as_trained() -> None:
-    options = parse_options({"decision": "sample", "categories": {"humanizing": {"bias": 1.5}}})
-    controls = resolve_controls(options, RefusalOptions(), NAMES)
-    assert controls == Controls(Rule.SAMPLE, (0.0, 1.5), (False, True))
-
-
-@pytest.mark.parametrize("value", [{}, {"decision": None, "report": None, "categories": {}}])
-def test_empty_object_is_the_defaults(value: Any) -> None:
-    defaults = parse_options({"decision": "paper", "categories": {"safety": "always"}})
-    controls = resolve_controls(parse_options(value), defaults, NAMES)
-    assert controls == Controls(Rule.PAPER, (INF, 0.0), (True, False))
-
-
-def test_request_wins_over_the_defaults_category_by_category() -> None:
-    defaults = parse_options({"decision": "paper", "categories": {"safety": 0.9, "humanizing": 0}})
-    options = parse_options({"decision": "greedy", "categories": {"safety": "default"}})
-    controls = resolve_controls(options, defaults, NAMES)
-    assert controls == Controls(Rule.GREEDY, (0.0, -INF), (True, True))
-
-
-def test_rule_is_greedy_where_nobody_says() -> None:
-    controls = resolve_controls(RefusalOptions(), RefusalOptions(), NAMES)
-    assert controls == Controls.as_trained(2)
+@pytest.mark.parametrize(
+    ("dial", "target"),
+    [
+        ({"rate": 0.3}, Target(rate=0.3)),
+        ({"rate": 0}, Target(rate=0.0)),
+        ({"rate": 1}, Target(rate=1.0)),
+        ({"false_refusal_rate": 0.01}, Target(false_refusal_rate=0.01)),
+        ({"false_refusal_rate": 0}, Target(false_refusal_rate=0.0)),
+    ],
+)
+def test_rates_are_targets(dial: Any, target: Target) -> None:
+    assert parse_dial(dial) == target
 
 
 def test_parsing_leaves_the_clients_object_alone() -> None:
     value = {"categories": {"safety": {"sensitivity": 0.5}}}
     parse_options(value)
     assert value == {"categories": {"safety": {"sensitivity": 0.5}}}
-
-
-def test_report_by_hand() -> None:
-    controls = Controls(Rule.GREEDY, (-2.0, 0.5), (True, True))
-    report = build_report(NAMES, "humanizing", (math.log(3), -0.5), controls)
-    assert report.model_dump() == {
-        "refused": True,
-        "category": "humanizing",
-        "decisions": {
-            "safety": {
-                "probability": pytest.approx(0.75),
-                "margin": pytest.approx(1.0986122886681098),
-                "bias": -2.0,
-                "refused": False,
-            },
-            "humanizing": {
-                "probability": pytest.approx(0.3775406687981454),  # 1 / (1 + e^0.5)
-                "margin": -0.5,
-                "bias": 0.5,
-                "refused": True,
-            },
-        },
-    }
-
-
-def test_report_is_json_with_infinite_biases_and_huge_margins() -> None:
-    controls = Controls(Rule.GREEDY, (INF, -INF), (True, True))
-    report = build_report(NAMES, None, (-2e4, 2e4), controls)
-    text = json.dumps(report.model_dump(), allow_nan=False)
-    assert json.loads(text)["decisions"] == {
-        "safety": {"probability": 0.0, "margin": -2e4, "bias": "always", "refused": True},
-        "humanizing": {"probability": 1.0, "margin": 2e4, "bias": "never", "refused": False},
-    }
-    assert report.category is None

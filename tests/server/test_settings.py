@@ -29,7 +29,8 @@ def test_values_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     settings = load_settings()
     assert settings.defaults.decision == "sample"
     assert settings.defaults.report is True
-    assert settings.defaults.categories == pytest.approx({"safety": -math.inf, "x": math.log(3)})
+    biases = {name: target.bias for name, target in settings.defaults.categories.items()}
+    assert biases == pytest.approx({"safety": -math.inf, "x": math.log(3)})
     assert settings.max_body_bytes == 4096
 
 
@@ -38,7 +39,7 @@ def test_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -
     monkeypatch.setenv(name, "{}")
     assert message() == (
         f"the environment variable {name} means nothing here; known are "
-        "RHEOSTAT_DEFAULTS, RHEOSTAT_MAX_BODY_BYTES"
+        "RHEOSTAT_DEFAULTS, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_RECORD_FILE, RHEOSTAT_RECORD_SHARE"
     )
 
 
@@ -78,6 +79,27 @@ def test_wrong_value_names_the_variable_and_the_field(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert message().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("share", "file", "said"),
+    [
+        ("0.1", None, "RHEOSTAT_RECORD_SHARE needs RHEOSTAT_RECORD_FILE to say where"),
+        (None, "margins.json", "RHEOSTAT_RECORD_FILE needs RHEOSTAT_RECORD_SHARE to say how much"),
+        ("1.1", "margins.json", "RHEOSTAT_RECORD_SHARE: "),
+        ("-0.1", "margins.json", "RHEOSTAT_RECORD_SHARE: "),
+        ("nan", "margins.json", "RHEOSTAT_RECORD_SHARE: "),
+        ("some", "margins.json", "RHEOSTAT_RECORD_SHARE: "),
+    ],
+)
+def test_recording_needs_both_a_share_and_a_file(
+    monkeypatch: pytest.MonkeyPatch, share: str | None, file: str | None, said: str
+) -> None:
+    if share is not None:
+        monkeypatch.setenv("RHEOSTAT_RECORD_SHARE", share)
+    if file is not None:
+        monkeypatch.setenv("RHEOSTAT_RECORD_FILE", file)
+    assert message().startswith(said)
 
 
 def test_settings_are_frozen() -> None:

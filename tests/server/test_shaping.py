@@ -6,6 +6,7 @@ import pytest
 
 from models.controls import Controls, Rule
 from server.context import Decision, Steering
+from server.dials import Resolution
 from server.shaping import Shaper
 from tests.server.manifests import MANIFEST
 
@@ -19,7 +20,9 @@ def steering_of(
     decisions: dict[tuple[int, int], Decision], *, report: bool = False, beams: bool = False
 ) -> Steering:
     calls = 1 + max((call for call, _ in decisions), default=0)
-    return Steering(AS_TRAINED, report=report, beam_search=beams, decisions=decisions, calls=calls)
+    return Steering(
+        Resolution(AS_TRAINED), report=report, beam_search=beams, decisions=decisions, calls=calls
+    )
 
 
 def shaper_of(
@@ -237,7 +240,7 @@ def completion(choices: int) -> dict[str, Any]:
 def test_reports_of_several_prompts_stand_at_their_own_choices() -> None:
     # Two prompts of two choices each: vLLM numbers them 0 to 3.
     steering = Steering(
-        Controls(Rule.SAMPLE, (0.0, 0.0), (False, False)),
+        Resolution(Controls(Rule.SAMPLE, (0.0, 0.0), (False, False))),
         report=True,
         decisions={
             (call, index): reported((10.0 * call + index, -1.0), 0)

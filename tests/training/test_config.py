@@ -5,6 +5,7 @@ import pytest
 from models.errors import ConfigError
 from models.tokens import COCONOT_DESCRIPTIONS
 from training.config import CheckpointModel, ScratchModel, TrainConfig, load_config
+from training.data_config import Source
 
 RECIPE = """
 name: small
@@ -29,7 +30,7 @@ def test_recipe_from_file_is_read_with_defaults(tmp_path: Path) -> None:
     config = load_config(_write(tmp_path, RECIPE))
 
     assert isinstance(config.model, ScratchModel)
-    assert config.data.train == ("rows.jsonl",)
+    assert config.data.train == (Source(path="rows.jsonl"),)
     assert list(config.categories) == list(COCONOT_DESCRIPTIONS)
 
 
@@ -82,7 +83,7 @@ def test_training_files_must_be_a_list_or_demo(tmp_path: Path, value: str) -> No
     lines = _complaints(tmp_path, RECIPE.replace("[rows.jsonl]", value))
 
     assert lines == [
-        f"{tmp_path / 'recipe.yaml'}: data.train: must be a list of JSONL files, or the word demo"
+        f"{tmp_path / 'recipe.yaml'}: data.train: must be a list of sources, or the word demo"
     ]
 
 

@@ -7,7 +7,15 @@ from models.errors import ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from tests.training.conftest import WriteRows, small_rows
-from training.data import DecisionWeights, Example, Row, encode_rows, read_rows
+from training.data import (
+    ROWS_AT_ONCE,
+    DecisionWeights,
+    Example,
+    Row,
+    TooLong,
+    encode_rows,
+    read_rows,
+)
 from training.scratch import train_tokenizer
 
 NAMES = {"safety": "harms", "humanizing": "a person"}
@@ -60,9 +68,16 @@ def test_unknown_category_lists_the_known_ones(write_rows: WriteRows) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "response": "b"}, "category: Field required"),
-        ({**ROW, "prompt": " "}, "prompt: "),
-        ({**ROW, "response": None}, "response: "),
+        (
+            {"prompt": "a", "response": "b"},
+            "category: is missing (null where the response answers)",
+        ),
+        ({**ROW, "prompt": " "}, "prompt: is empty"),
+        ({"prompt": "a", "category": None}, "response: is missing (null where only"),
+        ({**ROW, "response": " "}, "response: is empty (null where only"),
+        ({**ROW, "pair": ["p"]}, "pair: input should be a valid string"),
+        ({**ROW, "near_miss": "safety"}, "near_miss marks prompts that are to be answered"),
+        ({**ROW, "category": None, "near_miss": "x"}, "near_miss 'x' is unknown; known are safety"),
         ({"messages": [{"role": "user", "content": "a"}]}, "messages: "),
         (
             {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
@@ -187,3 +202,141 @@ def test_row_prompt_is_all_but_the_last_turn(write_rows: WriteRows) -> None:
     row: Row = read_rows(write_rows([{"messages": messages}]), NAMES)[0]
 
     assert [turn.role for turn in row.prompt] == ["user", "assistant", "user"]
+
+
+def test_row_without_response_ends_with_its_control_token(write_rows: WriteRows) -> None:
+    (example,), tokenizer = _encode(write_rows([{**ROW, "response": None}]))
+
+    assert tokenizer.decode(example.input_ids) == (
+        "<|user|>Hi there<|end|><|assistant|>[refuse:safety]"
+    )
+    assert _learnt(example, tokenizer) == [("[refuse:safety]", 5.0)]
+
+
+def test_last_message_without_content_is_a_row_without_response(write_rows: WriteRows) -> None:
+    messages = [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Two"},
+        {"role": "assistant", "content": None, "category": "safety"},
+    ]
+    path = write_rows([{"messages": messages}])
+
+    (example,), tokenizer = _encode(path)
+
+    assert read_rows(path, NAMES)[0].response is None
+    texts = [text for text, _ in _learnt(example, tokenizer)]
+    assert texts == ["[respond]", "A", "<|end|>", "[refuse:safety]"]
+
+
+def test_category_of_a_conversation_is_that_of_its_last_message(write_rows: WriteRows) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    (row,) = read_rows(write_rows([{"messages": messages, "category": "safety"}]), NAMES)
+
+    assert row.category == "safety"
+
+
+def test_conversation_that_disagrees_with_its_last_message_is_refused(
+    write_rows: WriteRows,
+) -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "category": "humanizing"},
+    ]
+    path = write_rows([{"messages": messages, "category": "safety"}])
+
+    assert "'safety' and the last message's 'humanizing' differ" in _complaint(path)
+
+
+def test_weights_of_a_row_multiply(write_rows: WriteRows) -> None:
+    tokenizer, manifest = _tokenizer()
+    row = {**ROW, "category": None, "near_miss": "safety"}
+    weights = DecisionWeights(4.0, 0.0, text=0.5, near_miss=3.0, factors={None: 2.0, "safety": 9.0})
+
+    (example,) = encode_rows(
+        read_rows(write_rows([row]), NAMES), tokenizer, manifest, weights, None
+    )
+
+    learnt = [weight for weight in example.weights if weight]
+    assert learnt == [24.0, *[0.5] * (len(learnt) - 1)]
+
+
+def test_rows_of_many_batches_equal_each_alone(write_rows: WriteRows) -> None:
+    tokenizer, manifest = _tokenizer()
+    rows = read_rows(write_rows(small_rows()), NAMES)
+    many = rows * (2 * ROWS_AT_ONCE // len(rows) + 1)
+
+    together = encode_rows(many, tokenizer, manifest, WEIGHTS, 99)
+
+    alone = [encode_rows([row], tokenizer, manifest, WEIGHTS, 99)[0] for row in rows]
+    assert len(together) == len(many)
+    assert together == alone * (len(many) // len(rows))
+
+
+@pytest.mark.parametrize(
+    ("too_long", "kept"), [("drop", ["short"]), ("cut_or_drop", ["short", "long answer"])]
+)
+def test_rows_that_do_not_fit_are_left_out(
+    write_rows: WriteRows, too_long: TooLong, kept: list[str]
+) -> None:
+    tokenizer, manifest = _tokenizer()
+    path = write_rows(
+        [
+            {**ROW, "prompt": "short"},
+            {**ROW, "prompt": "long answer", "response": "word " * 50},
+            {**ROW, "prompt": "long prompt " * 50},
+        ]
+    )
+
+    examples = encode_rows(read_rows(path, NAMES), tokenizer, manifest, WEIGHTS, 24, too_long)
+
+    texts = [str(tokenizer.decode(example.input_ids)) for example in examples]
+    assert [text.removeprefix("<|user|>").split("<|end|>")[0] for text in texts] == kept
+    assert all(len(example.input_ids) <= 24 for example in examples)
+
+
+def test_too_long_rows_can_be_an_error(write_rows: WriteRows) -> None:
+    tokenizer, manifest = _tokenizer()
+    rows = read_rows(write_rows([ROW, *[{**ROW, "response": "word " * 50}] * 3]), NAMES)
+
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: has more than 24 tokens \(and 2 more"):
+        encode_rows(rows, tokenizer, manifest, WEIGHTS, 24, "error")
+
+
+def test_conversation_that_the_template_does_not_take_is_named(write_rows: WriteRows) -> None:
+    tokenizer, manifest = _tokenizer()
+    tokenizer.chat_template = (
+        "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+        + str(tokenizer.chat_template)
+    )
+    messages = [{"role": r, "content": "x"} for r in ("system", "user", "assistant")]
+    rows = read_rows(write_rows([ROW, {"messages": messages}]), NAMES)
+
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:2: the chat template does not .*no system"):
+        encode_rows(rows, tokenizer, manifest, WEIGHTS, 99)
+
+
+def test_turns_that_end_without_the_end_token_are_learnt_to_their_end(
+    write_rows: WriteRows,
+) -> None:
+    tokenizer, manifest = _tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|end|>", "<|system|>")
+    messages = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+
+    (example,) = encode_rows(
+        read_rows(write_rows([{"messages": messages}]), NAMES), tokenizer, manifest, WEIGHTS, 99
+    )
+
+    learnt = "".join(text for text, _ in _learnt(example, tokenizer))
+    assert learnt == "[respond]assistant<|system|>" * 2
+
+
+def test_line_separators_inside_a_text_are_no_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "a\u2028b", "category": null, "response": "c"}\n{"prompt": 1}\n',
+        encoding="utf-8",
+    )
+
+    assert _complaint(path).startswith(f"{path}:2: ")

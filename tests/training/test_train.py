@@ -1,58 +1,28 @@
 import json
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from models.checkpoint import load_checkpoint
 from models.errors import CheckpointError, ConfigError
 from tests.training.conftest import WriteRows, small_rows
+from tests.training.recipes import log_of, tiny_config, weights_of
+from training.assembly import memory_told
 from training.config import TrainConfig
+from training.loss_config import LossConfig
+from training.record import describe_loss
 from training.train import train
-
-MODEL = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "layers": 2,
-    "heads": 2,
-    "intermediate_size": 128,
-    "max_length": 64,
-}
-
-
-def _config(data: Path, model: dict[str, Any], **changes: Any) -> TrainConfig:
-    values = {
-        "name": "small",
-        "seed": 1,
-        "model": model,
-        "data": {"train": [str(data)]},
-        "categories": {"safety": "harms", "humanizing": "takes it for a person"},
-        "refusal_texts": {"safety": "No."},
-        "optimisation": {
-            "epochs": 5,
-            "batch_size": 8,
-            "learning_rate": 0.003,
-            "max_length": 64,
-        },
-    }
-    return TrainConfig.model_validate({**values, **changes})
 
 
 @pytest.fixture
 def config(write_rows: WriteRows) -> TrainConfig:
-    return _config(write_rows(small_rows()), MODEL)
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def _log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return tiny_config(write_rows(small_rows()), refusal_texts={"safety": "No."})
 
 
 def test_training_from_scratch_writes_a_servable_checkpoint(
@@ -76,23 +46,23 @@ def test_training_from_scratch_writes_a_servable_checkpoint(
 
 
 def test_training_lowers_both_parts_of_the_loss(config: TrainConfig, tmp_path: Path) -> None:
-    parts = [entry for entry in _log(train(config, tmp_path / "out")) if "text_loss" in entry]
+    parts = [entry for entry in log_of(train(config, tmp_path / "out")) if "text_loss" in entry]
 
     assert parts[-1]["text_loss"] < 0.8 * parts[0]["text_loss"]
     assert parts[-1]["decision_loss"] < parts[0]["decision_loss"]
 
 
 def test_training_twice_gives_the_same_weights(config: TrainConfig, tmp_path: Path) -> None:
-    first = _weights(train(config, tmp_path / "first"))
-    second = _weights(train(config, tmp_path / "second"))
+    first = weights_of(train(config, tmp_path / "first"))
+    second = weights_of(train(config, tmp_path / "second"))
 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_another_seed_gives_other_weights(config: TrainConfig, tmp_path: Path) -> None:
-    first = _weights(train(config, tmp_path / "first"))
-    second = _weights(train(config.model_copy(update={"seed": 2}), tmp_path / "second"))
+    first = weights_of(train(config, tmp_path / "first"))
+    second = weights_of(train(config.model_copy(update={"seed": 2}), tmp_path / "second"))
 
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
@@ -114,8 +84,8 @@ def test_training_from_a_checkpoint_adds_the_control_tokens(
     assert set(tokenizer.get_vocab()) - set(known) == {"[refuse:medical]"}
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer)
-    first = next(entry for entry in _log(out) if "text_loss" in entry)
-    last = next(entry for entry in reversed(_log(base)) if "text_loss" in entry)
+    first = next(entry for entry in log_of(out) if "text_loss" in entry)
+    last = next(entry for entry in reversed(log_of(base)) if "text_loss" in entry)
     assert first["text_loss"] < 1.2 * last["text_loss"]
 
 
@@ -182,9 +152,9 @@ def test_failed_run_leaves_no_finished_folder(
 
 
 def test_missing_data_file_is_named(tmp_path: Path) -> None:
-    config = _config(tmp_path / "none.jsonl", MODEL)
+    config = tiny_config(tmp_path / "none.jsonl")
 
-    with pytest.raises(ConfigError, match=r"none\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: cannot be read"):
         train(config, tmp_path / "out")
 
 
@@ -208,3 +178,153 @@ def test_stale_checkpoint_is_replaced_where_that_is_asked_for(
     before = (out / "model.safetensors").stat().st_mtime_ns
     assert train(other, out, replace_stale=True) == out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+# --- what a run measures and reports --------------------------------------------------------------
+
+
+def _measured(config: TrainConfig, **changes: Any) -> TrainConfig:
+    assert config.data.train != "demo"
+    path = config.data.train[0].path
+    evaluation = {"data": [path], "every": 0.25, "flip_sample": 0} | changes
+    return TrainConfig.model_validate(config.model_dump(mode="json") | {"evaluation": evaluation})
+
+
+def test_measuring_on_the_way_changes_no_weight(config: TrainConfig, tmp_path: Path) -> None:
+    plain = weights_of(train(config, tmp_path / "plain"))
+    out = train(_measured(config, best="last", flip_sample=6), tmp_path / "measured")
+
+    measured = weights_of(out)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)
+    steps = [line["step"] for line in log_of(out) if "eval_auc" in line]
+    assert steps == [0, 5, 10, 15, 20]
+    last = next(line for line in log_of(out) if "final" in line)
+    assert last["kept_step"] == 20
+    assert last["text_loss_after"] < last["text_loss_before"]
+    assert sum(share["total"] for share in last["flips"].values()) == 6
+    figures = {path.name for path in (out / "plots").glob("*.png")}
+    assert {"loss.png", "margins.png", "reliability.png"} <= figures
+
+
+@pytest.mark.parametrize(("best", "choose"), [("auc", max), ("loss", min)])
+def test_weights_of_the_best_measurement_are_exported(
+    config: TrainConfig, tmp_path: Path, best: str, choose: Callable[[list[float]], float]
+) -> None:
+    # A learning rate that spoils what was learnt.
+    values = config.model_dump(mode="json")
+    values["optimisation"] |= {"learning_rate": 0.05, "scheduler": "constant_with_warmup"}
+    hot = _measured(TrainConfig.model_validate(values), best=best)
+
+    out = train(hot, tmp_path / "out")
+
+    lines = [line for line in log_of(out) if f"eval_{best}" in line and line["step"] > 0]
+    final = next(line for line in log_of(out) if "final" in line)
+    wanted = choose([line[f"eval_{best}"] for line in lines])
+    assert final["final"][best] == pytest.approx(wanted, abs=1e-6)
+    first = next(line["step"] for line in lines if line[f"eval_{best}"] == wanted)
+    assert final["kept_step"] == first
+
+
+def test_metric_that_the_rows_cannot_tell_is_refused_before_the_training(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    rows = [row for row in small_rows() if row["category"] is None]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    with pytest.raises(ConfigError, match=r"evaluation\.best: auc cannot be told"):
+        train(_measured(config, data=[str(answers)]), tmp_path / "out")
+
+
+def test_events_for_tensorboard_hold_the_parts_of_the_loss(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    values = _measured(config).model_dump(mode="json") | {"report_to": ["tensorboard"]}
+    out = train(TrainConfig.model_validate(values), tmp_path / "out")
+
+    module: Any = import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("train/decision_loss")]
+    logged = [line["decision_loss"] for line in log_of(out) if "decision_loss" in line]
+    assert found == pytest.approx(logged)
+    assert "eval/auc" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"decision": {"weight": 3}}, "cross_entropy"),
+        (
+            {"decision": {"q": 0.3, "gamma": 1}},
+            "flexible(decision q=0.3 gamma=1, text q=0 gamma=0)",
+        ),
+        (
+            {"decision": {"q": {"safety": 0.5}}, "text": {"q": {"start": 1, "end": 0}}},
+            "flexible(decision q={safety: 0.5} gamma=0, text q=1 to 0 over 1 gamma=0)",
+        ),
+    ],
+)
+def test_manifest_names_the_loss(loss: dict[str, Any], told: str) -> None:
+    assert describe_loss(LossConfig.model_validate(loss)) == told
+
+
+def test_auto_is_resolved_recorded_and_kept(config: TrainConfig, tmp_path: Path) -> None:
+    rows = tmp_path / "many.jsonl"
+    lines = [
+        {**row, "prompt": f"{number}: {row['prompt']}", "pair": None}
+        for number in range(12)
+        for row in small_rows()
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    auto = tiny_config(
+        rows,
+        loss={"decision": {"q": "auto", "gamma": "auto"}},
+        optimisation={"epochs": 0.5, "batch_size": 16},
+    )
+
+    out = train(auto, tmp_path / "out")
+
+    choice = json.loads((out / "loss_choice.json").read_text())
+    resolved = LossConfig.model_validate({"decision": {"q": choice["q"], "gamma": choice["gamma"]}})
+    manifest, _ = load_checkpoint(out)
+    assert manifest.recipe is not None
+    assert manifest.recipe.loss == describe_loss(resolved)
+    assert manifest.recipe.config_sha256 == auto.sha256()
+    assert len(choice["trials"]) >= 7
+    assert all(trial["score"] is not None for trial in choice["trials"])
+    assert not (out / "search").exists()
+
+
+def test_auto_with_too_few_rows_is_one_line(config: TrainConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json") | {"loss": {"decision": {"q": "auto"}}}
+
+    with pytest.raises(ConfigError, match=r"loss\.decision: auto compares"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def test_memory_that_does_not_suffice_is_told_with_what_to_change() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"out of memory: lower optimisation\.batch_size"),
+        memory_told(),
+    ):
+        torch.empty(2**55, dtype=torch.float64)
+
+
+def test_other_failures_keep_their_own_words() -> None:
+    with pytest.raises(RuntimeError, match="another"), memory_told():
+        raise RuntimeError("another")
+
+
+def test_wandb_gets_the_log_without_a_network(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "log")}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "log").mkdir()
+    values = config.model_dump(mode="json") | {"report_to": ["wandb"]}
+    values["optimisation"] |= {"epochs": 0.5}
+
+    train(TrainConfig.model_validate(values), tmp_path / "out")
+
+    assert list((tmp_path / "log").rglob("*.wandb"))

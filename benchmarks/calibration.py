@@ -1,0 +1,375 @@
+"""Ask for a rate, get it? Biases solved on one set of prompts, counted on another.
+
+Four questions: do the achieved rates lie where sampling alone would put them; does a category's
+rate move the others'; does a bound on false refusals hold on prompts that it has not seen; and does
+recalibration make p(refuse) more honest there. Decisions are made by `models.decision.decide` on
+margins that the engine gave, and for some cases by the server itself, asked for a rate.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
+from models.calibration import BENIGN, Calibration, save_calibration
+from models.controls import Rule
+from models.decision import Dials, decide
+from models.errors import RequestError
+from models.solver import Solution, Target, solve
+from training.calibrate import Job, calibrate
+from training.decision_metrics import calibration_error, refusal_probability
+from training.demo_data.render import write
+from training.evaluation import refusal_scores
+from training.margin_maps import apply_maps, log_losses
+from training.prompts import PromptFiles, read_prompts
+from training.recalibration import FITS, recalibration_report
+from training.rows import Row
+from training.serving import serving, without_calibrations
+
+RATES = tuple(step / 10 for step in range(1, 10))
+Z95 = 1.959964
+SERVER_FLAGS = ("--enforce-eager", "--dtype", "float32")
+REQUESTS_AT_ONCE = 32
+SERVED = "demo"
+
+Flags = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+
+def refused(calibration: Calibration, solution: Solution) -> Flags:
+    """Returns which prompts the served decision refuses with a solution's biases, `[n]`."""
+    margins = torch.tensor(calibration.margins)
+    rows, k = margins.shape
+    dials = Dials(
+        bias=torch.tensor([solution.biases] * rows, dtype=torch.float32),
+        rule=torch.full((rows,), int(Rule.GREEDY)),
+        selected=torch.ones((rows, k), dtype=torch.bool),
+        temperature=torch.zeros(rows),
+        uniform=torch.zeros(rows),
+    )
+    logits = torch.cat((margins, torch.zeros((rows, 1))), dim=1)
+    chosen: Flags = (decide(logits, dials, [Rule.GREEDY]) < k).numpy()
+    return chosen
+
+
+def solved(calibration: Calibration, targets: Mapping[str, Target], **total: float) -> Solution:
+    """Solves for the greedy rule."""
+    return solve(calibration, targets, rule=Rule.GREEDY, temperature=0.0, **total)
+
+
+def share(calibration: Calibration, chosen: Flags, category: int) -> float:
+    """Returns the share of a category's own prompts that are chosen."""
+    return float(chosen[calibration.category == category].mean())
+
+
+def rate_cases(calibration: Calibration, evaluation: Calibration) -> list[Case]:
+    """Asks for every rate in every category, alone and all together."""
+    names = calibration.names
+    cases = []
+    for asked in RATES:
+        alone = [(solved(calibration, {name: Target(rate=asked)}), [name]) for name in names]
+        every = solved(calibration, {name: Target(rate=asked) for name in names})
+        for solution, measured in [*alone, (every, list(names))]:
+            seen, unseen = refused(calibration, solution), refused(evaluation, solution)
+            for name in measured:
+                at = names.index(name)
+                rates = (share(calibration, seen, at), share(evaluation, unseen, at))
+                sizes = (calibration.prompts[name], evaluation.prompts[name])
+                reachable = solution.expected[at].reachable
+                together = len(measured) > 1
+                within = differ_as_samples(*rates, *sizes)
+                cases.append(Case(name, together, asked, *rates, reachable, within))
+    return cases
+
+
+def differ_as_samples(first: float, second: float, first_n: int, second_n: int) -> bool:
+    """Returns whether two shares differ by no more than two samples of one share mostly do.
+
+    The interval is the usual one of a difference of two shares, with the pooled share.
+    """
+    pooled = (first * first_n + second * second_n) / (first_n + second_n)
+    spread = math.sqrt(pooled * (1 - pooled) * (1 / first_n + 1 / second_n))
+    return abs(first - second) <= Z95 * spread + 1e-12
+
+
+def movement(calibration: Calibration, evaluation: Calibration) -> Floats:
+    """Returns by how much every category's rate moves as one category's goes from 10 to 90 %.
+
+    Returns:
+        `[k, k]`: row the category that was moved, column the one whose rate was counted.
+    """
+    names = calibration.names
+    moved = np.zeros((len(names), len(names)))
+    for row, name in enumerate(names):
+        low, high = (
+            refused(evaluation, solved(calibration, {name: Target(rate=rate)}))
+            for rate in (RATES[0], RATES[-1])
+        )
+        for column in range(len(names)):
+            moved[row, column] = share(evaluation, high, column) - share(evaluation, low, column)
+    return moved
+
+
+def shared(calibration: Calibration, evaluation: Calibration) -> Floats:
+    """Returns the share of each category's prompts whose decision hangs on another's bias.
+
+    Between the two biases of `movement`, a prompt of category `column` crosses the threshold of
+    category `row` where its margin there lies between them, and no other category refuses it.
+    That is all that can move a rate.
+
+    Returns:
+        `[k, k]`, rows and columns as in `movement`.
+    """
+    names = calibration.names
+    found = np.zeros((len(names), len(names)))
+    for row, name in enumerate(names):
+        low, high = (
+            solved(calibration, {name: Target(rate=rate)}).biases[row]
+            for rate in (RATES[0], RATES[-1])
+        )
+        own = evaluation.margins[:, row]
+        others = np.delete(evaluation.margins, row, axis=1)
+        free = (others < 0).all(axis=1) if others.size else np.ones(len(own), dtype=bool)
+        crossing = (own + high >= 0) & (own + low < 0) & free
+        for column in range(len(names)):
+            found[row, column] = share(evaluation, crossing, column)
+    return found
+
+
+def bound_holds(
+    prompts: Calibration, splits: int, bound: float, seed: int, category: str | None
+) -> dict[str, float]:
+    """Splits prompts in halves at random; solves a bound on one, counts it on the other.
+
+    Args:
+        prompts: All of them.
+        splits: How many times.
+        bound: The false refusal rate asked for.
+        seed: Of the splits.
+        category: The one that the bound is for; None for all in total.
+
+    Returns:
+        How many splits kept the bound on the other half, and mean and largest share there.
+    """
+    rng = np.random.default_rng(seed)
+    shares = []
+    for _ in range(splits):
+        order = rng.permutation(len(prompts.category))
+        half, other = (part(prompts, places) for places in np.array_split(order, 2))
+        if category is None:
+            solution = solved(half, {}, total_false_refusal_rate=bound)
+            chosen = refused(other, solution)
+        else:
+            solution = solved(half, {category: Target(false_refusal_rate=bound)})
+            at = prompts.names.index(category)
+            chosen = other.margins[:, at] + np.float32(solution.biases[at]) >= 0
+        shares.append(share(other, chosen, BENIGN))
+    kept = sum(found <= bound for found in shares)
+    return {
+        "splits": splits,
+        "kept": kept,
+        "mean": float(np.mean(shares)),
+        "largest": float(np.max(shares)),
+    }
+
+
+def part(prompts: Calibration, places: NDArray[np.integer]) -> Calibration:
+    """Returns the calibration of some of the prompts."""
+    return replace(
+        prompts,
+        margins=prompts.margins[places],
+        log_normaliser=prompts.log_normaliser[places],
+        category=prompts.category[places],
+    )
+
+
+def pooled(first: Calibration, second: Calibration) -> Calibration:
+    """Returns the calibration of both sets of prompts."""
+    return replace(
+        first,
+        margins=np.concatenate((first.margins, second.margins)),
+        log_normaliser=np.concatenate((first.log_normaliser, second.log_normaliser)),
+        category=np.concatenate((first.category, second.category)),
+    )
+
+
+def recalibrated(
+    calibration: Calibration, evaluation: Calibration, seed: int
+) -> dict[str, dict[str, float]]:
+    """Fits every recalibration on one set of prompts and scores p(refuse) on the other.
+
+    Returns:
+        By method, `off` first: log loss, Brier score and expected calibration error.
+    """
+    fitted = calibration.margins.astype(np.float64)
+    columns = np.where(calibration.category < 0, len(calibration.names), calibration.category)
+    margins = evaluation.margins.astype(np.float64)
+    to_refuse = evaluation.category != BENIGN
+    found = {"off": honesty(margins, to_refuse)}
+    for method, fit in FITS.items():
+        maps = fit(fitted, columns)
+        found[method] = honesty(apply_maps(maps, margins), to_refuse)
+    truth = [(*calibration.names, None)[label] for label in calibration.category]
+    choice = recalibration_report(fitted, truth, calibration.names, seed).method
+    return {
+        method: {**scores, "chosen": float(method == choice)} for method, scores in found.items()
+    }
+
+
+def honesty(margins: Floats, to_refuse: Flags) -> dict[str, float]:
+    """Returns how good p(refuse) is; less is better."""
+    scores = refusal_scores(margins)
+    return {
+        "log_loss": float(log_losses(scores, to_refuse).mean()),
+        "brier": float(((refusal_probability(scores) - to_refuse) ** 2).mean()),
+        "calibration_error": calibration_error(scores, to_refuse) or 0.0,
+    }
+
+
+async def requested(url: str, rows: Sequence[Row], refusal: dict[str, Any]) -> Flags:
+    """Sends real requests and returns which of them were refused, `[rows]`."""
+    slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def one(row: Row) -> bool:
+            messages = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
+            body = {"model": SERVED, "messages": messages, "max_tokens": 1, "refusal": refusal}
+            async with slots:
+                answer = await client.post("/v1/chat/completions", json=body)
+            answer.raise_for_status()
+            return answer.headers["x-refusal-decision"] == "refuse"
+
+        return np.array(await asyncio.gather(*(one(row) for row in rows)))
+
+
+def request_cases(
+    model: Path, calibration: Calibration, evaluation: Calibration, rows: Sequence[Row], log: Path
+) -> list[dict[str, Any]]:
+    """Serves a checkpoint with its calibration and asks it for rates in real requests."""
+    names = calibration.names
+    asked: list[dict[str, float]] = [{names[0]: 0.3}, dict.fromkeys(names, 0.5)]
+    found = []
+    with without_calibrations(model) as folder:
+        save_calibration(folder, calibration)
+        with serving(folder, SERVED, log, SERVER_FLAGS, inherit_settings=False) as url:
+            for rates in asked:
+                dials = {
+                    "calibration": calibration.info.name,
+                    "categories": {name: {"rate": rate} for name, rate in rates.items()},
+                }
+                served = asyncio.run(requested(url, rows, dials))
+                targets = {name: Target(rate=rate) for name, rate in rates.items()}
+                offline = refused(evaluation, solved(calibration, targets))
+                found.append(
+                    {
+                        "asked": rates,
+                        "requests": len(rows),
+                        "decided_as_offline": int((served == offline).sum()),
+                        "achieved": {
+                            name: share(evaluation, served, names.index(name)) for name in rates
+                        },
+                    }
+                )
+    return found
+
+
+def measured(
+    model: Path, data: Sequence[Path], out: Path, console: Console
+) -> tuple[Calibration, ...]:
+    """Reads the margins of files of prompts off one engine."""
+    log = out / "server.log"
+    found = []
+    with (
+        without_calibrations(model) as folder,
+        serving(folder, SERVED, log, SERVER_FLAGS, inherit_settings=False) as url,
+    ):
+        for path in data:
+            job = Job(model, PromptFiles((path,)), name=path.stem, url=url, out=out)
+            found.append(calibrate(job, console))
+            console.print(found[-1].sentence())
+    return tuple(entry.calibration for entry in found)
+
+
+def experiment(
+    calibration: Calibration, evaluation: Calibration, splits: int, console: Console
+) -> tuple[list[Case], dict[str, Any]]:
+    """Runs everything that needs no server."""
+    names = calibration.names
+    every = pooled(calibration, evaluation)
+    bounds = {}
+    if calibration.benign and evaluation.benign:
+        kinds: list[str | None] = [None, *names]
+        for kind in track(kinds, "bounds", console=console):
+            try:
+                bounds[kind or "all together"] = bound_holds(every, splits, BOUND, 0, kind)
+            except RequestError as error:
+                console.print(f"{kind or 'all together'}: {error.message}")
+    return rate_cases(calibration, evaluation), {
+        "moved": movement(calibration, evaluation).tolist(),
+        "shared": shared(calibration, evaluation).tolist(),
+        "bounds": bounds,
+        "recalibration": recalibrated(calibration, evaluation, 0),
+    }
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with calibration.jsonl and evaluation.jsonl or eval.jsonl [default: demo's]",
+    )
+    parser.add_argument("--splits", type=int, default=100)
+    parser.add_argument("--no-requests", action="store_true", help="leave real requests out")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    arguments = parser.parse_args()
+    console = Console()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as rendered:
+        data: Path = arguments.data or Path(rendered)
+        if arguments.data is None:
+            write(data, seed=0)
+        held_out = next(data / n for n in ("evaluation.jsonl", "eval.jsonl") if (data / n).exists())
+        model = arguments.checkpoint
+        files = (data / "calibration.jsonl", held_out)
+        calibration, evaluation = measured(model, files, arguments.out, console)
+        rows = read_prompts(PromptFiles((held_out,)), calibration.names)
+    cases, results = experiment(calibration, evaluation, arguments.splits, console)
+    log = arguments.out / "server.log"
+    results["requests"] = (
+        [] if arguments.no_requests else request_cases(model, calibration, evaluation, rows, log)
+    )
+    counts = ", ".join(
+        f"{name} {calibration.prompts[name]}/{evaluation.prompts[name]}"
+        for name in calibration.names
+    )
+    results["setting"] = (
+        f"Prompts to calibrate on / to evaluate on: {counts}, benign {calibration.benign}/"
+        f"{evaluation.benign}. Rule: greedy. Rates 10, 20, … 90 %, each category alone (the others "
+        "as trained) and all at once."
+    )
+    results["cases"] = [case._asdict() for case in cases]
+    table = as_markdown(results, cases, calibration.names)
+    (arguments.out / "calibration.md").write_text(table)
+    (arguments.out / "calibration.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(cases, np.array(results["moved"]), calibration.names, arguments.out / "calibration.png")
+    console.print(table, soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""Does flexibility help? Three real tables with wrong labels, every loss tuned with equal care.
+
+For each seed a table is split into training part and test part, a share of the training labels is
+replaced by other classes at random, and a quarter of the training part is set aside to choose by;
+its labels are as wrong as the others. Each static loss gets the same number of whole trainings over
+learning rate and own parameter. The flexible loss gets at most as many steps in total, for
+successive halving over learning rates and members of the family. The winner of each is trained anew
+on the whole training part, and tested on labels that nobody touched.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from benchmarks.label_noise_report import Setting, as_markdown, draw
+from benchmarks.networks import TEST_EVERY, Candidate, Samples, accuracy, ranking, train
+from loss import members
+from training.halving import Choice, Plan, halving
+
+TABLES: dict[str, Callable[..., Any]] = {
+    "digits": load_digits,
+    "breast cancer": load_breast_cancer,
+    "wine": load_wine,
+}
+NOISES = (0.0, 0.2, 0.4)
+STEPS = 300
+SEEDS = 20
+SEEDS_AT_ONCE = 5
+FLEXIBLE = "flexible, auto"
+CROSS_ENTROPY = "cross-entropy"
+
+
+class Problem(NamedTuple):
+    """One table with one share of wrong labels.
+
+    Attributes:
+        inner: What candidates are trained on.
+        validation: What they are chosen by; labels as wrong.
+        train: Both together.
+        test: Labels untouched.
+        classes: How many.
+    """
+
+    inner: Samples
+    validation: Samples
+    train: Samples
+    test: Samples
+    classes: int
+
+
+class Job(NamedTuple):
+    """What one process does at a time.
+
+    Attributes:
+        table: Its name.
+        noise: Share of wrong labels.
+        seeds: Which.
+        steps: Of a whole training.
+    """
+
+    table: str
+    noise: float
+    seeds: tuple[int, ...]
+    steps: int
+
+
+class Outcome(NamedTuple):
+    """What came out of a job.
+
+    Attributes:
+        curves: Test accuracy, `[seeds, losses, points]`.
+        chosen: For each seed each loss's winner.
+        search_steps: For each seed the steps that the flexible loss's search took.
+    """
+
+    curves: Any
+    chosen: list[list[Candidate]]
+    search_steps: list[float]
+
+
+def spread(number: int) -> list[float]:
+    """Returns learning rates at even ratios."""
+    return [float(value) for value in np.geomspace(1e-3, 5e-2, number)]
+
+
+TRIALS = 12
+FINE, COARSE = spread(TRIALS), spread(TRIALS // 3)
+STATIC: dict[str, list[Candidate]] = {
+    CROSS_ENTROPY: [Candidate(lr, members.CROSS_ENTROPY) for lr in FINE],
+    "focal": [Candidate(lr, members.focal(gamma)) for gamma in (0.5, 1.0, 2.0) for lr in COARSE],
+    "MAE": [Candidate(lr, members.HALF_ABSOLUTE) for lr in FINE],
+    "quadratic": [Candidate(lr, members.QUADRATIC) for lr in FINE],
+    "generalised CE": [
+        Candidate(lr, members.generalised_cross_entropy(q))
+        for q in (0.3, 0.5, 0.7)
+        for lr in COARSE
+    ],
+    "exponential": [Candidate(lr, members.EXPONENTIAL) for lr in FINE],
+}
+NAMES = [*STATIC, FLEXIBLE]
+FAMILY = (
+    members.CROSS_ENTROPY,
+    members.focal(1.0),
+    members.generalised_cross_entropy(0.3),
+    members.generalised_cross_entropy(0.7),
+    members.HALF_ABSOLUTE,
+    members.QUADRATIC,
+    members.Member(0.5, 1.0),
+    members.Member(1.5, 0.5),
+    members.Member(-0.5, 0.0),
+)
+SEARCH = [Candidate(lr, member) for member in FAMILY for lr in COARSE]
+# 36 short, 8 or 9 middling and 2 or 3 whole trainings: 6 + 3 + 3 = 12 whole ones at most.
+BUDGETS = (1 / 6, 1 / 3, 1.0)
+KEEP = (8, 2)
+GAIN_IN_ERRORS = 0.5
+
+
+def problem(table: str, noise: float, seeds: Sequence[int]) -> Problem:
+    """Splits a table and spoils the labels of its training part, once for each seed."""
+    features, labels = TABLES[table](return_X_y=True)
+    classes = int(labels.max()) + 1
+    parts = [_one_problem(features, labels, classes, noise, seed) for seed in seeds]
+    inner, validation, whole, test = (
+        Samples(
+            torch.tensor(np.stack([part[at][0] for part in parts]), dtype=torch.float32),
+            torch.tensor(np.stack([part[at][1] for part in parts])),
+        )
+        for at in range(4)
+    )
+    return Problem(inner, validation, whole, test, classes)
+
+
+def _one_problem(
+    features: Any, labels: Any, classes: int, noise: float, seed: int
+) -> list[tuple[Any, Any]]:
+    """Returns inner, validation, training and test rows."""
+    x, x_test, y, y_test = train_test_split(
+        features, labels, test_size=0.3, random_state=seed, stratify=labels
+    )
+    scale = np.where(x.std(0) > 0, x.std(0), 1.0)
+    x, x_test = (x - x.mean(0)) / scale, (x_test - x.mean(0)) / scale
+    random = np.random.default_rng(seed)
+    wrong = random.random(len(y)) < noise
+    y = np.where(wrong, (y + random.integers(1, classes, len(y))) % classes, y)
+    cut = len(y) // 4  # train_test_split has shuffled them
+    return [(x[cut:], y[cut:]), (x[:cut], y[:cut]), (x, y), (x_test, y_test)]
+
+
+def score(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns what every choice goes by, `[S, C]`: accuracy, and among equal ones the ranking.
+
+    Both keep their order, in expectation, when labels are wrong at random.
+    """
+    return accuracy(logits, y) + 1e-3 * ranking(logits, y)
+
+
+def run(job: Job) -> Outcome:
+    """Tunes every loss, and trains and tests the winners."""
+    torch.set_num_threads(1)
+    posed = problem(job.table, job.noise, job.seeds)
+    static = _choose_static(posed, job)
+    searched = _search(posed, job)
+    chosen = [[*row, choice.best] for row, choice in zip(static, searched, strict=True)]
+    tested = train(chosen, posed.train, posed.test, posed.classes, job.seeds, job.steps, watch=True)
+    spent = [choice.cost * job.steps for choice in searched]
+    return Outcome(tested.accuracy.numpy(), chosen, spent)
+
+
+def _choose_static(posed: Problem, job: Job) -> list[list[Candidate]]:
+    """Returns for each seed the best candidate of each static loss."""
+    tried = [candidate for own in STATIC.values() for candidate in own]
+    scores = _scores([tried] * len(job.seeds), posed, job, 1.0)
+    places = scores.view(len(job.seeds), len(STATIC), TRIALS).argmax(-1).tolist()
+    return [[own[place] for own, place in zip(STATIC.values(), row, strict=True)] for row in places]
+
+
+def _search(posed: Problem, job: Job) -> list[Choice[Candidate]]:
+    """Returns for each seed what successive halving came to; all seeds in step."""
+    rows = posed.validation.y.shape[1]
+
+    def least_gain(standard: float) -> float:
+        return GAIN_IN_ERRORS * math.sqrt(max(standard * (1 - standard), 0.0) / rows)
+
+    def is_standard(candidate: Candidate) -> bool:
+        return candidate.member == members.CROSS_ENTROPY
+
+    plan = Plan(BUDGETS, KEEP, is_standard, least_gain)
+    searches = [halving(SEARCH, plan) for _ in job.seeds]
+    rungs = [next(search) for search in searches]
+    choices: list[Choice[Candidate]] = []
+    while not choices:
+        left = [candidates for candidates, _ in rungs]
+        widest = max(map(len, left))
+        # A seed whose best cross-entropy is among the best anyway has one candidate fewer.
+        padded = [[*some, *some[:1] * (widest - len(some))] for some in left]
+        scores = _scores(padded, posed, job, rungs[0][1]).tolist()
+        rungs = []
+        for search, some, own in zip(searches, left, scores, strict=True):
+            try:
+                rungs.append(search.send(own[: len(some)]))
+            except StopIteration as end:
+                choices.append(end.value)
+    return choices
+
+
+def _scores(
+    candidates: Sequence[Sequence[Candidate]], posed: Problem, job: Job, share: float
+) -> Tensor:
+    steps = round(share * job.steps)
+    trained = train(candidates, posed.inner, posed.validation, posed.classes, job.seeds, steps)
+    return score(trained.logits, posed.validation.y)
+
+
+def jobs(seeds: int, steps: int) -> Iterator[Job]:
+    """Yields all there is to do."""
+    for table in TABLES:
+        for noise in NOISES:
+            for first in range(0, seeds, SEEDS_AT_ONCE):
+                last = min(first + SEEDS_AT_ONCE, seeds)
+                yield Job(table, noise, tuple(range(first, last)), steps)
+
+
+def measure(todo: Sequence[Job], workers: int, console: Console) -> dict[str, Setting]:
+    """Runs the jobs and puts those of one table and share of noise together."""
+    context = multiprocessing.get_context("spawn")
+    outcomes: dict[str, list[Outcome]] = {}
+    with ProcessPoolExecutor(workers, context) as pool, Progress(console=console) as progress:
+        bar = progress.add_task("label noise", total=len(todo))
+        for job, outcome in zip(todo, pool.map(run, todo), strict=True):
+            outcomes.setdefault(f"{job.table}, {job.noise:.0%}", []).append(outcome)
+            progress.advance(bar)
+    return {
+        name: Setting(
+            np.concatenate([part.curves for part in parts]),
+            [row for part in parts for row in part.chosen],
+            [steps for part in parts for steps in part.search_steps],
+        )
+        for name, parts in outcomes.items()
+    }
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="3 seeds, short: only to try it out")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    arguments = parser.parse_args()
+    seeds, steps = (3, 60) if arguments.quick else (arguments.seeds, STEPS)
+    if seeds < 2:
+        parser.error("--seeds must be at least 2: one seed has no interval")
+    console = Console()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    settings = measure(list(jobs(seeds, steps)), arguments.workers, console)
+    lines = (
+        f"Seeds 0 to {seeds - 1}, {steps} steps of Adam, batch 64, one hidden layer of 32, "
+        f"{TRIALS} trainings to tune each loss with, torch {torch.__version__}, "
+        f"{time.perf_counter() - began:.0f} s with {arguments.workers} processes."
+    )
+    table, record = as_markdown(settings, NAMES, TEST_EVERY, lines)
+    (arguments.out / "label_noise.md").write_text(table)
+    (arguments.out / "label_noise.json").write_text(json.dumps(record, indent=2) + "\n")
+    draw(settings, NAMES, TEST_EVERY, arguments.out / "label_noise.png")
+    console.print(table, soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

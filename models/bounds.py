@@ -1,0 +1,167 @@
+"""Confidence arithmetic: what a share of n prompts says about the share of all prompts.
+
+Everything holds for any distribution of prompts, as long as the calibration's prompts and those to
+come are exchangeable; no normal approximation is made anywhere.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CONFIDENCE = 0.95
+_ERROR = 1.0 - CONFIDENCE
+# Guards floor(alpha * n) against products such as 0.29 * 100 = 28.999999999999996.
+_ULPS = 1e-9
+
+Doubles = npt.NDArray[np.float64]
+
+
+def intervals(counts: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Doubles, Doubles]:
+    """Returns the two-sided 95 % intervals of shares, by Clopper and Pearson.
+
+    Args:
+        counts: ``[m]``, of n prompts each; sums of probabilities where each prompt has its own. A
+            sum of probabilities varies less than a count of the same mean, so its interval is wider
+            than it need be.
+        n: ``[m]`` or one number, at least 1.
+
+    Returns:
+        Lower and upper ends, each ``[m]``.
+
+    Source: Clopper & Pearson, Biometrika 26 (1934); for sums of probabilities Hoeffding, Ann. Math.
+    Statist. 27 (1956): no convex function of them has a larger mean than under the binomial.
+    """
+    from scipy.special import betaincinv
+
+    total = np.asarray(n, dtype=np.float64)
+    hits = np.clip(np.asarray(counts, dtype=np.float64), 0.0, total)
+    # The placeholders keep both shapes positive where the end is 0 or 1 anyway.
+    low = betaincinv(np.maximum(hits, 1e-12), total - hits + 1, _ERROR / 2)
+    high = betaincinv(hits + 1, np.maximum(total - hits, 1e-12), 1 - _ERROR / 2)
+    return np.where(hits > 0, low, 0.0), np.where(hits < total, high, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def refusals_allowed(n: int, limit: float) -> int:
+    """Returns how many of n benign prompts may be refused for a bound to be certified.
+
+    The threshold lies just above the (r + 1)-th largest of n exchangeable scores. Whatever their
+    distribution,
+
+    1. the share of all prompts above it exceeds ``limit`` with the probability
+       P(Bin(n, limit) <= r), at most: the share is Beta(r + 1, n - r), and smaller with ties;
+    2. of the next n prompts more than ``limit * n`` lie above it with the probability that among
+       the largest r + x of both samples, x = floor(limit * n) + 1, at most r are the calibration's:
+       a hypergeometric tail.
+
+    The largest r is taken for which both are at most 5 %. The first speaks of the long run, the
+    second of a check on as many prompts again, whose own chance it includes.
+
+    Returns:
+        r, or -1 where even r = 0 is not certified.
+
+    Source: 1: Wilks, Ann. Math. Statist. 12 (1941); with ties Scheffé & Tukey, ibid. 16 (1945);
+    it equals the one-sided Clopper-Pearson bound. 2: Wilks, ibid. 13 (1942); the same count is
+    behind split conformal prediction: Angelopoulos & Bates, arXiv 2107.07511.
+    """
+    from scipy.special import bdtr
+
+    def certified(r: int) -> bool:
+        return bool(bdtr(r, n, limit) <= _ERROR) and _next_sample_exceeds(r, n, limit) <= _ERROR
+
+    # What the normal approximation says of the second condition; only where the search starts.
+    spread = math.sqrt(2 * n * limit * (1 - limit))
+    return _last_true(certified, n - 1, start=int(limit * n - 1.645 * spread))
+
+
+@lru_cache(maxsize=4096)
+def mean_allowed(n: int, limit: float) -> float:
+    """Returns how large a mean of n refusal probabilities may be for a bound to be certified.
+
+    For independent variables in [0, 1] and a mean that rises with one dial, the largest dial whose
+    Hoeffding-Bentkus p-value of "the true mean exceeds the limit" is at most 5 % keeps the limit
+    with 95 % confidence. As probabilities vary less than refusals, the count that
+    ``refusals_allowed`` certifies for a second sample (and the half prompt up to the next) is a
+    further limit.
+
+    Returns:
+        The mean, or a negative number where none is certified.
+
+    Source: Bates et al., "Distribution-free, risk-controlling prediction sets", arXiv 2101.02703;
+    Angelopoulos et al., "Learn then test", arXiv 2110.01052.
+    """
+    from scipy.special import bdtr
+
+    allowed = refusals_allowed(n, limit)
+    if allowed < 0:
+        return -1.0
+    bentkus = _last_true(
+        lambda count: bool(math.e * bdtr(count, n, limit) <= _ERROR), n - 1, start=allowed
+    )
+    return min(max(_hoeffding(n, limit), bentkus / n), (allowed + 0.5) / n)
+
+
+def prompts_needed(limit: float, at_least: int = 0) -> int:
+    """Returns the smallest number of prompts, not below ``at_least``, that can certify a limit."""
+    n = max(at_least, math.ceil(math.log(_ERROR) / math.log1p(-limit)), 1)
+    while refusals_allowed(n, limit) < 0:
+        # With the same floor(limit * n) more prompts only make it harder.
+        n = max(n + 1, math.ceil((math.floor(limit * n + _ULPS) + 1) / limit - _ULPS))
+    return n
+
+
+def _last_true(holds: Callable[[int], bool], largest: int, *, start: int) -> int:
+    """Returns the last of 0..largest for which a falling predicate holds, or -1."""
+    low = high = min(max(start, 0), largest)
+    step = 1
+    while low >= 0 and not holds(low):
+        low, high, step = low - step, low, 2 * step
+    while high <= largest and holds(high):
+        low, high, step = high, high + step, 2 * step
+    low, high = max(low, -1), min(high, largest + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _next_sample_exceeds(r: int, n: int, limit: float) -> float:
+    drawn = r + math.floor(limit * n + _ULPS) + 1
+    factorials = _log_factorials(n)
+    i = np.arange(max(0, drawn - n), r + 1)
+    if not len(i):
+        return 0.0
+
+    def choose_from_n(part: npt.NDArray[Any]) -> Doubles:
+        chosen: Doubles = factorials[n] - factorials[part] - factorials[n - part]
+        return chosen
+
+    every = factorials[2 * n] - factorials[drawn] - factorials[2 * n - drawn]
+    return float(np.exp(choose_from_n(i) + choose_from_n(drawn - i) - every).sum())
+
+
+@lru_cache(maxsize=64)
+def _log_factorials(n: int) -> Doubles:
+    from scipy.special import gammaln
+
+    table: Doubles = gammaln(np.arange(2 * n + 1) + 1.0)
+    return table
+
+
+def _hoeffding(n: int, limit: float) -> float:
+    def p_value(mean: float) -> float:
+        divergence = (1 - mean) * math.log((1 - mean) / (1 - limit))
+        divergence += mean * math.log(mean / limit) if mean else 0.0
+        return math.exp(-n * divergence)
+
+    if p_value(0.0) > _ERROR:
+        return -1.0
+    low, high = 0.0, limit
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value(middle) <= _ERROR else (low, middle)
+    return low

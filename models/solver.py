@@ -1,0 +1,394 @@
+"""From "refuse 30 % of these" to the biases that do it.
+
+Pure: a calibration's margins and what is asked for go in, biases and what to expect come out.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from models.bounds import intervals, mean_allowed, prompts_needed, refusals_allowed
+from models.calibration import Calibration
+from models.controls import Rule
+from models.errors import RequestError
+from models.sampling import SampleRule
+from models.thresholds import Doubles, ThresholdRule, greedy_scores, paper_scores
+
+Interval = tuple[float, float]
+
+# How near a rate must come to the one asked for to count as reached.
+REACHED_WITHIN = 0.005
+
+_TOTAL = "refusal.false_refusal_rate"
+# Rates and the common bias hardly touch each other: two or three rounds are usual.
+_ROUNDS = 12
+# In log-odds: it moves no probability by more than 0.025 points.
+_STANDSTILL = 1e-3
+_ROUNDING = 1e-9
+
+_Solver = ThresholdRule | SampleRule
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of one category: exactly one of the three. Hashable.
+
+    Attributes:
+        bias: Added to the refusal logit as it is; may be infinite.
+        rate: Share of the category's own prompts to be refused, by whichever token; 0..1.
+        false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts that
+            the category's own rule refuses; 0..1, 1 excluded.
+
+    Raises:
+        ValueError: Not exactly one is given, or it is out of range.
+    """
+
+    bias: float | None = None
+    rate: float | None = None
+    false_refusal_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.bias, self.rate, self.false_refusal_rate) if v is not None]
+        if len(given) != 1:
+            raise ValueError("a target is one of bias, rate, false_refusal_rate, and only one")
+        if math.isnan(given[0]):
+            raise ValueError("a target is a number, not NaN")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"a rate lies between 0 and 1, got {self.rate}")
+        if self.false_refusal_rate is not None:
+            _check_limit(self.false_refusal_rate)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What to expect of one category's traffic, if it is like the calibration's.
+
+    Attributes:
+        rate: Share of the category's own calibration prompts refused, by whichever token.
+        rate_interval: 95 % interval of that share (Clopper-Pearson).
+        false_refusal_rate: Share of the benign prompts that the category's own rule refuses;
+            none where the calibration has no benign prompts.
+        false_refusal_interval: Its 95 % interval.
+        reachable: Whether what was asked for is met: a rate within half a point (never a rate of
+            1: no sample can promise that), a false refusal rate by a bound that is certified.
+        asked: The rate or false refusal rate asked for, or none.
+    """
+
+    rate: float
+    rate_interval: Interval
+    false_refusal_rate: float | None
+    false_refusal_interval: Interval | None
+    reachable: bool
+    asked: float | None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The biases that do what was asked, and what they will do. All in manifest order.
+
+    Attributes:
+        biases: Each exactly an fp32 number, or infinite.
+        selected: Whether the category was named, or moved by the total; for ``Controls``.
+        expected: By category.
+        total_false_refusal_rate: Share of the benign prompts refused by whichever token; none
+            where the calibration has no benign prompts.
+        total_false_refusal_interval: Its 95 % interval.
+    """
+
+    biases: tuple[float, ...]
+    selected: tuple[bool, ...]
+    expected: tuple[Expected, ...]
+    total_false_refusal_rate: float | None
+    total_false_refusal_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One point of a category's curve, the other categories as trained.
+
+    Attributes:
+        bias: Finite.
+        sensitivity: 1 / (1 + exp(-bias)).
+        rate: Share of the category's own prompts refused, by whichever token.
+        rate_interval: Its 95 % interval.
+        false_refusal_rate: Share of benign prompts that the category's own rule refuses.
+        interval: Its 95 % interval.
+    """
+
+    bias: float
+    sensitivity: float
+    rate: float
+    rate_interval: Interval
+    false_refusal_rate: float | None
+    interval: Interval | None
+
+
+def solve(
+    calibration: Calibration,
+    targets: Mapping[str, Target],
+    *,
+    rule: Rule,
+    temperature: float,
+    total_false_refusal_rate: float | None = None,
+) -> Solution:
+    """Finds the biases that meet every target together.
+
+    Args:
+        calibration: Whose margins stand for the traffic.
+        targets: By category name. A missing category keeps the bias 0, or takes part in the common
+            shift where a total is asked for.
+        rule: How the token is chosen.
+        temperature: Of the request; only ``SAMPLE`` reads it, 0 means greedy.
+        total_false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
+            refused by whichever token. The categories without a target share one bias, the
+            largest that keeps it.
+
+    Raises:
+        RequestError: A bound cannot be certified from so few benign prompts, or by the categories
+            that are free to move.
+        ValueError: A target names a category that the calibration does not know.
+    """
+    unknown = sorted(set(targets) - set(calibration.names))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(calibration.names)}")
+    if total_false_refusal_rate is not None:
+        _check_limit(total_false_refusal_rate)
+    by_index = {c: targets[n] for c, n in enumerate(calibration.names) if n in targets}
+    free = [c for c in range(len(calibration.names)) if c not in by_index]
+    if total_false_refusal_rate is None:
+        free = []
+    selected = frozenset((*by_index, *free))
+    solver = _solver(calibration, rule, temperature, selected)
+    bias = np.zeros(len(calibration.names))
+    for c, target in by_index.items():
+        bias[c] = _alone(calibration, solver, c, target)
+    rates = {c: t.rate for c, t in by_index.items() if t.rate is not None}
+    if total_false_refusal_rate is None:
+        bias = solver.meet(rates, bias) if rates else bias
+    else:
+        limit = _total_limit(calibration, solver, by_index, total_false_refusal_rate)
+        bias = _meet_total(calibration, solver, rates, free, bias, limit)
+    return _solution(calibration, solver, by_index, selected, bias)
+
+
+def curve(
+    calibration: Calibration,
+    category: str,
+    points: int = 101,
+    *,
+    rule: Rule = Rule.GREEDY,
+    temperature: float = 1.0,
+) -> list[CurvePoint]:
+    """Returns one category's curve, bias rising, the other categories as trained.
+
+    Args:
+        calibration: Whose margins stand for the traffic.
+        category: Its name.
+        points: How many, at least 2. One of them is as trained (bias 0).
+        rule: How the token is chosen; under ``PAPER`` the category alone is selected.
+        temperature: Only ``SAMPLE`` reads it.
+
+    Raises:
+        ValueError: The calibration does not know the category.
+    """
+    if category not in calibration.names:
+        raise ValueError(f"{category!r} is none of {', '.join(calibration.names)}")
+    c = calibration.names.index(category)
+    solver = _solver(calibration, rule, temperature, frozenset((c,)))
+    biases = np.linspace(*solver.span(c), points).astype(np.float32)
+    biases[abs(biases).argmin()] = 0.0
+    moved = np.zeros((points, len(calibration.names)))
+    moved[:, c] = biases
+    rates = np.array([solver.rate(c, row) for row in moved])
+    n, benign = calibration.prompts[category], calibration.benign
+    low, high = intervals(rates * n, n)
+    false = np.array([solver.own_false(c, b) for b in moved[:, c]]) if benign else None
+    false_low, false_high = intervals(false * benign, benign) if false is not None else (None, None)
+    return [
+        CurvePoint(
+            bias=float(bias),
+            sensitivity=_sensitivity(float(bias)),
+            rate=float(rates[i]),
+            rate_interval=(float(low[i]), float(high[i])),
+            false_refusal_rate=None if false is None else float(false[i]),
+            interval=(
+                None
+                if false_low is None or false_high is None
+                else (float(false_low[i]), float(false_high[i]))
+            ),
+        )
+        for i, bias in enumerate(biases)
+    ]
+
+
+class _Limit(NamedTuple):
+    """How many benign prompts may be refused, and what that certifies."""
+
+    allowed: float
+    rate: float
+
+
+def _check_limit(limit: float) -> None:
+    if not 0 <= limit < 1:
+        raise ValueError(f"a false refusal rate lies between 0 and 1, below 1, got {limit}")
+
+
+def _sensitivity(bias: float) -> float:
+    small = math.exp(-abs(bias))
+    return 1 / (1 + small) if bias >= 0 else small / (1 + small)
+
+
+def _solver(
+    calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
+) -> _Solver:
+    # Only what the rule reads may split the cache.
+    cold = rule is not Rule.SAMPLE or temperature <= 0
+    return _cached_solver(
+        calibration,
+        Rule.GREEDY if rule is Rule.SAMPLE and cold else rule,
+        0.0 if cold else temperature,
+        selected if rule is Rule.PAPER else frozenset(),
+    )
+
+
+@lru_cache(maxsize=64)
+def _cached_solver(
+    calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
+) -> _Solver:
+    if rule is Rule.SAMPLE:
+        return SampleRule(calibration, temperature)
+    paper = rule is Rule.PAPER
+    scores = paper_scores(calibration, selected) if paper else greedy_scores(calibration)
+    return ThresholdRule(scores, calibration.category)
+
+
+def _alone(calibration: Calibration, solver: _Solver, category: int, target: Target) -> float:
+    """Returns the bias that a target fixes whatever the others are; for a rate, a start."""
+    if target.bias is not None:
+        return float(np.float32(target.bias))
+    if target.rate is not None:
+        return float(np.float32(solver.alone(category, target.rate)))
+    assert target.false_refusal_rate is not None
+    if target.false_refusal_rate == 0:
+        return -math.inf
+    param = f"refusal.categories.{calibration.names[category]}"
+    allowed = _allowed(calibration, solver, target.false_refusal_rate, param)
+    return solver.own_bias(category, allowed)
+
+
+def _allowed(calibration: Calibration, solver: _Solver, limit: float, param: str) -> float:
+    n = calibration.benign
+    if isinstance(solver, SampleRule):
+        allowed = mean_allowed(n, limit) * n if n else -1.0
+    else:
+        allowed = refusals_allowed(n, limit) if n else -1.0
+    if allowed < 0:
+        raise RequestError(
+            f"a false refusal rate of {limit:g} needs at least {prompts_needed(limit, n)} benign "
+            f"prompts to be certain of, the calibration {calibration.info.name!r} has {n}",
+            param=param,
+        )
+    return allowed
+
+
+def _total_limit(
+    calibration: Calibration, solver: _Solver, targets: Mapping[int, Target], limit: float
+) -> _Limit:
+    if limit == 0:
+        return _Limit(0.0, limit)
+    # Every threshold that was put at a benign prompt costs that prompt: the thresholds together
+    # cut off (refused + cuts) of Tukey's statistically equivalent blocks.
+    cuts = sum(bool(target.false_refusal_rate) for target in targets.values())
+    allowed = _allowed(calibration, solver, limit, _TOTAL) - cuts
+    return _Limit(allowed, limit)
+
+
+def _meet_total(
+    calibration: Calibration,
+    solver: _Solver,
+    rates: Mapping[int, float],
+    free: list[int],
+    bias: Doubles,
+    limit: _Limit,
+) -> Doubles:
+    """Moves rates and the common bias in turn; the last to move is the bias, which is bounded."""
+    for _ in range(_ROUNDS):
+        before = bias
+        bias = solver.meet(rates, bias) if rates else bias.copy()
+        shift = _shift(solver, free, bias, limit, calibration.benign)
+        if shift is None:
+            held = bias.copy()
+            held[free] = -math.inf
+            share = solver.total_false(held) if calibration.benign else 1.0
+            raise RequestError(
+                f"the dials that are set one by one already refuse {share:.2%} of the "
+                f"{calibration.benign} benign prompts of the calibration "
+                f"{calibration.info.name!r}; at most {max(limit.allowed, 0):g} prompts may be "
+                f"refused to be certain of {limit.rate:g} in total",
+                param=_TOTAL,
+            )
+        bias[free] = shift
+        if not rates or np.isclose(bias, before, rtol=0, atol=_STANDSTILL).all():
+            break
+    return bias
+
+
+def _shift(
+    solver: _Solver, free: list[int], bias: Doubles, limit: _Limit, benign: int
+) -> float | None:
+    if limit.rate == 0:
+        held = np.delete(bias, free)
+        return -math.inf if (held == -math.inf).all() else None
+    if free:
+        return solver.shift(free, bias, limit.allowed)
+    return 0.0 if solver.total_false(bias) * benign <= limit.allowed + _ROUNDING else None
+
+
+def _solution(
+    calibration: Calibration,
+    solver: _Solver,
+    targets: Mapping[int, Target],
+    selected: Collection[int],
+    bias: Doubles,
+) -> Solution:
+    k, benign = len(bias), calibration.benign
+    rates = np.array([solver.rate(c, bias) for c in range(k)])
+    false = np.zeros(k + 1)
+    if benign:
+        false[:k] = [solver.own_false(c, float(bias[c])) for c in range(k)]
+        false[k] = solver.total_false(bias)
+    shares = np.concatenate((rates, false))
+    n = np.array([*calibration.prompts.values(), *[max(benign, 1)] * (k + 1)])
+    ends = list(zip(*(end.tolist() for end in intervals(shares * n, n)), strict=True))
+    return Solution(
+        biases=tuple(bias.tolist()),
+        selected=tuple(c in selected for c in range(k)),
+        expected=tuple(
+            Expected(
+                rate=float(rates[c]),
+                rate_interval=ends[c],
+                false_refusal_rate=float(false[c]) if benign else None,
+                false_refusal_interval=ends[k + c] if benign else None,
+                reachable=_reached(targets.get(c), float(rates[c])),
+                asked=_asked(targets.get(c)),
+            )
+            for c in range(k)
+        ),
+        total_false_refusal_rate=float(false[k]) if benign else None,
+        total_false_refusal_interval=ends[2 * k] if benign else None,
+    )
+
+
+def _reached(target: Target | None, rate: float) -> bool:
+    asked = target.rate if target else None
+    return asked is None or (asked < 1 and abs(rate - asked) <= REACHED_WITHIN + _ROUNDING)
+
+
+def _asked(target: Target | None) -> float | None:
+    if target is None:
+        return None
+    return target.false_refusal_rate if target.rate is None else target.rate

@@ -1,0 +1,259 @@
+"""Solving for rules that compare a score with a threshold: ``greedy`` and ``paper``.
+
+Both refuse a prompt where for some category ``score >= -bias``. For ``greedy`` the score is the
+margin. For ``paper`` it is the log-odds of the top refusal token against everything else, and
+other tokens of that prompt do not count. An fp32 sum ``score + bias`` is negative exactly where the
+exact sum is, so the comparison is the engine's own, to the bit.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from models.calibration import BENIGN, Calibration, Floats
+
+Doubles = npt.NDArray[np.float64]
+_Float = TypeVar("_Float", bound=np.floating[Any])
+
+# Stands for a token that cannot refuse the prompt, whatever its bias.
+_OUT = np.float32(-1e30)
+# ``-inf`` as a threshold would let those in.
+_LOWEST = np.float32(-1e29)
+# How far beyond the last known score a threshold is put: far above fp32's noise, far below what
+# separates prompts.
+_EDGE = 1 / 64
+_SWEEPS = 40
+
+
+def greedy_scores(calibration: Calibration) -> Floats:
+    """Returns the margins, ``[n, k]``."""
+    return calibration.margins
+
+
+def paper_scores(calibration: Calibration, selected: Collection[int]) -> Floats:
+    """Returns the paper's rule as scores, ``[n, k]`` fp32.
+
+    The rule asks p >= 1 - x of the top refusal token, x the sensitivity: ln(p / (1 - p)) + b >= 0.
+    Where the top token was not selected the model's own choice stands: margin >= 0 at bias 0.
+
+    Args:
+        calibration: The margins and log-normalisers.
+        selected: Indices of the categories that a request names.
+    """
+    margins, rows = calibration.margins, np.arange(len(calibration.margins))
+    top = margins.argmax(axis=1)
+    log_p = np.minimum(margins[rows, top].astype(np.float64) - calibration.log_normaliser, -1e-30)
+    log_odds = log_p - np.log(-np.expm1(log_p))
+    scores = np.full_like(margins, _OUT)
+    picked = np.isin(top, list(selected))
+    scores[rows, top] = np.where(picked, log_odds, margins[rows, top])
+    return scores
+
+
+def grouped(
+    scores: npt.NDArray[_Float], category: npt.NDArray[np.int64]
+) -> list[npt.NDArray[_Float]]:
+    """Returns each category's prompts, ``[k, n_c]``, columns by the category's own score, falling.
+
+    Args:
+        scores: ``[n, k]``.
+        category: ``[n]``, the index of each prompt's category.
+    """
+    by_category = [scores[category == c].T for c in range(scores.shape[1])]
+    return [
+        np.ascontiguousarray(group[:, np.argsort(-group[c], kind="stable")])
+        for c, group in enumerate(by_category)
+    ]
+
+
+class ThresholdRule:
+    """A calibration's scores, laid out for solving. Immutable; safe to share between threads.
+
+    Attributes:
+        groups: Each category's prompts, as ``grouped`` returns them.
+        contenders: For each category how many of those its own token can refuse.
+        benign: Scores of the benign prompts, ``[k, n_benign]`` fp32.
+        benign_falling: The same, each row sorted by itself.
+    """
+
+    def __init__(self, scores: Floats, category: npt.NDArray[np.int64]) -> None:
+        self.groups = grouped(scores, category)
+        self.contenders = [int((g[c] > _OUT).sum()) for c, g in enumerate(self.groups)]
+        self.benign = np.ascontiguousarray(scores[category == BENIGN].T)
+        self.benign_falling = -np.sort(-self.benign, axis=1)
+        self.benign_count = int(self.benign.shape[1])
+
+    def rate(self, category: int, bias: Doubles) -> float:
+        """Returns the share of a category's prompts that any token refuses."""
+        return self._share(category, _thresholds(bias))
+
+    def total_false(self, bias: Doubles) -> float:
+        """Returns the share of the benign prompts that any token refuses."""
+        return _count(self.benign, _thresholds(bias)) / self.benign_count
+
+    def own_false(self, category: int, bias: float) -> float:
+        """Returns the share of the benign prompts that a category's own rule refuses."""
+        threshold = max(np.float32(-bias), _LOWEST)
+        return _tied(self.benign_falling[category], threshold)[1] / self.benign_count
+
+    def alone(self, category: int, rate: float) -> float:
+        """Returns a bias that is near to the one for a rate: where to start."""
+        own = self.groups[category][category]
+        return -float(own[min(int(rate * len(own)), len(own) - 1)])
+
+    def own_bias(self, category: int, allowed: float) -> float:
+        """Returns the largest bias whose own rule refuses at most so many benign prompts.
+
+        Args:
+            category: Index of the category.
+            allowed: Number of prompts, rounded down; less than all of them.
+        """
+        return -float(_above(self.benign_falling[category], math.floor(allowed)))
+
+    def shift(self, free: list[int], bias: Doubles, allowed: float) -> float | None:
+        """Returns the largest common bias of the free categories that keeps a total.
+
+        Args:
+            free: Indices of the categories that share the bias.
+            bias: ``[k]``, what the others have.
+            allowed: Number of benign prompts that may be refused by whichever token.
+
+        Returns:
+            The bias, or none where the others alone refuse more.
+        """
+        held = bias.copy()
+        held[free] = -math.inf
+        refused = _refused(self.benign, _thresholds(held))
+        left = math.floor(allowed) - int(refused.sum())
+        if left < 0:
+            return None
+        highest = self.benign[free][:, ~refused].max(axis=0)
+        return -float(_above(-np.sort(-highest), left))
+
+    def span(self, category: int) -> tuple[float, float]:
+        """Returns the biases between which a category's rates go from nearly 0 to nearly 1."""
+        benign = self.benign[category]
+        own = self.groups[category][category, : self.contenders[category]]
+        known = np.concatenate((own, benign[benign > _OUT], [0.0]))
+        low, high = np.quantile(known, (0.001, 0.999))
+        return -float(high) - 0.5, -float(low) + 0.5
+
+    def meet(self, rates: Mapping[int, float], bias: Doubles) -> Doubles:
+        """Returns the biases under which every rate is as near as it can be, given the others.
+
+        Each category in turn is given the threshold that fits, the others standing still, until
+        none moves: an equilibrium. One always exists where rates are continuous (Brouwer). In it a
+        rate is missed upwards only where the other tokens refuse more than was asked for, with the
+        category's own dial at never.
+
+        Args:
+            rates: What is asked for, by category index.
+            bias: ``[k]``, what the others have, and where to start; ``alone`` gives a start.
+        """
+        wanted = {c: _wanted(rate, self.groups[c].shape[1]) for c, rate in rates.items()}
+        thresholds = _thresholds(bias)
+        best, least = thresholds.copy(), (math.inf, math.inf)
+        for sweep in range(2 * _SWEEPS):
+            moved = False
+            for c in rates:
+                found = self._fit(c, wanted[c], thresholds, keep=sweep > 1)
+                if found != thresholds[c]:
+                    moved = True
+                    # A cycle: dials that push each other meet half-way.
+                    thresholds[c] = _halfway(thresholds[c], found) if sweep > _SWEEPS else found
+            if not moved:
+                best = thresholds
+                break
+            if sweep >= _SWEEPS:
+                errors = [abs(self._share(c, thresholds) - rate) for c, rate in rates.items()]
+                if (max(errors), sum(errors)) < least:
+                    best, least = thresholds.copy(), (max(errors), sum(errors))
+        solved = bias.copy()
+        for c in rates:
+            solved[c] = -best[c]
+        return solved
+
+    def _share(self, category: int, thresholds: Floats) -> float:
+        group = self.groups[category]
+        return _count(group, thresholds) / int(group.shape[1])
+
+    def _fit(self, category: int, wanted: int, thresholds: Floats, *, keep: bool) -> np.float32:
+        """Returns the threshold with which a category's count is nearest to the wanted one.
+
+        With ``keep`` a threshold that already gives the wanted count stays: otherwise thresholds
+        keep moving inside the gaps between two prompts.
+        """
+        group, own = self.groups[category], thresholds[category]
+        thresholds[category] = np.inf
+        others = _refused(group, thresholds)
+        thresholds[category] = own
+        left = wanted - int(np.count_nonzero(others))
+        free = group[category, : self.contenders[category]]
+        free = free[~others[: len(free)]]
+        if keep and np.count_nonzero(free >= own) == left:
+            return np.float32(own)
+        if wanted == 0 or left < 0 or not len(free):
+            return np.float32(np.inf)
+        return _between(free, left)
+
+
+def _thresholds(bias: Doubles) -> Floats:
+    return np.maximum(-bias, _LOWEST).astype(np.float32)
+
+
+def _refused(scores: Floats, thresholds: Floats) -> npt.NDArray[np.bool_]:
+    refused: npt.NDArray[np.bool_] = np.logical_or.reduce(scores >= thresholds[:, None], axis=0)
+    return refused
+
+
+def _count(scores: Floats, thresholds: Floats) -> int:
+    return int(np.count_nonzero(_refused(scores, thresholds)))
+
+
+def _wanted(rate: float, n: int) -> int:
+    return math.floor(rate * n + 0.5)
+
+
+def _halfway(old: np.float32, new: np.float32) -> np.float32:
+    return np.float32((old + new) / 2) if np.isfinite(old) and np.isfinite(new) else new
+
+
+def _between(falling: Floats, count: int) -> np.float32:
+    """Returns a threshold that lets ``count`` of the scores in, or the nearest number ties allow.
+
+    Args:
+        falling: ``[m]`` scores, m at least 1, falling.
+        count: 0 or more; all of them where there are not so many.
+    """
+    count = min(count, len(falling))
+    if 0 < count < len(falling) and falling[count - 1] == falling[count]:
+        fewer, more = _tied(falling, falling[count])
+        count = fewer if count - fewer < more - count else more
+    if count == len(falling):
+        return np.float32(falling[-1] - _EDGE)
+    return _above(falling, count)
+
+
+def _above(falling: Floats, index: int) -> np.float32:
+    """Returns a threshold above the score at ``index``, not above the next larger score."""
+    lower = falling[index]
+    if lower == _OUT:
+        return np.float32(-np.inf)
+    larger = _tied(falling, lower)[0]
+    if larger == 0:
+        return max(np.float32(lower + _EDGE), np.nextafter(lower, np.float32(np.inf)))
+    upper = falling[larger - 1]
+    middle = np.float32((float(lower) + float(upper)) / 2)
+    return middle if lower < middle else upper
+
+
+def _tied(falling: Floats, score: Any) -> tuple[int, int]:
+    """Returns how many scores are larger than this one, and how many at least as large."""
+    rising = falling[::-1]
+    return (
+        len(rising) - int(np.searchsorted(rising, score, side="right")),
+        len(rising) - int(np.searchsorted(rising, score, side="left")),
+    )

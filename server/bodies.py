@@ -1,0 +1,105 @@
+"""Request bodies: read within bounds, parsed once, answered with OpenAI's error body."""
+
+import json
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Message, Receive
+
+from models.errors import RequestError
+from server.protocol import FIELD, HEADER, parse_header
+
+
+async def read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """Reads a request's whole body.
+
+    Raises:
+        RequestError: It is larger than the limit.
+    """
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            break
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit_bytes:
+            raise RequestError(f"the body is larger than {limit_bytes} bytes", status=413)
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def parse_body(raw: bytes) -> dict[str, Any] | None:
+    """Returns a body's JSON object, or None where vLLM itself says what is wrong with it.
+
+    Raises:
+        RequestError: It nests deeper than the parser goes.
+    """
+    try:
+        body = json.loads(raw)
+    except RecursionError as error:
+        raise RequestError("the body nests too deeply", status=400) from error
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def encode(value: Any) -> bytes:
+    """Returns JSON.
+
+    Raises:
+        RequestError: It nests deeper than the writer goes.
+    """
+    # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError as error:  # what could just be read may be too deep to write again
+        raise RequestError("the body nests too deeply", status=400) from error
+
+
+def error_response(error: RequestError) -> Response:
+    """Returns OpenAI's error body for an error of ours."""
+    body = {
+        "error": {
+            "message": error.message,
+            "type": "invalid_request_error",
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+    return Response(encode(body), error.status, media_type="application/json")
+
+
+def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
+    """Returns a body with the dials of the ``X-Refusal`` header in it.
+
+    Raises:
+        RequestError: The header is wrong, or the body has dials too.
+    """
+    if "x-refusal-policy" in headers:
+        raise RequestError("this server keeps no policies", param="X-Refusal-Policy")
+    dials = headers.getlist(HEADER)
+    if not dials:
+        return body
+    if FIELD in body:
+        raise RequestError(
+            "send the dials in the body's `refusal` or in X-Refusal, not in both", param="X-Refusal"
+        )
+    return {**body, FIELD: parse_header(",".join(dials))}
+
+
+def replay_body(raw: bytes, receive: Receive) -> Receive:
+    """Returns a ``receive`` that gives a body which was already read, then the connection's own."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": raw, "more_body": False}
+
+    return replay

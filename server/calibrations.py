@@ -1,0 +1,167 @@
+"""The calibrations of the served checkpoint, and the solutions found on them."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.calibration import Calibration, list_calibrations, load_calibration, verify
+from models.controls import Rule
+from models.errors import CheckpointError, RequestError
+from models.hashes import Hashes, checkpoint_hashes
+from models.manifest import Manifest
+from models.solver import Solution, Target, curve, solve
+
+MOST_SOLUTIONS = 4096
+HOW_TO = "`rheostat calibrate --model DIR --data FILE` makes one, and a restart loads it"
+
+
+class Question(NamedTuple):
+    """What is to be solved; the key of the cache.
+
+    Attributes:
+        calibration: A calibration's name.
+        targets: In manifest order; none keeps a category as trained.
+        rule: How the token is chosen.
+        temperature: Of the request; 0 where the rule does not read it.
+        total: Upper bound of all false refusals together.
+    """
+
+    calibration: str
+    targets: tuple[Target | None, ...]
+    rule: Rule
+    temperature: float
+    total: float | None
+
+
+class Calibrations:
+    """Named calibrations of one checkpoint. Names come from clients: they are only looked up.
+
+    Args:
+        loaded: By name, all of one checkpoint.
+    """
+
+    def __init__(self, loaded: Mapping[str, Calibration]) -> None:
+        self._loaded = dict(loaded)
+        self._solve = lru_cache(maxsize=MOST_SOLUTIONS)(self._solve_anew)
+        self._describe = lru_cache(maxsize=len(self._loaded))(self._describe_anew)
+
+    @property
+    def names(self) -> list[str]:
+        """Their names, sorted."""
+        return sorted(self._loaded)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._loaded
+
+    def require(self, name: str, *, param: str, status: int = 422) -> None:
+        """Refuses a name that is not loaded.
+
+        Raises:
+            RequestError: It names what is loaded, or how to make one.
+        """
+        if name in self._loaded:
+            return
+        if not self._loaded:
+            raise RequestError(
+                f"{param}: this checkpoint has no calibration, which rates need; {HOW_TO}",
+                param=param,
+                status=status,
+            )
+        raise RequestError(
+            f"{param}: no calibration is named {name!r}; loaded are {', '.join(self.names)}",
+            param=param,
+            status=status,
+        )
+
+    def solve(self, question: Question) -> Solution:
+        """Returns the biases that do what is asked; from the cache where it was asked before.
+
+        Raises:
+            RequestError: The calibration cannot certify a bound.
+        """
+        return self._solve(question)
+
+    def solved(self) -> Any:
+        """Returns the cache's ``CacheInfo``: hits, misses, maxsize, currsize."""
+        return self._solve.cache_info()
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Returns a calibration as JSON, curves included. The first call takes a moment."""
+        return self._describe(name)
+
+    def _solve_anew(self, question: Question) -> Solution:
+        calibration = self._loaded[question.calibration]
+        named = zip(calibration.names, question.targets, strict=True)
+        return solve(
+            calibration,
+            {name: target for name, target in named if target is not None},
+            rule=question.rule,
+            temperature=question.temperature,
+            total_false_refusal_rate=question.total,
+        )
+
+    def _describe_anew(self, name: str) -> dict[str, Any]:
+        calibration = self._loaded[name]
+        return {
+            "object": "refusal.calibration",
+            "name": name,
+            "names": self.names,
+            "created": calibration.info.created.isoformat(),
+            # Not the data's: their file names are the operator's own.
+            "hashes": calibration.info.hashes.model_dump(),
+            "prompts": {**calibration.prompts, "benign": calibration.benign},
+            "categories": [
+                {
+                    "name": category,
+                    "prompts": calibration.prompts[category],
+                    "curve": _points(calibration, category),
+                }
+                for category in calibration.names
+            ],
+        }
+
+
+def _points(calibration: Calibration, category: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "bias": point.bias,
+            "sensitivity": point.sensitivity,
+            "refusal_rate": point.rate,
+            "refusal_rate_interval": point.rate_interval,
+            "false_refusal_rate": point.false_refusal_rate,
+            "false_refusal_rate_interval": point.interval,
+        }
+        for point in curve(calibration, category)
+    ]
+
+
+def load_calibrations(
+    directory: Path, manifest: Manifest, hashes: Hashes | None = None
+) -> Calibrations:
+    """Loads every calibration of a checkpoint and holds each to it.
+
+    Args:
+        directory: The checkpoint's folder.
+        manifest: Its manifest.
+        hashes: Of the checkpoint, where they are known; read here otherwise, if there is any
+            calibration.
+
+    Raises:
+        CheckpointError: A file is broken, goes by another name than it says, or was measured with
+            other weights, another chat template or another tokenizer.
+    """
+    paths = list_calibrations(directory)
+    if not paths:
+        return Calibrations({})
+    hashes = hashes or checkpoint_hashes(directory)
+    loaded = {}
+    for name, path in paths.items():
+        calibration = load_calibration(path)
+        if calibration.info.name != name:
+            raise CheckpointError(
+                f"{path}: the calibration says that its name is {calibration.info.name!r}"
+            )
+        verify(calibration, hashes, tuple(manifest.names))
+        loaded[name] = calibration
+    return Calibrations(loaded)

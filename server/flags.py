@@ -1,0 +1,35 @@
+"""vLLM's flags that this server does not pass on."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from models.errors import ConfigError
+
+UNSERVED = {
+    "headless": "this is one HTTP server with its engine; run vLLM's own for engines without one",
+    "grpc": "only HTTP is served",
+    "api_server_count": "one HTTP process a server; put several servers behind the gateway",
+    "tokenizer": "the control tokens are verified against the checkpoint's own tokenizer",
+    "skip_tokenizer_init": "the control tokens are read and hidden with the tokenizer",
+    "chat_template": "put it into the checkpoint as chat_template.jinja, where it is verified",
+    "logits_processors": "the decision is the one logits processor here",
+    "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
+}
+
+
+def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
+    """Refuses flags that would be ignored here, or would lead around what was verified.
+
+    Args:
+        args: As parsed.
+        default_of: Gives a flag's default.
+
+    Raises:
+        ConfigError: With the flag and the reason.
+    """
+    for name, reason in UNSERVED.items():
+        value = getattr(args, name)
+        one_server = name == "api_server_count" and value == 1
+        if value != default_of(name) and not one_server:
+            raise ConfigError(f"--{name.replace('_', '-')}: {reason}")

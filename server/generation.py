@@ -1,0 +1,325 @@
+"""One call of ``generate()``: the decision, and the answer or refusal that follows it.
+
+Prompts, parameters and outputs are vLLM's own objects. This module imports no vllm, so it takes
+them as they are; what must be made of vLLM's classes the engine makes.
+"""
+
+import copy
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from models.controls import EXTRA_ARGS_KEY, Rule
+from models.errors import RequestError
+from models.manifest import Manifest
+from server import metrics
+from server.context import Decision, Steering
+from server.hiding import Hider, drop_first_token
+from server.prompts import (
+    before_last_turn,
+    check_control_tokens,
+    check_length,
+    check_params,
+    prompt_ids,
+    with_ids,
+)
+from server.recorder import MarginRecorder
+
+Outputs = AsyncGenerator[Any, None]
+
+
+class Engine(Protocol):
+    """What a call needs of the engine.
+
+    Attributes:
+        manifest: The served checkpoint's.
+        hider: Takes its control tokens out of outputs.
+        opening: Ids that the chat template puts in front of every decision step.
+        category_of: Index of each refusal token's category, by id.
+        recorder: Counts the margins of a share of the requests.
+        model_config: vLLM's.
+    """
+
+    manifest: Manifest
+    hider: Hider
+    opening: list[int]
+    category_of: dict[int, int]
+    recorder: MarginRecorder | None
+    model_config: Any
+
+    def generate_stock(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> Outputs:
+        """Generates without any decision of ours."""
+
+    def decision_params(self, params: Any, *, choices: int, margins: bool) -> Any:
+        """Returns parameters of a decision pass: one token, nothing of the client's but its draw.
+
+        Args:
+            params: The request's own.
+            choices: How many are decided.
+            margins: Whether the raw log-probabilities of the control tokens are wanted.
+        """
+
+    def merge(self, streams: Sequence[Outputs], params: Any) -> Outputs:
+        """Merges the streams of a request's choices into its outputs."""
+
+
+class Generation:
+    """One call of ``generate()``.
+
+    Args:
+        engine: The engine.
+        steering: The HTTP request's.
+        call: Number of this call within the request.
+        params: vLLM's ``SamplingParams``.
+        request_id: vLLM's.
+        options: What else ``generate()`` was given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        steering: Steering,
+        call: int,
+        params: Any,
+        request_id: str,
+        options: dict[str, Any],
+    ) -> None:
+        self.engine = engine
+        self.steering = steering
+        self.call = call
+        self.params = params
+        self.request_id = request_id
+        self.options = options
+        self.delta = params.output_kind.name == "DELTA"
+        self.started_s = time.monotonic()
+        recorder = engine.recorder
+        self.records = (
+            recorder is not None
+            and not options.get("lora_request")  # its margins are another model's
+            and recorder.wants(request_id)
+        )
+
+    async def decision(self, prompt: Any) -> Decision:
+        """Only decides; nothing of it counts as traffic.
+
+        Raises:
+            RequestError: The prompt is too long or holds control tokens of the client's.
+        """
+        self.records = False
+        ids = self._checked_ids(prompt)
+        return self._read((await self._ask(prompt, ids)).outputs[0])
+
+    async def outputs(self, prompt: Any) -> Outputs:
+        """Yields vLLM's outputs, without control tokens.
+
+        Raises:
+            RequestError: The prompt or the parameters cannot be decided on.
+        """
+        beams = self.steering.beam_search
+        if beams and self.steering.continues:
+            raise RequestError("use_beam_search cannot continue a message", status=400)
+        ids = self._checked_ids(prompt)
+        if beams:
+            stream = self._beam(prompt, ids)
+        elif self._needs_decision_first():
+            stream = self._decide_first(prompt, ids)
+        else:
+            stream = self._in_one_pass(prompt)
+        hider = self.engine.hider
+        visible = hider.visible(ids)
+        async with aclosing(stream):
+            async for output in stream:
+                hider.hide(output, visible)
+                self._note_refusals(output)
+                yield output
+
+    def _checked_ids(self, prompt: Any) -> list[int]:
+        ids = prompt_ids(prompt)
+        hider = self.engine.hider
+        if self.call == 0:
+            check_length(ids, self.engine.model_config.max_model_len)
+        allowed = self.steering.history_of(0 if self.steering.beam_search else self.call)
+        check_control_tokens(ids, self.engine.opening, allowed, hider)
+        check_params(self.params, hider.control_ids)
+        return ids
+
+    def _needs_decision_first(self) -> bool:
+        # Whatever could reach the control logits before our processor does, or show the control
+        # token in the text, or needs the margins. The paper's rule reads all other logits too.
+        params = self.params
+        reads_all = self.steering.controls.rule is Rule.PAPER
+        return bool(
+            self.steering.report
+            or self.records
+            or self.steering.continues
+            or params.structured_outputs is not None
+            or params.allowed_token_ids
+            or params.bad_words
+            or params.repetition_penalty != 1.0
+            or params.thinking_token_budget is not None
+            or not params.skip_special_tokens
+            or (reads_all and (params.logit_bias or params.min_tokens))
+        )
+
+    async def _in_one_pass(self, prompt: Any) -> Outputs:
+        params = self._steered(self.params)
+        if params.max_tokens is not None:
+            params.max_tokens = min(params.max_tokens, self.engine.model_config.max_model_len) + 1
+        if params.min_tokens:
+            params.min_tokens += 1
+        opened: set[int] = set()
+        stream = self.engine.generate_stock(prompt, params, self.request_id, **self.options)
+        async with aclosing(stream):
+            async for output in stream:
+                for choice in output.outputs:
+                    if choice.index not in opened and choice.token_ids:
+                        opened.add(choice.index)
+                        decision = Decision(self._category(choice))
+                        self._record(choice.index, decision, output)
+                        drop_first_token(choice)
+                    elif not self.delta and choice.token_ids:
+                        drop_first_token(choice)
+                shows = any(choice.token_ids for choice in output.outputs)
+                if shows or output.finished or output.prompt_logprobs:
+                    yield output
+
+    async def _decide_first(self, prompt: Any, ids: list[int]) -> Outputs:
+        opening = ids
+        if self.steering.continues:
+            opening = before_last_turn(ids, self.engine.manifest)
+        tokens = await self._decision_pass(prompt, opening)
+        streams = [
+            self._continue(prompt, ids, opening, token, index) for index, token in enumerate(tokens)
+        ]
+        one_stream = streams[0] if len(streams) == 1 else self.engine.merge(streams, self.params)
+        async with aclosing(one_stream):
+            async for output in one_stream:
+                yield output
+
+    async def _decision_pass(self, prompt: Any, opening: list[int]) -> list[int]:
+        final = await self._ask(prompt, opening)
+        draws = len(final.outputs) == self.params.n
+        choices = final.outputs if draws else final.outputs * self.params.n
+        for index, choice in enumerate(choices):
+            self._record(index, self._read(choice), final)
+        if self.records and self.engine.recorder is not None:
+            self.engine.recorder.add(metrics.DEFAULT_POLICY, self._margins(choices[0]))
+        return [choice.token_ids[0] for choice in choices]
+
+    async def _ask(self, prompt: Any, opening: list[int]) -> Any:
+        # Greedy and the paper's rule choose the same token for every choice of a request.
+        draws = self.steering.controls.rule is Rule.SAMPLE
+        params = self._steered(
+            self.engine.decision_params(
+                self.params,
+                choices=self.params.n if draws else 1,
+                margins=self.steering.report or self.records,
+            )
+        )
+        final = None
+        stream = self.engine.generate_stock(
+            with_ids(prompt, opening), params, f"{self.request_id}-decision", **self.options
+        )
+        async for output in stream:
+            final = output
+        if final is None or not all(choice.token_ids for choice in final.outputs):
+            raise RequestError("the request was aborted before its decision", status=400)
+        return final
+
+    def _continue(
+        self, prompt: Any, ids: list[int], opening: list[int], token: int, index: int
+    ) -> Outputs:
+        refused = token in self.engine.category_of
+        params = copy.copy(self.params)
+        params.n = 1
+        if params.seed is not None:
+            params.seed += index
+        if refused:
+            params.structured_outputs = None
+        params.extra_args = _without_controls(params.extra_args)
+        goes_on = self.steering.continues and not refused
+        request_id = self.request_id if self.params.n == 1 else f"{self.request_id}-{index}"
+        return self.engine.generate_stock(
+            with_ids(prompt, ids if goes_on else [*opening, token]),
+            params,
+            request_id,
+            **self.options,
+        )
+
+    async def _beam(self, prompt: Any, ids: list[int]) -> Outputs:
+        # vLLM's beam search calls once a beam and step, with the text so far as the prompt. The
+        # first call, alone by construction, decides; all of them go on after its token.
+        if self.call == 0:
+            self.steering.beam_start = len(ids)
+            (self.steering.beam_token,) = await self._decision_pass(prompt, ids)
+        start = self.steering.beam_start
+        params = copy.copy(self.params)
+        params.extra_args = _without_controls(params.extra_args)
+        after = [*ids[:start], self.steering.beam_token, *ids[start:]]
+        stream = self.engine.generate_stock(
+            with_ids(prompt, after), params, self.request_id, **self.options
+        )
+        async with aclosing(stream):
+            async for output in stream:
+                yield output
+
+    def _steered(self, params: Any) -> Any:
+        controls = self.steering.controls
+        steered = copy.copy(params)
+        steered.skip_clone = True
+        steered._all_stop_token_ids = set(params._all_stop_token_ids)
+        if controls.rule is Rule.SAMPLE and steered.seed is None:
+            # The worker draws from the seed, and vLLM gives each of n choices its own.
+            steered.seed = secrets.randbits(31)
+        steered.extra_args = {
+            **(params.extra_args or {}),
+            EXTRA_ARGS_KEY: controls.to_wire(),
+        }
+        return steered
+
+    def _record(self, index: int, decision: Decision, output: Any) -> None:
+        self.steering.decisions[self.call, index] = decision
+        # A whole answer is seen when it ends; vLLM's own statistics know when it began.
+        stats = output.metrics
+        waited_s = stats.first_token_latency if stats else time.monotonic() - self.started_s
+        category = decision.category
+        metrics.count_decision(
+            None if category is None else self.engine.manifest.names[category],
+            rule=self.steering.controls.rule,
+            asked_rates=self.steering.dials.asked_rates,
+            waited_s=waited_s,
+        )
+
+    def _read(self, choice: Any) -> Decision:
+        if not choice.logprobs or not (self.steering.report or self.records):
+            return Decision(self._category(choice))
+        respond = choice.logprobs[0][self.engine.manifest.respond.id].logprob
+        return Decision(self._category(choice), self._margins(choice), -respond)
+
+    def _category(self, choice: Any) -> int | None:
+        token: int = choice.token_ids[0]
+        return self.engine.category_of.get(token)
+
+    def _margins(self, choice: Any) -> tuple[float, ...]:
+        manifest = self.engine.manifest
+        step = choice.logprobs[0]
+        respond = step[manifest.respond.id].logprob
+        return tuple(step[c.id].logprob - respond for c in manifest.categories)
+
+    def _note_refusals(self, output: Any) -> None:
+        if self.steering.beam_search:  # these are steps of beams, and vLLM makes the text of them
+            return
+        texts = self.steering.refusal_texts
+        for choice in output.outputs:
+            place = (self.call, choice.index)
+            decision = self.steering.decisions.get(place)
+            if decision is not None and decision.category is not None:
+                texts[place] = texts.get(place, "") + choice.text if self.delta else choice.text
+
+
+def _without_controls(extra_args: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in (extra_args or {}).items() if k != EXTRA_ARGS_KEY} or None

@@ -1,0 +1,131 @@
+"""Counts the margins of a share of the traffic for ``rheostat calibrate --check``; no text."""
+
+import asyncio
+import logging
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import ConfigError
+from models.histogram import (
+    BINS,
+    PolicyMargins,
+    RecordedMargins,
+    bin_index,
+    load_margins,
+    save_margins,
+)
+
+FLUSH_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class MarginRecorder:
+    """Histograms of one served checkpoint's margins, by policy and category.
+
+    Args:
+        path: Where they are kept. Counts of the same weights are gone on with; those of others
+            begin anew.
+        share: Share of the requests that is recorded, 0..1.
+        names: The categories in manifest order.
+        weights_sha256: Hash of the served weights.
+
+    Raises:
+        ConfigError: The file is there and is something else, or its folder cannot be written to.
+    """
+
+    def __init__(self, path: Path, share: float, names: Sequence[str], weights_sha256: str) -> None:
+        self._path = path
+        self._limit = round(share * 2**32)
+        self._names = tuple(names)
+        self._weights_sha256 = weights_sha256
+        self._rows = np.arange(len(self._names))
+        self._since = _now()
+        self._counts: dict[str, np.ndarray] = {}
+        self._changed = True
+        if path.exists():
+            self._go_on_with(load_margins(path))
+        try:
+            self.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"RHEOSTAT_RECORD_FILE: {path} cannot be written: {error.strerror}"
+            ) from error
+
+    def wants(self, request_id: str) -> bool:
+        """Returns whether a request is in the recorded share; always the same for one id."""
+        return zlib.crc32(request_id.encode()) < self._limit
+
+    def add(self, policy: str, margins: Sequence[float]) -> None:
+        """Counts one decision's margins, one a category."""
+        counts = self._counts.get(policy)
+        if counts is None:
+            counts = self._counts[policy] = np.zeros((len(self._names), BINS), dtype=np.int64)
+        counts[self._rows, bin_index(margins)] += 1
+        self._changed = True
+
+    @asynccontextmanager
+    async def flushing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
+        """Writes every few seconds what has changed, and at the end what is left."""
+        ended = asyncio.Event()
+        task = asyncio.create_task(self._flush_until(ended, every_s))
+        try:
+            yield
+        finally:
+            ended.set()
+            await task
+
+    async def _flush_until(self, ended: asyncio.Event, every_s: float) -> None:
+        while not ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), every_s)
+            if not self._changed:
+                continue
+            recorded = self._read()
+            try:
+                await asyncio.to_thread(save_margins, self._path, recorded)
+            except OSError as error:
+                self._changed = True
+                _log.warning("%s cannot be written: %s", self._path, error.strerror)
+
+    def flush(self) -> None:
+        """Writes what has changed since the last time.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        if self._changed:
+            save_margins(self._path, self._read())
+
+    def _read(self) -> RecordedMargins:
+        self._changed = False
+        policies = {
+            policy: PolicyMargins(
+                rows=int(counts[0].sum()),
+                counts=dict(zip(self._names, map(tuple, counts.tolist()), strict=True)),
+            )
+            for policy, counts in self._counts.items()
+        }
+        return RecordedMargins(
+            since=self._since,
+            until=_now(),
+            weights_sha256=self._weights_sha256,
+            policies=policies,
+        )
+
+    def _go_on_with(self, recorded: RecordedMargins) -> None:
+        same_categories = all(tuple(p.counts) == self._names for p in recorded.policies.values())
+        if recorded.weights_sha256 != self._weights_sha256 or not same_categories:
+            return
+        self._since = recorded.since
+        for policy, margins in recorded.policies.items():
+            self._counts[policy] = np.array(list(margins.counts.values()), dtype=np.int64)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,264 @@
+"""``POST /v1/refusal/score``: the decisions of many prompts, one token of work each, no text."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Annotated, Any, Protocol, TypeVar
+
+from fastapi import APIRouter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import model_validator as validates_model
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from models.errors import RequestError
+from models.manifest import Manifest
+from server import metrics
+from server.bodies import encode, error_response, parse_body, read_body, with_header_dials
+from server.context import Decision, Steering
+from server.dials import DialBoard, Resolution
+from server.history import annotate
+from server.protocol import FIELD, RefusalOptions, parse_options
+from server.reports import build_report
+
+SCORE = "/v1/refusal/score"
+MOST_INPUTS = 1024
+# So many are rendered before other requests have their turn: rendering holds the event loop.
+RENDERED_AT_ONCE = 32
+# So many wait for the engine at once: enough to fill its batches, too few to bury other requests.
+DECIDED_AT_ONCE = 128
+# nginx's status for a client that has gone; nobody reads it but the metrics.
+CLIENT_GONE = 499
+
+
+T = TypeVar("T")
+
+
+class ScoreInput(BaseModel):
+    """One prompt: messages, as the chat route takes them, or the text of a raw prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    messages: Annotated[list[Any], Field(min_length=1)] | None = None
+    prompt: str | None = None
+
+    @validates_model(mode="after")
+    def _is_one_of_both(self) -> "ScoreInput":
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("an input holds either messages or a prompt")
+        return self
+
+
+def _options(value: Any) -> RefusalOptions:
+    return value if isinstance(value, RefusalOptions) else parse_options(value)
+
+
+class ScoreRequest(BaseModel):
+    """The body of a score request.
+
+    Attributes:
+        model: As in vLLM's routes; the served checkpoint where it is missing.
+        inputs: What to decide.
+        refusal: The dials, as in every other request.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    inputs: Annotated[list[ScoreInput], Field(min_length=1, max_length=MOST_INPUTS)]
+    refusal: Annotated[RefusalOptions, BeforeValidator(_options)] = RefusalOptions()
+
+
+class Scorer(Protocol):
+    """What this route needs of the engine."""
+
+    async def render(self, model: str | None, body: dict[str, Any]) -> Any:
+        """Returns what vLLM's own route would send to its engine for that body.
+
+        Raises:
+            RequestError: vLLM refuses it.
+        """
+
+    async def decide(self, rendered: Any, steering: Steering) -> Decision:
+        """Returns the decision on a rendered prompt, margins included.
+
+        Raises:
+            RequestError: The prompt is too long or holds control tokens of the client's.
+        """
+
+
+def parse_score(body: Any) -> ScoreRequest:
+    """Validates a body.
+
+    Raises:
+        RequestError: With the path of the field that is wrong.
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", status=400)
+    try:
+        wanted = ScoreRequest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{path}: {message}", param=path) from error
+    if wanted.refusal.report is False:
+        raise RequestError(f"{FIELD}.report: scores are reports", param=f"{FIELD}.report")
+    return wanted
+
+
+class ScoreRoute:
+    """Answers score requests.
+
+    Args:
+        manifest: The served checkpoint's.
+        board: Resolves the dials.
+        scorer: Renders and decides.
+        max_body_bytes: Largest body that is read.
+    """
+
+    def __init__(
+        self, manifest: Manifest, board: DialBoard, scorer: Scorer, max_body_bytes: int
+    ) -> None:
+        self._manifest = manifest
+        self._board = board
+        self._scorer = scorer
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, request: Request) -> Response:
+        """Answers one request; a client that goes takes its prompts out of the engine."""
+        try:
+            raw = await read_body(request.receive, self._max_body_bytes)
+            body = parse_body(raw)
+            wanted = parse_score(body and with_header_dials(body, request.headers))
+            dials = self._board.resolve(wanted.refusal, explain=True)
+            answer = await _unless_gone(request.receive, self._score(wanted, dials))
+        except RequestError as error:
+            return error_response(error)
+        if answer is None:
+            return Response(status_code=CLIENT_GONE)
+        return Response(encode(answer), media_type="application/json")
+
+    async def _score(self, wanted: ScoreRequest, dials: Resolution) -> dict[str, Any]:
+        prepared = [self._prepare(place, entry) for place, entry in enumerate(wanted.inputs)]
+        # All are rendered before one is decided: a wrong input costs the engine nothing.
+        rendered: list[Any] = []
+        for start in range(0, len(prepared), RENDERED_AT_ONCE):
+            some = prepared[start : start + RENDERED_AT_ONCE]
+            work = [self._scorer.render(wanted.model, body) for body, _ in some]
+            rendered += await _each(work, first=start)
+        gate = asyncio.Semaphore(DECIDED_AT_ONCE)
+        decisions = await _each(
+            [
+                self._decide(gate, prompt, Steering(dials, report=True, history=(count,)))
+                for prompt, (_, count) in zip(rendered, prepared, strict=True)
+            ]
+        )
+        metrics.SCORED.inc(len(decisions))
+        return self._answer(wanted.model, dials, decisions)
+
+    async def _decide(self, gate: asyncio.Semaphore, rendered: Any, steering: Steering) -> Decision:
+        async with gate:
+            return await self._scorer.decide(rendered, steering)
+
+    def _prepare(self, place: int, entry: ScoreInput) -> tuple[dict[str, Any], int]:
+        if entry.messages is None:
+            return {"prompt": entry.prompt}, 0
+        try:
+            messages, count = annotate(entry.messages, self._manifest)
+        except RequestError as error:
+            raise _at(place, error) from error
+        return {"messages": messages}, count
+
+    def _answer(
+        self, model: str | None, dials: Resolution, decisions: list[Decision]
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] = {"object": "list", "model": model}
+        answer["data"] = [self._entry(i, d, dials) for i, d in enumerate(decisions)]
+        if dials.forecast is not None:
+            # Once, not with every input: it is the same for all.
+            expected = zip(self._manifest.names, dials.forecast.categories, strict=True)
+            answer["calibration"] = dials.forecast.calibration
+            answer["expected"] = {
+                **dials.forecast.total.model_dump(),
+                "categories": {name: category.model_dump() for name, category in expected},
+            }
+        return answer
+
+    def _entry(self, index: int, decision: Decision, dials: Resolution) -> dict[str, Any]:
+        assert decision.margins is not None
+        names = self._manifest.names
+        category = None if decision.category is None else names[decision.category]
+        report = build_report(names, category, decision.margins, dials.controls)
+        normaliser = decision.log_normaliser
+        if normaliser is None or not math.isfinite(normaliser):  # JSON has no word for it
+            normaliser = None
+        return {"index": index, "log_normaliser": normaliser, **report.to_json()}
+
+
+def build_score_router(route: ScoreRoute) -> APIRouter:
+    """Builds the router of the score route, with its body in the OpenAPI document."""
+    router = APIRouter()
+    content = {"application/json": {"schema": _inlined(ScoreRequest.model_json_schema())}}
+
+    @router.post(SCORE, openapi_extra={"requestBody": {"required": True, "content": content}})
+    async def score(request: Request) -> Response:
+        """Returns each category's probability and margin for up to 1024 prompts."""
+        return await route(request)
+
+    return router
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    # In an OpenAPI document a reference starts at the document's root.
+    definitions = schema.pop("$defs", {})
+
+    def replaced(node: Any) -> Any:
+        if isinstance(node, list):
+            return [replaced(entry) for entry in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return replaced(definitions[node["$ref"].rpartition("/")[2]])
+        return {key: replaced(value) for key, value in node.items()}
+
+    inlined: dict[str, Any] = replaced(schema)
+    return inlined
+
+
+async def _each(work: Sequence[Awaitable[T]], *, first: int = 0) -> list[T]:
+    # Every one is waited for, so that the error is that of the first wrong input, not of the
+    # fastest.
+    done: list[T] = []
+    for place, result in enumerate(await asyncio.gather(*work, return_exceptions=True), first):
+        if isinstance(result, RequestError):
+            raise _at(place, result)
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
+
+
+def _at(place: int, error: RequestError) -> RequestError:
+    path = f"inputs.{place}"
+    within = f"{path}.{error.param}" if error.param else path
+    return RequestError(f"{path}: {error.message}", param=within, status=error.status)
+
+
+async def _unless_gone(
+    receive: Receive, work: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any] | None:
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        gone.cancel()
+        answer.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

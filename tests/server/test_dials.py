@@ -1,0 +1,247 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.controls import Controls, Rule
+from models.errors import ConfigError, RequestError
+from server.context import Steering
+from server.dials import DialBoard
+from server.protocol import RefusalOptions, parse_options
+from tests.server.boards import board, calibration, calibrations
+from tests.server.manifests import MANIFEST
+
+INF = math.inf
+NOTHING = RefusalOptions()
+
+
+def refused(value: Any, *names: str, defaults: RefusalOptions = NOTHING) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        board(defaults, *names).resolve(parse_options(value))
+    assert caught.value.status == 422
+    return caught.value
+
+
+def safety(dial: Any, **more: Any) -> RefusalOptions:
+    return parse_options({"categories": {"safety": dial}, **more})
+
+
+# biases, without a calibration
+
+
+def test_controls_are_in_manifest_order_and_undialled_categories_as_trained() -> None:
+    options = parse_options({"decision": "sample", "categories": {"humanizing": {"bias": 1.5}}})
+    resolution = board().resolve(options)
+    assert resolution.controls == Controls(Rule.SAMPLE, (0.0, 1.5), (False, True))
+    assert (resolution.forecast, resolution.calibrated, resolution.at) == (None, False, None)
+
+
+@pytest.mark.parametrize("value", [{}, {"decision": None, "report": None, "categories": {}}])
+def test_empty_object_is_the_defaults(value: Any) -> None:
+    defaults = parse_options({"decision": "paper", "categories": {"safety": "always"}})
+    controls = board(defaults).resolve(parse_options(value)).controls
+    assert controls == Controls(Rule.PAPER, (INF, 0.0), (True, False))
+
+
+def test_request_wins_over_the_defaults_category_by_category() -> None:
+    defaults = parse_options({"decision": "paper", "categories": {"safety": 0.9, "humanizing": 0}})
+    options = parse_options({"decision": "greedy", "categories": {"safety": "default"}})
+    controls = board(defaults).resolve(options).controls
+    assert controls == Controls(Rule.GREEDY, (0.0, -INF), (True, True))
+
+
+def test_rule_is_greedy_where_nobody_says() -> None:
+    assert board().resolve(NOTHING).controls == Controls.as_trained(2)
+
+
+def test_biases_are_exact_whether_a_calibration_explains_them_or_not() -> None:
+    options = safety({"bias": 0.1})
+    plain = board(None, "default").resolve(options)
+    explained = board(None, "default").resolve(options, explain=True)
+    assert plain.controls == explained.controls == Controls(Rule.GREEDY, (0.1, 0.0), (True, False))
+    assert plain.forecast is None
+    assert explained.forecast is not None
+    assert (explained.calibrated, explained.asked_rates) == (False, ())
+    assert explained.forecast.categories[0].refusal_rate == 0.5
+
+
+def test_nothing_explains_where_there_is_no_calibration() -> None:
+    assert board().resolve(safety(0.9), explain=True).forecast is None
+
+
+# rates
+
+
+def test_rate_becomes_the_bias_that_refuses_this_share() -> None:
+    resolution = board(None, "default").resolve(safety({"rate": 0.25}), explain=True)
+    bias, other = resolution.controls.bias
+    # The ten largest of -19.5 ... 19.5 are 10.5 and more.
+    assert -10.5 <= bias < -9.5
+    assert other == 0.0
+    assert resolution.controls.selected == (True, False)
+    assert resolution.asked_rates == (("safety", 0.25),)
+    assert resolution.calibrated
+    assert resolution.forecast is not None
+    assert resolution.forecast.categories[0].asked == {"rate": 0.25}
+
+
+def test_rates_sensitivities_and_defaults_are_solved_together() -> None:
+    defaults = safety({"rate": 0.5})
+    options = parse_options({"categories": {"humanizing": 0}})
+    controls = board(defaults, "default").resolve(options).controls
+    assert -0.5 <= controls.bias[0] < 0.5
+    assert controls.bias[1] == -INF
+    overridden = board(defaults, "default").resolve(safety("never"))
+    assert overridden.controls.bias == (-INF, 0.0)
+    assert (overridden.calibrated, overridden.asked_rates) == (False, ())
+
+
+def test_bound_of_one_category_keeps_all_but_the_certified_benign_prompts_out() -> None:
+    controls = board(None, "default").resolve(safety({"false_refusal_rate": 0.05})).controls
+    # One refused of 100 certifies 4.66 %, two 6.16 %: the benign margin -31.5 must stay out.
+    assert controls.bias[0] < 31.5
+    assert controls.bias[0] > 19.5
+
+
+def test_total_bound_moves_the_categories_that_nobody_set() -> None:
+    resolution = board(None, "default").resolve(
+        parse_options({"false_refusal_rate": 0.05}), explain=True
+    )
+    low, high = resolution.controls.bias
+    assert low == high
+    assert 19.5 < low < 31.5
+    assert resolution.controls.selected == (True, True)
+    assert resolution.forecast is not None
+    assert resolution.forecast.total.asked == 0.05
+
+
+def test_total_bound_of_the_defaults_holds_for_requests_that_bring_none() -> None:
+    defaults = parse_options({"false_refusal_rate": 0.05})
+    assert board(defaults, "default").resolve(NOTHING).controls.bias[0] > 19.5
+    assert board(defaults, "default").resolve(NOTHING) == board(defaults, "default").unasked
+
+
+def test_named_calibration_is_the_one_that_is_solved_on() -> None:
+    many = board(None, "default", "tenant")
+    one = safety({"rate": 0.5}, calibration="tenant")
+    resolution = many.resolve(one, explain=True)
+    assert resolution.forecast is not None
+    assert resolution.forecast.calibration == "tenant"
+    defaults = parse_options({"calibration": "tenant"})
+    by_default = board(defaults, "default", "tenant").resolve(safety({"rate": 0.5}), explain=True)
+    assert by_default.forecast is not None
+    assert by_default.forecast.calibration == "tenant"
+
+
+def test_rate_without_a_calibration_names_the_command_that_makes_one() -> None:
+    for value, param in (
+        ({"categories": {"safety": {"rate": 0.3}}}, "refusal.categories.safety"),
+        ({"false_refusal_rate": 0.1}, "refusal.false_refusal_rate"),
+        ({"calibration": "default"}, "refusal.calibration"),
+    ):
+        error = refused(value)
+        assert error.param == param
+        assert "rheostat calibrate --model" in error.message
+
+
+def test_unknown_calibration_is_answered_with_the_loaded_ones() -> None:
+    error = refused({"calibration": "elsewhere"}, "default", "tenant")
+    assert error.param == "refusal.calibration"
+    assert "default, tenant" in error.message
+    error = refused({"categories": {"safety": {"rate": 0.3}}}, "tenant")
+    assert "no calibration is named 'default'" in error.message
+
+
+def test_bound_that_cannot_be_certified_says_how_many_prompts_it_takes() -> None:
+    error = refused({"categories": {"safety": {"false_refusal_rate": 0.01}}}, "default")
+    assert "needs at least" in error.message
+    assert "the calibration 'default' has 100" in error.message
+    assert error.param == "refusal.categories.safety"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"categories": {"weather": 0.5}},
+        {"categories": {"safety": {"rate": 0.3}}, "calibration": "elsewhere"},
+        {"categories": {"safety": {"false_refusal_rate": 0.01}}},
+    ],
+)
+def test_bad_defaults_are_found_at_start(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^RHEOSTAT_DEFAULTS: "):
+        board(parse_options(value), "default")
+
+
+# sample
+
+
+def expected_rate(bias: float, temperature: float) -> float:
+    """Returns the mean probability of refusal over safety's own prompts, by the slow way."""
+    own = calibration().margins[:40].astype(np.float64)
+    weights = np.exp((own + np.array([bias, 0.0])) / temperature)
+    refusing = weights.sum(axis=1)
+    return float((refusing / (1 + refusing)).mean())
+
+
+def test_sampled_rate_holds_in_expectation_at_the_requests_temperature() -> None:
+    options = safety({"rate": 0.3}, decision="sample")
+    biases = []
+    for temperature in (0.5, 1.0, 4.0):
+        resolution = board(None, "default").resolve(options, temperature)
+        bias = resolution.controls.bias[0]
+        assert expected_rate(bias, temperature) == pytest.approx(0.3, abs=0.005)
+        biases.append(bias)
+    assert len(set(biases)) == 3
+
+
+def test_sampled_rate_is_solved_anew_for_the_temperature_that_the_engine_sees() -> None:
+    dials = board(None, "default").resolve(safety({"rate": 0.3}, decision="sample"), 1.0)
+    steering = Steering(dials)
+    steering.settle(1.0, adapted=False)
+    assert steering.dials.controls == dials.controls
+    steering.settle(4.0, adapted=False)
+    assert expected_rate(steering.controls.bias[0], 4.0) == pytest.approx(0.3, abs=0.005)
+    steering.settle(4.0, adapted=False)
+    steering.settle(1.0, adapted=False)
+    assert steering.controls == dials.controls
+
+
+def test_temperature_of_a_request_that_brings_none_is_the_checkpoints() -> None:
+    options = safety({"rate": 0.3}, decision="sample")
+    hot = board(None, "default").warmed_to(4.0)
+    assert hot.resolve(options).controls == hot.resolve(options, 4.0).controls
+    assert hot.resolve(options, 0.0).controls != hot.resolve(options).controls
+
+
+def test_greedy_does_not_ask_for_the_temperature() -> None:
+    resolution = board(None, "default").resolve(safety({"rate": 0.3}), 4.0)
+    assert resolution.at is None
+    assert resolution.controls == board(None, "default").resolve(safety({"rate": 0.3})).controls
+
+
+# adapters
+
+
+def test_adapter_takes_no_rates_and_no_forecast() -> None:
+    rated = Steering(board(None, "default").resolve(safety({"rate": 0.3})))
+    with pytest.raises(RequestError, match="adapter") as caught:
+        rated.settle(1.0, adapted=True)
+    assert caught.value.param == "model"
+    explained = Steering(board(None, "default").resolve(safety(0.9), explain=True))
+    explained.settle(1.0, adapted=True)
+    assert explained.dials.forecast is None
+
+
+# the cache
+
+
+def test_solutions_are_found_once_and_their_number_is_bounded() -> None:
+    loaded = calibrations("default")
+    dials = DialBoard(MANIFEST.names, NOTHING, loaded)
+    for _ in range(3):
+        dials.resolve(safety({"rate": 0.25}))
+        dials.resolve(safety({"rate": 0.25}), explain=True)
+    solved = loaded.solved()
+    assert (solved.hits, solved.misses) == (5, 1)
+    assert solved.maxsize is not None

@@ -1,0 +1,294 @@
+"""Whether recorded traffic still looks like the prompts of a calibration.
+
+The server sees prompts without their categories, and their mix is the traffic's, not the
+calibration file's: more greetings on Monday is no drift. What a calibration rests on is each
+category's own margins. So the mix is estimated first, as the shares of the calibration's groups
+(every category, and the benign prompts) under which the recorded counts are most likely; what is
+tested is whether the calibration in that mix explains the counts.
+
+The test is Kolmogorov-Smirnov's with two samples, on the bins of `models.histogram`, once for each
+category's margin. Its statistic is the largest difference of two shares "margin above b" over all
+bin edges b, so it says by how many points a rate can be off. On binned values the test is
+conservative, and needs no bin to be filled; a chi-square test of homogeneity would need sparse
+bins merged, and answers a question nobody asks (does any bin differ) with less power for shifts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.calibration import Calibration
+from models.errors import ConfigError, EvaluationError
+from models.histogram import BINS, EDGES, RecordedMargins, histogram, load_margins
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BENIGN = "benign"
+ALPHA = 0.01
+TOLERANCE = 0.02
+# Keeps an empty bin of the calibration from ruling a group out; only the mix sees it.
+SMOOTHING = 0.05
+MAX_STEPS = 2000
+SETTLED = 1e-7
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Reference(NamedTuple):
+    """A calibration's margins, binned by group.
+
+    Attributes:
+        groups: The groups that have prompts: category names, and `benign`.
+        sizes: `[groups]` prompts of each.
+        counts: `[groups, k, BINS]` how many margins of each category fall into each bin.
+    """
+
+    groups: tuple[str, ...]
+    sizes: Counts
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class CategoryDrift:
+    """The test of one category's margin.
+
+    Attributes:
+        category: Whose margin.
+        distance: Largest difference of the shares above a bin edge, 0..1.
+        at: The log-odds of that edge.
+        limit: What the distance must exceed to count as drift: to be significant, and the
+            tolerance.
+        p_value: How likely so large a distance is where nothing drifted; before Bonferroni.
+    """
+
+    category: str
+    distance: float
+    at: float
+    limit: float
+    p_value: float
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the distance exceeds the limit."""
+        return self.distance > self.limit
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What the recorded margins say about a calibration.
+
+    Attributes:
+        rows: Recorded decisions.
+        mix: By group, its estimated share of the traffic; of the calibration where it was taken
+            to be the same.
+        categories: One test each.
+    """
+
+    rows: int
+    mix: Mapping[str, float]
+    categories: tuple[CategoryDrift, ...]
+
+    @property
+    def drifted(self) -> bool:
+        """Whether any category drifted."""
+        return any(category.drifted for category in self.categories)
+
+    def table(self) -> "Table":
+        """Returns the report as a table for the terminal."""
+        from rich.table import Table
+
+        verdict = "drifted" if self.drifted else "fits"
+        shares = ", ".join(f"{group} {share:.0%}" for group, share in self.mix.items())
+        table = Table(
+            title=f"{self.rows} recorded decisions: the calibration {verdict}",
+            caption=f"estimated mix: {shares}",
+        )
+        for heading in ("margin of", "distance", "at", "alarm above", "p", "verdict"):
+            table.add_column(heading, justify="left" if heading == "margin of" else "right")
+        for test in self.categories:
+            table.add_row(
+                test.category,
+                f"{test.distance:.1%}",
+                f"{test.at:+g}",
+                f"{test.limit:.1%}",
+                f"{test.p_value:.2g}",
+                "drifted" if test.drifted else "fits",
+            )
+        return table
+
+
+def reference(
+    margins: NDArray[np.floating], category: NDArray[np.integer], names: Sequence[str]
+) -> Reference:
+    """Bins a calibration.
+
+    Args:
+        margins: `[n, k]` log-odds.
+        category: `[n]` index into `names`, -1 for benign prompts.
+        names: The `k` category names.
+    """
+    labelled = dict(enumerate((*names, BENIGN)))
+    of_group = np.where(category < 0, len(names), category)
+    present = [label for label in labelled if np.any(of_group == label)]
+    counts = [[histogram(column) for column in margins[of_group == g].T] for g in present]
+    return Reference(
+        tuple(labelled[group] for group in present),
+        np.array([int(np.sum(of_group == group)) for group in present]),
+        np.array(counts),
+    )
+
+
+def check_recorded(
+    calibration: Calibration,
+    path: Path,
+    *,
+    policy: str | None = None,
+    alpha: float = ALPHA,
+    tolerance: float = TOLERANCE,
+    same_mix: bool = False,
+) -> DriftReport:
+    """Tests a calibration against a file of margins that a server recorded.
+
+    Args:
+        calibration: The calibration.
+        path: What `models.histogram.save_margins` wrote.
+        policy: Whose traffic; None for all of it.
+        alpha: As for `check`.
+        tolerance: As for `check`.
+        same_mix: As for `check`.
+
+    Raises:
+        ConfigError: The file is of another form, other weights or other categories, or the policy
+            is not in it.
+        EvaluationError: Nothing was recorded.
+    """
+    recorded = load_margins(path)
+    measured = calibration.info.hashes.weights
+    if recorded.weights_sha256 not in (None, measured):
+        raise ConfigError(
+            f"{path} was recorded with the weights {str(recorded.weights_sha256)[:12]}, the "
+            f"calibration {calibration.info.name!r} measured with {measured[:12]}"
+        )
+    observed = _observed(recorded, path, policy, calibration.names)
+    calibrated = reference(calibration.margins, calibration.category, calibration.names)
+    return check(calibrated, observed, alpha=alpha, tolerance=tolerance, same_mix=same_mix)
+
+
+def _observed(
+    recorded: RecordedMargins, path: Path, policy: str | None, names: Sequence[str]
+) -> dict[str, Counts]:
+    if policy is not None and policy not in recorded.policies:
+        known = ", ".join(recorded.policies) or "none"
+        raise ConfigError(f"{path}: the policy {policy!r} is not in it; it has {known}")
+    chosen = [recorded.policies[policy]] if policy else list(recorded.policies.values())
+    for entry in chosen:
+        if set(entry.counts) != set(names):
+            raise ConfigError(
+                f"{path}: has the categories {', '.join(entry.counts)}, the calibration "
+                f"{', '.join(names)}"
+            )
+    return {
+        name: np.array([entry.counts[name] for entry in chosen], dtype=np.int64)
+        .reshape(-1, BINS)
+        .sum(axis=0)
+        for name in names
+    }
+
+
+def check(
+    calibrated: Reference,
+    observed: Mapping[str, Sequence[int] | Counts],
+    *,
+    alpha: float = ALPHA,
+    tolerance: float = TOLERANCE,
+    same_mix: bool = False,
+) -> DriftReport:
+    """Tests whether a calibration explains recorded margins.
+
+    Args:
+        calibrated: The calibration.
+        observed: By category in the calibration's order, `[BINS]` counts of the traffic.
+        alpha: Chance of a false alarm over all categories, each tested at `alpha / k`
+            (Bonferroni).
+        tolerance: Distances up to this are no alarm, however significant: with much traffic
+            every difference becomes significant.
+        same_mix: Take the calibration's own mix of categories as the traffic's.
+
+    Raises:
+        EvaluationError: Nothing was recorded.
+
+    Source:
+        Two-sample Kolmogorov-Smirnov: Smirnov, Annals of Mathematical Statistics 19 (1948). Shares
+        of known groups by expectation-maximisation: Saerens, Latinne and Decaestecker, Neural
+        Computation 14 (2002). Kish's effective sample size for the reweighted calibration.
+    """
+    seen = np.array(list(observed.values()), dtype=np.int64)
+    if seen.shape != calibrated.counts.shape[1:]:
+        raise ValueError(f"counts of shape {calibrated.counts.shape[1:]} wanted, got {seen.shape}")
+    rows = int(seen[0].sum())
+    if not rows:
+        raise EvaluationError("no margins are recorded yet: there is nothing to check")
+    sizes = calibrated.sizes.astype(np.float64)
+    mix = sizes / sizes.sum() if same_mix else estimate_mix(calibrated, seen)
+    expected = np.einsum("g,gkb->kb", mix / sizes, calibrated.counts)
+    effective = 1.0 / float(np.sum(mix**2 / sizes))
+    tests = tuple(
+        _test(name, own / rows, wanted, (rows, effective), (alpha / len(seen), tolerance))
+        for name, own, wanted in zip(observed, seen, expected, strict=True)
+    )
+    return DriftReport(rows, dict(zip(calibrated.groups, mix.tolist(), strict=True)), tests)
+
+
+def estimate_mix(calibrated: Reference, observed: Counts) -> Floats:
+    """Returns the shares of the calibration's groups that explain recorded counts best.
+
+    Expectation-maximisation of the composite likelihood: the `k` margins' histograms are taken as
+    if they came from different prompts.
+
+    Args:
+        calibrated: The calibration.
+        observed: `[k, BINS]` counts.
+
+    Returns:
+        `[groups]` fp64 shares that add up to 1.
+    """
+    smooth = calibrated.counts + SMOOTHING
+    densities: Floats = smooth / smooth.sum(axis=-1, keepdims=True)
+    mix: Floats = np.full(len(calibrated.groups), 1 / len(calibrated.groups))
+    for _ in range(MAX_STEPS):
+        joint = mix[:, None, None] * densities
+        responsible = (joint / joint.sum(axis=0) * observed).sum(axis=(1, 2))
+        updated: Floats = responsible / observed.sum()
+        settled = float(np.abs(updated - mix).max()) < SETTLED
+        mix = updated
+        if settled:
+            break
+    return mix
+
+
+def _test(
+    name: str,
+    observed: Floats,
+    expected: Floats,
+    sizes: tuple[float, float],
+    limits: tuple[float, float],
+) -> CategoryDrift:
+    from scipy.stats import kstwobign
+
+    alpha, tolerance = limits
+    gaps = np.abs(np.cumsum(observed - expected)[: BINS - 1])
+    distance = float(gaps.max())
+    scale = (sizes[0] * sizes[1] / (sizes[0] + sizes[1])) ** 0.5
+    return CategoryDrift(
+        category=name,
+        distance=distance,
+        at=EDGES[int(gaps.argmax())],
+        limit=max(float(kstwobign.isf(alpha)) / scale, tolerance),
+        p_value=float(kstwobign.sf(distance * scale)),
+    )
