@@ -26,5 +26,9 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses
+	@$(BIN)/python -m benchmarks.label_noise --out bench/losses
+	@$(BIN)/python -m benchmarks.fused_head --out bench/fused_head.json
 	@$(BIN)/rheostat train demo
 	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json
+	@$(BIN)/python -m benchmarks.solver
+	@$(BIN)/python -m benchmarks.calibration --out bench/calibration

@@ -111,6 +111,15 @@ LIGHT = (
     "server.context",
     "server.middleware",
     "server.routes",
+    "server.dials",
+    "server.calibrations",
+    "server.reports",
+    "server.bodies",
+    "server.score",
+    "server.recorder",
+    "server.prompts",
+    "server.flags",
+    "server.generation",
     "rheostat",
 )
 

@@ -40,7 +40,7 @@ def flip_fidelity(
 
     Args:
         model: A plain causal language model with `generate`, not wrapped for several processes:
-            call this in one process, after the training.
+            with several processes, each calls this, since its measurement is shared among them.
         tokenizer: It holds the control tokens and a chat template.
         manifest: Names the control tokens.
         rows: The rows to draw from.

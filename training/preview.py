@@ -230,7 +230,8 @@ def _samples(
 ) -> Iterator[Panel]:
     rng = random.Random(config.data.seed)
     kinds: dict[str, list[int]] = {}
-    for at, row in enumerate(rows):
+    # A row that is taken twice is one object, and shown once.
+    for at, row in {id(row): (at, row) for at, row in enumerate(rows)}.values():
         kinds.setdefault(_kind(row), []).append(at)
     for kind in sorted(kinds):
         chosen = rng.sample(kinds[kind], min(SAMPLES_A_KIND, len(kinds[kind])))

@@ -82,6 +82,7 @@ def fit_and_score(
         start.tokenizer,
         start.manifest,
         max_length=chosen.max_length,
+        too_long=config.data.too_long,
         text_rows=0,
     )
 
