@@ -70,7 +70,9 @@ def test_bound_on_false_refusals_keeps_benign_prompts_answered(
 def test_sampled_rate_holds_in_expectation(
     calibrated: CalibratedServer, client: httpx.Client
 ) -> None:
-    refusal = {"decision": "sample", "categories": {"indeterminate": {"rate": 0.4}}}
+    # Left as trained, at this temperature the others may refuse more than that by themselves.
+    dials = dict.fromkeys(calibrated.calibration.names, "never")
+    refusal = {"decision": "sample", "categories": dials | {"indeterminate": {"rate": 0.4}}}
     verdicts = []
     for text in calibrated.texts("indeterminate"):
         body = {"messages": [{"role": "user", "content": text}], "n": 8, "temperature": 1.5}
@@ -153,7 +155,8 @@ STREAMED = [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/invocati
 def test_every_route_takes_rates(
     client: httpx.Client, path: str, streamed: bool, rule: str
 ) -> None:
-    body = body_of(path, "Do you like your breakfast?") | {"stream": streamed}
+    # Nearly cold, `sample` draws what `greedy` chooses; warm, a refusal is only likely.
+    body = body_of(path, "Do you like your breakfast?") | {"stream": streamed, "temperature": 0.05}
     before = decisions(client, "refuse", rule)
     # As near to all as can be asked for: this prompt is refused in any case.
     refusal = {"decision": rule, "categories": {"humanizing": {"rate": 1.0}}}
