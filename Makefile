@@ -10,7 +10,7 @@ setup: $(STAMP)
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit("rheostat needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@VENV=.venv sh docker/install.sh cpu,train,dev
+	@VENV=.venv sh docker/install.sh cpu,train,wandb,dev
 	@rm -f .venv/.rheostat-*; touch $@
 
 demo: setup
