@@ -1,7 +1,8 @@
 # Two commands on a fresh machine are the whole set-up: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.rheostat-$(shell cat pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
+EXTRAS := cpu,train,wandb,dev
+STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
 .PHONY: setup demo test lint bench
 
@@ -10,7 +11,7 @@ setup: $(STAMP)
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit("rheostat needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@VENV=.venv sh docker/install.sh cpu,train,wandb,dev
+	@VENV=.venv sh docker/install.sh $(EXTRAS)
 	@rm -f .venv/.rheostat-*; touch $@
 
 demo: setup
