@@ -152,9 +152,8 @@ def solve(
             that are free to move.
         ValueError: A target names a category that the calibration does not know.
     """
-    unknown = sorted(set(targets) - set(calibration.names))
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(calibration.names)}")
+    for name in sorted(targets):
+        _column(calibration, name)
     if total_false_refusal_rate is not None:
         _check_limit(total_false_refusal_rate)
     by_index = {c: targets[n] for c, n in enumerate(calibration.names) if n in targets}
@@ -173,6 +172,30 @@ def solve(
         limit = _total_limit(calibration, solver, by_index, total_false_refusal_rate)
         bias = _meet_total(calibration, solver, rates, free, bias, limit)
     return _solution(calibration, solver, by_index, selected, bias)
+
+
+def bias_alone(calibration: Calibration, category: str, target: Target) -> float:
+    """Returns the bias that meets one category's target by its own token, all others off; greedy.
+
+    Other dials can only add refusals to it. So under this bias or a larger one at least the rate
+    of the category's calibration prompts is refused, whatever the others are set to: what a floor
+    needs. A false refusal rate is about the category's own rule in any case.
+
+    Args:
+        calibration: Whose margins stand for the traffic.
+        category: Its name.
+        target: What is asked of it; a rate is met to the nearest prompt.
+
+    Raises:
+        RequestError: A bound cannot be certified from so few benign prompts.
+        ValueError: The calibration does not know the category.
+    """
+    if target.bias is not None:
+        _column(calibration, category)
+        return float(np.float32(target.bias))
+    others = {name: Target(bias=-math.inf) for name in calibration.names if name != category}
+    solution = solve(calibration, {**others, category: target}, rule=Rule.GREEDY, temperature=0.0)
+    return solution.biases[_column(calibration, category)]
 
 
 def curve(
@@ -195,9 +218,7 @@ def curve(
     Raises:
         ValueError: The calibration does not know the category.
     """
-    if category not in calibration.names:
-        raise ValueError(f"{category!r} is none of {', '.join(calibration.names)}")
-    c = calibration.names.index(category)
+    c = _column(calibration, category)
     solver = _solver(calibration, rule, temperature, frozenset((c,)))
     biases = np.linspace(*solver.span(c), points).astype(np.float32)
     biases[abs(biases).argmin()] = 0.0
@@ -223,6 +244,12 @@ def curve(
         )
         for i, bias in enumerate(biases)
     ]
+
+
+def _column(calibration: Calibration, category: str) -> int:
+    if category not in calibration.names:
+        raise ValueError(f"{category!r} is none of {', '.join(calibration.names)}")
+    return calibration.names.index(category)
 
 
 class _Limit(NamedTuple):

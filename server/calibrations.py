@@ -10,7 +10,7 @@ from models.controls import Rule
 from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
-from models.solver import Solution, Target, curve, solve
+from models.solver import Solution, Target, bias_alone, curve, solve
 
 MOST_SOLUTIONS = 4096
 HOW_TO = "`rheostat calibrate --model DIR --data FILE` makes one, and a restart loads it"
@@ -81,6 +81,24 @@ class Calibrations:
             RequestError: The calibration cannot certify a bound.
         """
         return self._solve(question)
+
+    def bias_alone(self, name: str, category: str, target: Target, *, param: str) -> float:
+        """Returns the bias that meets one category's target by its own token, all others off.
+
+        Args:
+            name: The calibration's.
+            category: One of the checkpoint's.
+            target: What is asked of it.
+            param: What an error is about.
+
+        Raises:
+            RequestError: No calibration has that name, or it cannot certify the bound.
+        """
+        self.require(name, param=param)
+        try:
+            return bias_alone(self._loaded[name], category, target)
+        except RequestError as error:
+            raise RequestError(f"{param}: {error.message}", param=param) from error
 
     def solved(self) -> Any:
         """Returns the cache's ``CacheInfo``: hits, misses, maxsize, currsize."""

@@ -13,7 +13,7 @@ from models.calibration import BENIGN, Calibration
 from models.controls import Rule, bias_of_sensitivity
 from models.decision import Dials, decide
 from models.errors import RequestError
-from models.solver import Solution, Target, curve, solve
+from models.solver import Solution, Target, bias_alone, curve, solve
 from tests.models.margins import NAMES, calibration_of, random_calibration
 
 INF = math.inf
@@ -508,6 +508,34 @@ def test_single_token_calibrates() -> None:
     for rule, temperature in RULES:
         solution = solve(calibration, rates(0.3), rule=rule, temperature=temperature)
         assert solution.expected[0].rate == pytest.approx(0.3, abs=0.001)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bias_alone_is_a_floor_whatever_the_other_dials_do(seed: int) -> None:
+    calibration = random_calibration(seed, apart=2.0)
+    rng = np.random.default_rng(seed)
+    asked = float(rng.uniform(0.05, 0.95))
+    floor = bias_alone(calibration, "incomplete", Target(rate=asked))
+    rows = rows_of(calibration, 1)
+    nearest = nearest_by_brute_force(rows, [-INF] * 5, 1, asked)
+    assert abs(slow_share([row[1:2] for row in rows], [floor]) - asked) == pytest.approx(nearest)
+    for _ in range(20):
+        others = rng.choice([-INF, -3.0, 0.0, 3.0, INF], 5)
+        others[1] = floor + rng.choice([0.0, 0.5])
+        assert slow_share(rows, others.tolist()) >= asked - nearest - 1e-9
+
+
+def test_bias_alone_of_the_other_kinds_of_target() -> None:
+    calibration = random_calibration(31)
+    bounded = Target(false_refusal_rate=0.05)
+    solved = greedy(calibration, {"safety": bounded}).biases[3]
+    assert bias_alone(calibration, "safety", bounded) == solved
+    assert bias_alone(calibration, "safety", Target(bias=-0.25)) == -0.25
+    assert bias_alone(calibration, "safety", Target(rate=0.0)) == -INF
+    with pytest.raises(RequestError, match="needs at least"):
+        bias_alone(calibration, "safety", Target(false_refusal_rate=1e-4))
+    with pytest.raises(ValueError, match="'weather' is none of humanizing"):
+        bias_alone(calibration, "weather", Target(bias=0.0))
 
 
 def test_nothing_asked_is_as_trained() -> None:

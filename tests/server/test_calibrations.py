@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from models.calibration import calibration_path, save_calibration
-from models.errors import CheckpointError
+from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
+from models.solver import Target
 from server.calibrations import load_calibrations
-from tests.server.boards import HASHES, calibration
+from tests.server.boards import HASHES, calibration, calibrations
 from tests.server.manifests import MANIFEST
 
 OTHER = "e" * 64
@@ -68,3 +69,16 @@ def test_broken_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"default\.safetensors"):
         load_calibrations(tmp_path, MANIFEST, HASHES)
+
+
+def test_one_categorys_bias_is_told_for_a_floor() -> None:
+    loaded = calibrations("tenant")
+    category = MANIFEST.names[0]
+    where = "policies.kiosk.floors"
+    # 30 % of the 40 margins -19.5 ... 19.5: the 12 from 8.5 on; midway to 7.5.
+    assert loaded.bias_alone("tenant", category, Target(rate=0.3), param=where) == -8.0
+    with pytest.raises(RequestError, match=f"{where}: .* needs at least .* benign") as caught:
+        loaded.bias_alone("tenant", category, Target(false_refusal_rate=0.001), param=where)
+    assert caught.value.param == where
+    with pytest.raises(RequestError, match=f"{where}: no calibration is named 'default'"):
+        loaded.bias_alone("default", category, Target(rate=0.3), param=where)
