@@ -3,12 +3,15 @@
 import json
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from models.errors import RequestError
 from server.protocol import FIELD, HEADER, parse_header
+
+_BOOL = TypeAdapter(bool)
 
 
 async def read_body(receive: Receive, limit_bytes: int) -> bytes:
@@ -45,6 +48,14 @@ def parse_body(raw: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return body if isinstance(body, dict) else None
+
+
+def flag(body: dict[str, Any], name: str) -> bool:
+    """Returns a flag as vLLM's models read it: 1 and "true" are true; what they refuse is false."""
+    try:
+        return _BOOL.validate_python(body.get(name, False))
+    except ValidationError:
+        return False
 
 
 def encode(value: Any) -> bytes:

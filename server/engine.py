@@ -16,6 +16,7 @@ import uvloop
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.middleware import Middleware
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -48,7 +49,7 @@ from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from server.context import STEERING, Decision, Steering
 from server.dials import OPENAI_TEMPERATURE, DialBoard, Resolution
-from server.flags import refuse_unserved
+from server.flags import refuse_switched_on, refuse_unserved
 from server.generation import Generation, Outputs
 from server.hiding import Hider
 from server.middleware import RefusalMiddleware
@@ -194,12 +195,14 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
         arguments: As on the command line, ``--model`` included.
 
     Raises:
-        ConfigError: A flag would be ignored here, or would lead around what was verified.
+        ConfigError: A flag or variable would be ignored here, or would lead around what was
+            verified.
     """
     cli_env_setup()  # type: ignore[no-untyped-call]
     parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
     args: Namespace = parser.parse_args(list(arguments))
     refuse_unserved(args, parser.get_default)
+    refuse_switched_on(lambda name: getattr(envs, name))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     if args.gpu_memory_utilization == parser.get_default("gpu_memory_utilization"):

@@ -1,4 +1,4 @@
-"""vLLM's flags that this server does not pass on."""
+"""vLLM's flags and switches that this server does not pass on."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,6 +17,12 @@ UNSERVED = {
     "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }
 
+SWITCHES = {
+    "VLLM_ENABLE_RESPONSES_API_STORE": "nothing that a model said is kept here, for no tenant",
+    "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": "it opens turns that have no control token",
+    "VLLM_ENABLE_COHERE_API": "Cohere's API has no word for a refusal",
+}
+
 
 def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
     """Refuses flags that would be ignored here, or would lead around what was verified.
@@ -33,3 +39,17 @@ def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
         one_server = name == "api_server_count" and value == 1
         if value != default_of(name) and not one_server:
             raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
+
+
+def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
+    """Refuses vLLM's environment variables that switch on what is not served here.
+
+    Args:
+        value_of: Gives a variable's value, as vLLM reads it.
+
+    Raises:
+        ConfigError: With the variable and the reason.
+    """
+    for name, reason in SWITCHES.items():
+        if value_of(name):
+            raise ConfigError(f"{name} must not be set: {reason}")

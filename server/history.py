@@ -1,4 +1,4 @@
-"""Earlier assistant turns: each opens with its control token, as in training."""
+"""Earlier assistant turns of a chat: each opens with its control token, as in training."""
 
 import reprlib
 from typing import Any
@@ -50,23 +50,30 @@ def is_refusal(message: dict[str, Any]) -> bool:
     )
 
 
-def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> dict[str, Any]:
-    turn = {k: v for k, v in message.items() if k not in ("refusal", CATEGORY_FIELD)}
-    token = manifest.respond.token
-    if is_refusal(message):
-        token = _refusal_token(message.get(CATEGORY_FIELD), manifest, path)
-    refusal, content = message.get("refusal"), message.get("content")
-    if refusal is not None and not isinstance(refusal, str):
-        raise RequestError(
-            f"{path}.refusal: must be a string or null, got {type(refusal).__name__}",
-            param=f"{path}.refusal",
-        )
+def check_content(content: Any, path: str) -> None:
+    """Holds a turn's content to what the APIs take.
+
+    Raises:
+        RequestError: It is no text, list of parts or null.
+    """
     if not isinstance(content, str | list | None):
         raise RequestError(
             f"{path}.content: must be a string, a list of parts or null, got "
             f"{type(content).__name__}",
             param=f"{path}.content",
         )
+
+
+def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> dict[str, Any]:
+    turn = {k: v for k, v in message.items() if k not in ("refusal", CATEGORY_FIELD)}
+    token = opening_token(message.get(CATEGORY_FIELD), manifest, path, refused=is_refusal(message))
+    refusal, content = message.get("refusal"), message.get("content")
+    if refusal is not None and not isinstance(refusal, str):
+        raise RequestError(
+            f"{path}.refusal: must be a string or null, got {type(refusal).__name__}",
+            param=f"{path}.refusal",
+        )
+    check_content(content, path)
     if not refusal and isinstance(content, list) and content:
         turn["content"] = _prefix_parts(content, token)
     else:
@@ -74,9 +81,20 @@ def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> di
     return turn
 
 
-def _refusal_token(category: Any, manifest: Manifest, path: str) -> str:
+def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool) -> str:
+    """Returns the control token that opens an earlier turn.
+
+    Args:
+        category: What the turn's ``refusal_category`` holds, if anything.
+        manifest: The served checkpoint's.
+        path: Of the turn in the body, for the error.
+        refused: Whether the turn is a refusal, of the first category where none is named.
+
+    Raises:
+        RequestError: ``category`` names no category of the checkpoint.
+    """
     if category is None:
-        return manifest.categories[0].token
+        return manifest.categories[0].token if refused else manifest.respond.token
     for known in manifest.categories:
         if known.name == category:
             return known.token

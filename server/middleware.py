@@ -13,6 +13,7 @@ from server import metrics
 from server.bodies import (
     encode,
     error_response,
+    flag,
     parse_body,
     read_body,
     replay_body,
@@ -20,11 +21,13 @@ from server.bodies import (
 )
 from server.context import STEERING, Steering
 from server.dials import DialBoard
-from server.history import annotate, is_refusal
+from server.events import SEPARATOR, shape_events
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.score import SCORE
 from server.settings import Settings
 from server.shaping import Shaper
+from server.turns import RESPONSES, open_turns
+from server.verdicts import Verdicts
 
 GENERATING = frozenset(
     {
@@ -33,29 +36,13 @@ GENERATING = frozenset(
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
-        "/cohere/v2/chat",
         "/invocations",
         "/inference/v1/generate",
     }
 )
-# Elsewhere vLLM drops ``messages``: history that it never reads must not let a control token in.
-READS_MESSAGES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/messages",
-        "/cohere/v2/chat",
-        "/invocations",
-    }
-)
-REPORTS = frozenset(
-    {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/invocations"}
-)
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
-READS_CONTINUE = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/invocations"})
 # They read the label's probability off the first step, where this model only decides.
 SCORING = frozenset({"/generative_scoring", "/v1/systemone"})
-_BOOL = TypeAdapter(bool)
 _INT = TypeAdapter(int)
 
 
@@ -120,15 +107,17 @@ class RefusalMiddleware:
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
-        shaper = Shaper(
-            self._manifest,
-            steering,
-            echo=_flag(body, "echo"),
-            choices_per_prompt=_choices_per_prompt(body),
-        )
+        verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))
+        shaper = Shaper(verdicts, echo=flag(body, "echo"))
+        sending = _ShapingSend(shaper, send)
         token = STEERING.set(steering)
         try:
-            await self._app(scope, replay_body(raw, receive), _ShapingSend(shaper, send))
+            await self._app(scope, replay_body(raw, receive), sending)
+        except RuntimeError as error:
+            # What starlette makes of an error that it has an answer for, but no place any more.
+            if path != RESPONSES or error.__cause__ is None or not sending.streams:
+                raise
+            await sending.end_with(error.__cause__)
         finally:
             STEERING.reset(token)
 
@@ -148,39 +137,20 @@ class RefusalMiddleware:
         """
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
         report = self._board.reports(options)
-        if options.report and path not in REPORTS:
-            raise RequestError(
-                f"refusal.report: {path} gives no report yet", param=f"{FIELD}.report"
-            )
+        unread = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
+        turns = open_turns(unread, path, self._manifest)
         steering = Steering(
             dials=self._board.resolve(options, _temperature(body), explain=report),
             report=report,
-            beam_search=path in READS_BEAM_SEARCH and _flag(body, "use_beam_search"),
+            history=turns.counts,
+            continues=turns.continues,
+            beam_search=path in READS_BEAM_SEARCH and flag(body, "use_beam_search"),
         )
         if steering.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(
                 "use_beam_search takes one prompt a request", param="prompt", status=400
             )
-        changed = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
-        messages = body.get("messages")
-        if path in READS_MESSAGES and isinstance(messages, list) and messages:
-            if path == "/invocations" and "prompt" in body:  # vLLM could read either
-                raise RequestError("send either messages or a prompt", param="prompt", status=400)
-            changed = self._annotate(changed, messages, steering)
-        if path in READS_CONTINUE and _flag(body, "continue_final_message"):
-            steering.continues = _continues(body)
-        return changed, steering
-
-    def _annotate(
-        self, body: dict[str, Any], messages: list[Any], steering: Steering
-    ) -> dict[str, Any]:
-        conversations = _conversations(messages)
-        annotated = [annotate(conversation, self._manifest) for conversation in conversations]
-        steering.history = tuple(count for _, count in annotated)
-        if not any(steering.history):
-            return body
-        changed = [turns for turns, _ in annotated]
-        return {**body, "messages": changed if conversations is messages else changed[0]}
+        return turns.body, steering
 
 
 def _route_path(scope: Scope) -> str:
@@ -188,14 +158,6 @@ def _route_path(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    # As vLLM's models read it: 1 and "true" are true. What they refuse is false here.
-    try:
-        return _BOOL.validate_python(body.get(name, False))
-    except ValidationError:
-        return False
 
 
 def _temperature(body: dict[str, Any]) -> float | None:
@@ -217,31 +179,6 @@ def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
 
 
-def _conversations(messages: list[Any]) -> list[list[Any]]:
-    # A batch is a list of conversations; that same list is returned.
-    return messages if all(isinstance(entry, list) for entry in messages) else [messages]
-
-
-def _continues(body: dict[str, Any]) -> bool:
-    messages = body.get("messages")
-    conversations = _conversations(messages) if isinstance(messages, list) else []
-    last = [conversation[-1] for conversation in conversations if conversation]
-    answers = [m for m in last if isinstance(m, dict) and m.get("role") == "assistant"]
-    if any(is_refusal(message) for message in answers):
-        raise RequestError(
-            "continue_final_message cannot continue a refusal",
-            param="continue_final_message",
-            status=400,
-        )
-    if answers and len(answers) < len(last):
-        raise RequestError(
-            "continue_final_message needs every conversation to end in an assistant turn",
-            param="continue_final_message",
-            status=400,
-        )
-    return bool(answers)
-
-
 class _ShapingSend:
     """Passes vLLM's answer on: as it is, or shaped as a whole, or event by event."""
 
@@ -249,23 +186,36 @@ class _ShapingSend:
         self._shaper = shaper
         self._send = send
         self._held_start: Message | None = None
-        self._streams = False
+        self.streams = False
         self._buffer = b""
+        self._events_sent = 0
+
+    async def end_with(self, error: BaseException) -> None:
+        """Ends a stream of the Responses API with its error event."""
+        event = {
+            "type": "error",
+            "code": "invalid_request",
+            "message": str(error.args[0]) if error.args else str(error),
+            "param": getattr(error, "parameter", None),
+            "sequence_number": self._events_sent,
+        }
+        body = b"event: error\ndata: " + encode(event) + SEPARATOR
+        await self._send({"type": "http.response.body", "body": body})
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             await self._start(message)
         elif self._held_start is not None:
             await self._whole(message)
-        elif self._streams:
+        elif self.streams:
             await self._events(message)
         else:
             await self._send(message)
 
     async def _start(self, message: Message) -> None:
         content_type = Headers(raw=message["headers"]).get("content-type", "")
-        self._streams = content_type.startswith("text/event-stream")
-        if self._streams or message["status"] != 200:
+        self.streams = content_type.startswith("text/event-stream")
+        if self.streams or message["status"] != 200:
             await self._send(message)
             return
         message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
@@ -288,20 +238,17 @@ class _ShapingSend:
 
     async def _events(self, message: Message) -> None:
         self._buffer += message.get("body", b"")
-        events, end, self._buffer = self._buffer.rpartition(b"\n\n")
+        events, end, self._buffer = self._buffer.rpartition(SEPARATOR)
         more = message.get("more_body", False)
         if self._shaper.needed and events:
-            events = b"\n\n".join(self._event(event) for event in events.split(b"\n\n"))
+            events = shape_events(events, self._shaper.shape_event)
+            end = end if events else b""
         body = events + end
         if not more:
             body += self._buffer
+        self._events_sent += body.count(SEPARATOR)
         if body or not more:
             await self._send({**message, "body": body})
-
-    def _event(self, event: bytes) -> bytes:
-        if not event.startswith(b"data: {"):
-            return event
-        return b"data: " + encode(self._shaper.shape_chunk(json.loads(event[6:])))
 
 
 def _with_length(scope: Scope, length: int) -> Scope:

@@ -107,6 +107,24 @@ def test_flags_that_would_be_ignored_are_refused(flags: list[str]) -> None:
         parse_flags(["--model", "somewhere", *flags])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "VLLM_ENABLE_RESPONSES_API_STORE",
+        "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT",
+        "VLLM_ENABLE_COHERE_API",
+    ],
+)
+def test_switches_that_are_not_served_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "0")
+    parse_flags(["--model", "somewhere"])
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"^{name} must not be set: .*[^\n]$"):
+        parse_flags(["--model", "somewhere"])
+
+
 def test_flags_of_vllm_are_kept() -> None:
     args = parse_flags(["--model", "somewhere", "--port", "7", "--tensor-parallel-size", "2"])
     assert (args.model, args.port, args.tensor_parallel_size) == ("somewhere", 7, 2)

@@ -12,11 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.controls import Controls, Rule
 from server.context import STEERING, Decision, Steering
-from server.middleware import GENERATING, READS_MESSAGES, RefusalMiddleware
+from server.middleware import GENERATING, RefusalMiddleware
 from server.protocol import parse_options
 from server.settings import Settings
+from server.turns import MESSAGES, READS_CHAT, RESPONSES
 from tests.server.boards import board
 from tests.server.manifests import MANIFEST
+from tests.server.recordings import RECORDED, events_of
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -263,7 +265,7 @@ def test_history_of_a_batch_is_counted_by_conversation() -> None:
     assert server.body["messages"][1][1]["content"] == "[respond]Hi"
 
 
-@pytest.mark.parametrize("path", sorted(GENERATING - READS_MESSAGES))
+@pytest.mark.parametrize("path", sorted(GENERATING - READS_CHAT - {MESSAGES}))
 def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None:
     # Else one assistant turn in a completion's body would let a `[respond]` into its prompt.
     server = FakeServer()
@@ -272,6 +274,59 @@ def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None
     assert server.steering is not None
     assert server.steering.history == ()
     assert server.raw == raw
+
+
+def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
+    server = FakeServer()
+    refused = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "refusal", "refusal": "No"}],
+        "refusal_category": "humanizing",
+    }
+    send_to(server, RESPONSES, {"input": [USER, refused, USER]})
+    assert server.body["input"][1]["content"][0]["text"] == "[refuse:humanizing]No"
+    assert server.steering is not None
+    assert server.steering.history == (1,)
+    assert server.steering.continues is False
+
+    server = FakeServer()
+    block = {"type": "text", "text": "No", "refusal_category": "safety"}
+    turn = {"role": "assistant", "content": [block]}
+    send_to(server, MESSAGES, {"messages": [USER, turn, USER, ANSWERED, USER]})
+    assert server.body["messages"][1]["content"] == [{"type": "text", "text": "[refuse:safety]No"}]
+    assert server.body["messages"][3]["content"] == "[respond]Hi"
+    assert server.steering is not None
+    assert server.steering.history == (2,)
+
+
+def test_unfinished_last_message_is_continued() -> None:
+    server = FakeServer()
+    parts = [{"type": "output_text", "text": "The capital"}]
+    last = {"type": "message", "role": "assistant", "content": parts, "status": "incomplete"}
+    send_to(server, RESPONSES, {"input": [USER, last]})
+    assert server.steering is not None
+    assert server.steering.continues is True
+    refused = {**last, "content": [{"type": "refusal", "refusal": "No"}]}
+    server = FakeServer()
+    assert_refused(send_to(server, RESPONSES, {"input": [USER, refused]}), server, 400, "input")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("background", True),
+        ("background", "true"),
+        ("previous_response_id", "resp_1"),
+        ("previous_input_messages", [USER]),
+    ],
+)
+def test_turns_that_no_server_here_keeps_are_refused(name: str, value: Any) -> None:
+    server = FakeServer()
+    answer = send_to(server, RESPONSES, {"input": "x", name: value})
+    assert "keeps no responses" in assert_refused(answer, server, 400, name)
+    for passing in ({name: None}, {"store": True}, {"background": False}):
+        assert send_to(FakeServer(), RESPONSES, {"input": "x", **passing}).status_code == 200
 
 
 def test_invocations_take_messages_or_a_prompt() -> None:
@@ -761,10 +816,69 @@ def test_disconnect_reaches_the_server_after_the_body() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-def test_report_is_refused_where_none_is_given(path: str) -> None:
+@pytest.mark.parametrize("path", sorted(GENERATING))
+def test_every_generating_route_takes_a_report(path: str) -> None:
     server = FakeServer()
-    answer = send_to(server, path, {"refusal": {"report": True}})
-    assert answer.status_code == 422
-    assert answer.json()["error"]["param"] == "refusal.report"
-    assert server.calls == 0
+    assert send_to(server, path, {"refusal": {"report": True}}).status_code == 200
+    assert server.steering is not None
+    assert server.steering.report is True
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(RESPONSES, "response_refused"), (MESSAGES, "message_refused")]
+)
+@pytest.mark.parametrize("size", [50, 10_000])
+def test_named_events_of_a_refusal_are_shaped_and_stay_named(
+    path: str, name: str, size: int
+) -> None:
+    raw = (RECORDED / f"{name}.sse").read_bytes()
+    parts = [raw[start : start + size] for start in range(0, len(raw), size)]
+    server = FakeServer(REFUSED, parts, media_type="text/event-stream")
+    answer = send_to(server, path, {"stream": True})
+    blocks = answer.text.removesuffix("\n\n").split("\n\n")
+    for block in blocks:
+        first, second = block.split("\n")
+        assert first == f"event: {json.loads(second.removeprefix('data: '))['type']}"
+    assert '"refusal"' in answer.text
+    assert "harm people" not in answer.text, "vLLM's own text events were passed on"
+
+
+@pytest.mark.parametrize("name", ["response_answered", "message_answered"])
+def test_named_events_of_an_answer_pass_byte_for_byte(name: str) -> None:
+    raw = (RECORDED / f"{name}.sse").read_bytes()
+    server = FakeServer(RESPONDED, [raw[:99], raw[99:]], media_type="text/event-stream")
+    assert send_to(server, RESPONSES, {"stream": True}).content == raw
+
+
+class BreakingServer(FakeServer):
+    """Fails after its parts, as starlette does where an error has an answer but comes too late."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def unfinished(message: Message) -> None:
+            await send({**message, "more_body": True})
+
+        await super().__call__(scope, receive, unfinished)
+        cause = ValueError("the prompt is too long")
+        raise RuntimeError("Caught handled exception, but response already started.") from cause
+
+
+def test_stream_of_responses_that_fails_ends_with_its_error_event() -> None:
+    raw = (RECORDED / "response_answered.sse").read_bytes()
+    opening = raw[: raw.index(b"event: response.output_item.added")]
+    server = BreakingServer({}, [opening], media_type="text/event-stream")
+    answer = send_to(server, RESPONSES, {"input": "x", "stream": True})
+    *_, last = events_of(answer.text)
+    assert answer.content.startswith(opening)
+    assert last == {
+        "type": "error",
+        "code": "invalid_request",
+        "message": "the prompt is too long",
+        "param": None,
+        "sequence_number": 2,
+    }
+
+
+def test_other_failures_of_a_server_are_no_concern_of_ours() -> None:
+    for path, media_type in ((CHAT, "text/event-stream"), (RESPONSES, "application/json")):
+        with pytest.raises(RuntimeError, match="already started"):
+            send_to(BreakingServer({}, [b""], media_type=media_type), path, {"input": "x"})

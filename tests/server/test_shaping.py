@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 from typing import Any
 
@@ -8,7 +9,9 @@ from models.controls import Controls, Rule
 from server.context import Decision, Steering
 from server.dials import Resolution
 from server.shaping import Shaper
+from server.verdicts import Verdicts
 from tests.server.manifests import MANIFEST
+from tests.server.recordings import recorded_answer, recorded_events
 
 AS_TRAINED = Controls.as_trained(2)
 RESPOND = Decision(None)
@@ -25,11 +28,16 @@ def steering_of(
     )
 
 
+def shaper_for(steering: Steering, *, choices_per_prompt: int = 1) -> Shaper:
+    return Shaper(Verdicts(MANIFEST, steering, choices_per_prompt=choices_per_prompt))
+
+
 def shaper_of(
     *decisions: Decision, echo: bool = False, report: bool = False, beams: bool = False
 ) -> Shaper:
     placed = {(0, index): decision for index, decision in enumerate(decisions)}
-    return Shaper(MANIFEST, steering_of(placed, report=report, beams=beams), echo=echo)
+    verdicts = Verdicts(MANIFEST, steering_of(placed, report=report, beams=beams))
+    return Shaper(verdicts, echo=echo)
 
 
 def chat(*contents: Any, **fields: Any) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def test_choices_are_shaped_each_by_its_own_decision() -> None:
 
 def test_conversations_of_a_batch_are_shaped_each_by_its_own_call() -> None:
     steering = steering_of({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
-    shaped = messages(Shaper(MANIFEST, steering, echo=False).shape_answer(chat("a", "b", "c")))
+    shaped = messages(shaper_for(steering).shape_answer(chat("a", "b", "c")))
     assert [m.get("refusal_category") for m in shaped] == [None, "safety", "humanizing"]
 
 
@@ -93,11 +101,12 @@ def test_refusal_under_a_forced_tool_is_no_tool_call() -> None:
     messages(answer)[0]["tool_calls"] = [call]
     steering = steering_of({(0, 0): SAFETY})
     steering.refusal_texts[0, 0] = "I can't."
-    shaped = Shaper(MANIFEST, steering, echo=False).shape_answer(answer)
+    shaped = shaper_for(steering).shape_answer(answer)
     assert messages(shaped) == [
         {
             "role": "assistant",
             "content": None,
+            "tool_calls": [],
             "refusal": "I can't.",
             "refusal_category": "safety",
         }
@@ -113,7 +122,7 @@ def test_tool_call_of_an_answer_stays() -> None:
 
 
 def test_other_objects_pass() -> None:
-    for answer in ({"object": "response", "output": []}, {"type": "message", "content": []}, {}):
+    for answer in ({"object": "list", "data": []}, {"type": "error", "error": {}}, {}):
         before = copy.deepcopy(answer)
         assert shaper_of(SAFETY).shape_answer(answer) == before
 
@@ -133,7 +142,7 @@ def chunk(index: int = 0, **delta: Any) -> dict[str, Any]:
 
 
 def deltas(shaper: Shaper, *chunks: dict[str, Any]) -> list[dict[str, Any]]:
-    shaped = [shaper.shape_chunk(copy.deepcopy(one)) for one in chunks]
+    shaped = [shaper.shape_event(copy.deepcopy(one))[0] for one in chunks]
     return [one["choices"][0]["delta"] for one in shaped]
 
 
@@ -154,7 +163,7 @@ def test_answered_stream_stays_as_it_is() -> None:
 
 def test_choice_decided_after_the_first_chunk_still_says_its_category_once() -> None:
     steering = steering_of({(0, 0): SAFETY})
-    shaper = Shaper(MANIFEST, steering, echo=False)
+    shaper = shaper_for(steering)
     assert deltas(shaper, chunk(1, role="assistant", content="")) == [{"role": "assistant"}]
     steering.decisions[0, 1] = HUMANIZING
     assert deltas(shaper, chunk(1, content="No"), chunk(1, content=".")) == [
@@ -169,13 +178,13 @@ def test_usage_and_error_chunks_pass() -> None:
         {"error": {"message": "x"}},
     ):
         before = copy.deepcopy(one)
-        assert shaper_of(SAFETY, report=True).shape_chunk(one) == before
+        assert shaper_of(SAFETY, report=True).shape_event(one) == [before]
 
 
 def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
     call = {"index": 0, "function": {"arguments": "No"}}
     steering = steering_of({(0, 0): SAFETY})
-    shaper = Shaper(MANIFEST, steering, echo=False)
+    shaper = shaper_for(steering)
     steering.refusal_texts[0, 0] = "No"
     assert deltas(shaper, chunk(role="assistant", content=""), chunk(tool_calls=[call])) == [
         {"role": "assistant", "content": None, "refusal": "", "refusal_category": "safety"},
@@ -185,7 +194,7 @@ def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
 
 def test_text_that_a_parser_held_back_comes_with_the_last_chunk() -> None:
     steering = steering_of({(0, 0): SAFETY})
-    shaper = Shaper(MANIFEST, steering, echo=False)
+    shaper = shaper_for(steering)
     opening = chunk(role="assistant", content="")
     steering.refusal_texts[0, 0] = "I can't help."
     last = chunk()
@@ -198,9 +207,9 @@ def test_reasoning_of_a_refusal_is_its_text() -> None:
     messages(answer)[0]["reasoning"] = "I can't"
     steering = steering_of({(0, 0): SAFETY})
     steering.refusal_texts[0, 0] = "I can't"
-    (message,) = messages(Shaper(MANIFEST, steering, echo=False).shape_answer(answer))
+    (message,) = messages(shaper_for(steering).shape_answer(answer))
     assert message["refusal"] == "I can't"
-    assert "reasoning" not in message
+    assert message["reasoning"] is None
 
 
 @pytest.mark.parametrize(
@@ -219,7 +228,7 @@ def test_shaping_is_needed_only_where_something_differs(shaper: Shaper, needed: 
 
 def test_headers_hold_one_value_a_choice_in_order() -> None:
     steering = steering_of({(1, 0): HUMANIZING, (0, 1): SAFETY, (0, 0): RESPOND})
-    assert Shaper(MANIFEST, steering, echo=False).headers() == [
+    assert shaper_for(steering).headers() == [
         (b"x-refusal-decision", b"respond, refuse, refuse"),
         (b"x-refusal-category", b"none, safety, humanizing"),
     ]
@@ -249,7 +258,7 @@ def test_reports_of_several_prompts_stand_at_their_own_choices() -> None:
         },
         calls=2,
     )
-    shaper = Shaper(MANIFEST, steering, echo=False, choices_per_prompt=2)
+    shaper = shaper_for(steering, choices_per_prompt=2)
     choices = shaper.shape_answer(completion(4))["choices"]
     margins = [c["refusal_report"]["decisions"]["safety"]["margin"] for c in choices]
     assert margins == [0.0, 1.0, 10.0, 11.0]
@@ -275,7 +284,8 @@ def test_report_by_hand() -> None:
 
 def test_report_is_in_the_first_chunk_of_each_choice_only() -> None:
     shaper = shaper_of(reported((1.0, 1.0), 0), reported((-1.0, -1.0)), report=True)
-    shaped = [shaper.shape_chunk(chunk(index, content="x"))["choices"][0] for index in (0, 1, 0, 1)]
+    events = [shaper.shape_event(chunk(index, content="x")) for index in (0, 1, 0, 1)]
+    shaped = [event["choices"][0] for (event,) in events]
     assert ["refusal_report" in choice for choice in shaped] == [True, True, False, False]
     assert shaped[1]["refusal_report"]["refused"] is False
 
@@ -288,3 +298,31 @@ def test_no_report_without_being_asked() -> None:
 def test_headers_are_left_out_where_proxies_would_refuse_them() -> None:
     assert len(shaper_of(*[RESPOND] * 64).headers()) == 2
     assert shaper_of(*[RESPOND] * 65).headers() == []
+
+
+def test_log_probabilities_of_a_refusal_are_the_refusals() -> None:
+    spoken = [{"token": "No", "logprob": -0.5}]
+    answer = chat("No", logprobs={"content": spoken})
+    (choice,) = shaper_of(SAFETY).shape_answer(answer)["choices"]
+    assert choice["logprobs"] == {"content": None, "refusal": spoken}
+    answered = chat("Yes", logprobs={"content": spoken})
+    (choice,) = shaper_of(RESPOND).shape_answer(answered)["choices"]
+    assert choice["logprobs"] == {"content": spoken}
+
+
+@pytest.mark.parametrize(
+    "name", ["response_refused", "message_refused", "response_called", "message_reasoned"]
+)
+def test_every_api_finds_its_own_shape(name: str) -> None:
+    shaped = shaper_of(SAFETY).shape_answer(recorded_answer(name))
+    assert "refusal" in json.dumps(shaped)
+    shaper = shaper_of(SAFETY)
+    if name != "response_called":
+        events = [one for e in recorded_events(name) for one in shaper.shape_event(e)]
+        assert "refusal" in json.dumps(events)
+
+
+def test_tokens_in_tokens_out_have_their_report() -> None:
+    answer = {"request_id": "1", "output_mode": "tokens", "choices": [{"index": 0}]}
+    shaped = shaper_of(reported((1.0, 1.0), 0), report=True).shape_answer(answer)
+    assert shaped["choices"][0]["refusal_report"]["category"] == "safety"
