@@ -2,6 +2,8 @@
 
 RheostatError
 ├── RequestError           the caller can mend it (HTTP 4xx)
+│   ├── UnknownCallerError nobody that the server knows is calling (401)
+│   └── NotAllowedError    the caller's policies do not allow it (403)
 └── ServiceError           the operator can mend it (HTTP 5xx; one line and exit 1 on the CLI)
     ├── CheckpointError    the model folder does not keep the contract of models/manifest.py
     ├── ConfigError        a settings, recipe or data file is wrong
@@ -38,6 +40,24 @@ class RequestError(RheostatError):
         super().__init__(message)
         self.param = param
         self.status = status
+
+
+class UnknownCallerError(RequestError):
+    """A request without a key that the server knows, where it answers nobody else."""
+
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, status=401)
+
+
+class NotAllowedError(RequestError):
+    """A request for what the caller's policies do not allow."""
+
+    code = "not_allowed"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, status=403)
 
 
 class ServiceError(RheostatError):

@@ -1,6 +1,7 @@
 """Request bodies: read within bounds, parsed once, answered with OpenAI's error body."""
 
 import json
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -81,7 +82,8 @@ def error_response(error: RequestError) -> Response:
             "code": error.code,
         }
     }
-    return Response(encode(body), error.status, media_type="application/json")
+    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+    return Response(encode(body), error.status, headers, media_type="application/json")
 
 
 def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:

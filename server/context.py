@@ -7,6 +7,11 @@ from models.controls import Controls
 from models.errors import RequestError
 from server.dials import Resolution
 
+# Where the caller stands in the ASGI scope (server/policies.py), once it is known.
+CALLER = "rheostat.caller"
+# Where the body's JSON object stands, once it was read and found within its bounds.
+BODY = "rheostat.body"
+
 
 @dataclass(frozen=True)
 class Decision:

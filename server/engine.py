@@ -27,6 +27,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import (
     VLLMClientError,
@@ -50,6 +51,7 @@ from models.manifest import Manifest
 from server.context import STEERING, Decision, Steering
 from server.dials import OPENAI_TEMPERATURE, DialBoard, Resolution
 from server.flags import refuse_switched_on, refuse_unserved
+from server.gate import Gate, KeyBook
 from server.generation import Generation, Outputs
 from server.hiding import Hider
 from server.middleware import RefusalMiddleware
@@ -313,6 +315,15 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
         sock.close()
 
 
+def _put_gate(app: Any, args: Namespace, settings: Settings) -> None:
+    # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
+    app.user_middleware[:] = [
+        m for m in app.user_middleware if m.cls is not AuthenticationMiddleware
+    ]
+    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=KeyBook(keys)))
+
+
 def _default_temperature(config: Any) -> float:
     temperature: float = config.model_config.get_diff_sampling_param().get(
         "temperature", OPENAI_TEMPERATURE
@@ -340,6 +351,7 @@ async def _serve_http(
     app.user_middleware.append(
         Middleware(RefusalMiddleware, manifest=manifest, settings=settings, board=board)
     )
+    _put_gate(app, args, settings)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
     scorer = _VllmScorer(engine, app.state, board.temperature)

@@ -9,6 +9,7 @@ from pydantic import model_validator as validates_model
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models.errors import ConfigError
+from server.credentials import KeyHash
 from server.protocol import RefusalOptions
 
 PREFIX = "RHEOSTAT_"
@@ -20,6 +21,16 @@ class Settings(BaseSettings):
     Attributes:
         defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
+        max_url_bytes: Longest address, its query included.
+        max_headers: Most headers of a request.
+        max_header_bytes: Their names and values together.
+        max_body_depth: How deep objects and lists of a body may stand in each other.
+        max_messages: Most messages or input items of a request.
+        max_inputs: Most prompts, conversations or documents of a request.
+        max_tools: Most tool definitions of a request.
+        max_choices: Most choices (``n``) of each prompt.
+        operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
+            routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
             Each takes a decision pass of its own.
         record_file: Where the counts of margins are kept; no text.
@@ -29,6 +40,15 @@ class Settings(BaseSettings):
 
     defaults: RefusalOptions = Field(default_factory=RefusalOptions)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    max_url_bytes: int = Field(default=8 * 2**10, ge=256)
+    max_headers: int = Field(default=100, ge=16)
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    max_body_depth: int = Field(default=64, ge=8)
+    max_messages: int = Field(default=4096, ge=1)
+    max_inputs: int = Field(default=1024, ge=1)
+    max_tools: int = Field(default=256, ge=1)
+    max_choices: int = Field(default=128, ge=1)
+    operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None
 

@@ -12,6 +12,11 @@ from pathlib import Path
 import httpx
 import psutil
 
+from server.credentials import hash_key
+
+# The operator's key of every server that is started here.
+OPERATOR_KEY = "the-operators-key-of-tests"
+OPERATOR = {"authorization": f"Bearer {OPERATOR_KEY}"}
 START_LIMIT_S = 240
 ENGINE_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
 ENGINE_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
@@ -63,6 +68,12 @@ class Server:
                 time.sleep(0.25)
         raise RuntimeError(f"no server on {self.url}:\n{self.log.read_text()[-4000:]}")
 
+    def metrics(self) -> str:
+        """Returns what Prometheus would read, with the operator's key."""
+        answer = httpx.get(self.url + "/metrics", headers=OPERATOR, timeout=10)
+        answer.raise_for_status()
+        return answer.text
+
     def end(self) -> None:
         """Asks the process to stop, kills it when it does not within 30 s, and its children.
 
@@ -94,6 +105,7 @@ def rheostat_server(
         flags: More flags of vLLM's.
         variables: More environment variables.
     """
+    variables = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY), **(variables or {})}
     arguments = ["serve", "--model", str(checkpoint), "--served-model-name", "demo", *flags]
     server = Server("rheostat", arguments, log, variables)
     try:

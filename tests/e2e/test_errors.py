@@ -32,8 +32,6 @@ WRONG: list[tuple[str, str]] = [
     ('{"categories": {"bogus": 0.5}}', "refusal.categories.bogus"),
     ('{"categories": {"safety": 1.2}}', "refusal.categories.safety"),
     ('{"categories": {"safety": -0.1}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": NaN}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": Infinity}}', "refusal.categories.safety"),
     ('{"categories": {"safety": "a lot"}}', "refusal.categories.safety"),
     ('{"categories": {"safety": true}}', "refusal.categories.safety"),
     ('{"categories": {"safety": null}}', "refusal.categories.safety"),
@@ -146,7 +144,10 @@ def test_unknown_history_category_names_its_path(server: Server) -> None:
     assert answer.json()["error"]["param"] == "messages.1.refusal_category"
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", "null", '"x"', "{}", '{"refusal": {}}'])
+NO_BODIES = ["", "{", "[]", "null", '"x"', "{}", '{"refusal": {}}', '{"refusal": NaN}']
+
+
+@pytest.mark.parametrize("body", NO_BODIES)
 def test_bodies_that_vllm_refuses_stay_4xx(server: Server, body: str) -> None:
     answer = post(server, body)
     assert 400 <= answer.status_code < 500

@@ -26,12 +26,12 @@ def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:
         "max_tokens": 2,
         "refusal": {"categories": {"humanizing": "always"}},
     }
-    before = httpx.get(server.url + "/metrics", timeout=10).text
+    before = server.metrics()
     for _ in range(3):
         httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
     wrong = {**body, "refusal": []}
     assert httpx.post(server.url + "/v1/chat/completions", json=wrong, timeout=60).is_error
-    after = httpx.get(server.url + "/metrics", timeout=10).text
+    after = server.metrics()
 
     decided = 'rheostat_decisions_total{category="humanizing",decision="refuse",rule="greedy"}'
     answered = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'

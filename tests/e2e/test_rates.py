@@ -16,6 +16,7 @@ import pytest
 from models.calibration import save_calibration
 from models.histogram import load_margins
 from tests.e2e.calibrating import CalibratedServer, score
+from tests.e2e.servers import OPERATOR
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"role": "user", "content": "Do you like your breakfast?"}
@@ -170,7 +171,7 @@ def test_every_route_takes_rates(
 
 
 def decisions(client: httpx.Client, decision: str, rule: str) -> float:
-    lines = client.get("/metrics").text.splitlines()
+    lines = client.get("/metrics", headers=OPERATOR).text.splitlines()
     return sum(
         float(line.rsplit(" ", 1)[1])
         for line in lines
@@ -269,7 +270,9 @@ def test_observed_refusals_stand_beside_the_asked_rate(
 
 def compared(client: httpx.Client) -> dict[str, float]:
     labels = '{category="humanizing",policy="default"}'
-    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines())
+    lines = dict(
+        line.rsplit(" ", 1) for line in client.get("/metrics", headers=OPERATOR).text.splitlines()
+    )
     return {
         name: float(lines.get(f"rheostat_{name}_total{labels}", 0))
         for name in ("rate_choices", "asked_rate", "rate_refusals")

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from models.manifest import Manifest
-from tests.e2e.servers import Server
+from tests.e2e.servers import OPERATOR, Server
 
 SCORE = "/v1/refusal/score"
 QUESTIONS = [
@@ -141,7 +141,7 @@ def test_scores_are_counted_but_are_no_decisions_of_traffic(server: Server) -> N
 
 
 def metrics(server: Server) -> dict[str, float]:
-    text = httpx.get(server.url + "/metrics", timeout=10).text
+    text = server.metrics()
     lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("rheostat_")]
     return {name: float(value) for name, value in lines}
 
@@ -156,7 +156,7 @@ def test_client_that_leaves_takes_its_prompts_along(server: Server, client: Open
     )
     assert answer.choices
     for _ in range(200):
-        text = httpx.get(server.url + "/metrics", timeout=10).text
+        text = server.metrics()
         waiting = [line for line in text.splitlines() if line.startswith("vllm:num_requests_")]
         busy = sum(float(line.rsplit(" ", 1)[1]) for line in waiting if "_by_" not in line)
         if busy == 0:
@@ -168,6 +168,6 @@ def test_client_that_leaves_takes_its_prompts_along(server: Server, client: Open
 
 
 def test_route_is_in_the_openapi_document(server: Server) -> None:
-    document = httpx.get(server.url + "/openapi.json", timeout=30).json()
+    document = httpx.get(server.url + "/openapi.json", headers=OPERATOR, timeout=30).json()
     operation = document["paths"][SCORE]["post"]
     assert json.dumps(operation["requestBody"])

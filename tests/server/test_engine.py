@@ -98,6 +98,8 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
         ["--skip-tokenizer-init"],
         ["--chat-template", "other.jinja"],
         ["--logits-processors", "some.module:Processor"],
+        ["--trust-request-chat-template"],
+        ["--enable-prompt-embeds"],
         ["--logprobs-mode", "processed_logprobs"],
     ],
     ids=lambda flags: flags[0],

@@ -39,7 +39,10 @@ def test_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -
     monkeypatch.setenv(name, "{}")
     assert message() == (
         f"the environment variable {name} means nothing here; known are "
-        "RHEOSTAT_DEFAULTS, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_RECORD_FILE, RHEOSTAT_RECORD_SHARE"
+        "RHEOSTAT_DEFAULTS, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_MAX_BODY_DEPTH, "
+        "RHEOSTAT_MAX_CHOICES, RHEOSTAT_MAX_HEADERS, RHEOSTAT_MAX_HEADER_BYTES, "
+        "RHEOSTAT_MAX_INPUTS, RHEOSTAT_MAX_MESSAGES, RHEOSTAT_MAX_TOOLS, RHEOSTAT_MAX_URL_BYTES, "
+        "RHEOSTAT_OPERATOR_KEY_HASH, RHEOSTAT_RECORD_FILE, RHEOSTAT_RECORD_SHARE"
     )
 
 

@@ -1,0 +1,171 @@
+"""Pure ASGI, the outermost of ours: what may come in at all, and who sends it."""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from models.errors import RequestError, UnknownCallerError
+from server import metrics
+from server.access import WEBSOCKET, Access, AccessTable, Route, route_path
+from server.bodies import error_response, read_body, replay_body
+from server.context import BODY, CALLER
+from server.credentials import hash_key, is_any, presented_keys
+from server.error_shape import ErrorShape
+from server.fields import LOAD_HEADER, refuse_fields
+from server.limits import check_head, read_json
+from server.settings import PREFIX, Settings
+
+# The label of requests that reach no route.
+NO_ROUTE = "none"
+
+
+class Callers(Protocol):
+    """Knows who may use a tenant's routes."""
+
+    def caller(self, headers: Headers) -> Any:
+        """Returns who sends a request.
+
+        Raises:
+            UnknownCallerError: Nobody that may call.
+        """
+
+
+class KeyBook:
+    """Callers of a server without policies: everybody, or whoever has one of vLLM's API keys.
+
+    Args:
+        api_keys: vLLM's ``--api-key``.
+    """
+
+    def __init__(self, api_keys: Iterable[str]) -> None:
+        self._hashes = [hash_key(key) for key in api_keys]
+
+    def caller(self, headers: Headers) -> None:
+        """Returns nobody in particular.
+
+        Raises:
+            UnknownCallerError: The server has keys, and the request shows none of them.
+        """
+        shown = [is_any(key, self._hashes) for key in presented_keys(headers)]
+        if self._hashes and not any(shown):
+            raise UnknownCallerError(
+                "no key that this server knows: send `Authorization: Bearer KEY` or `x-api-key: "
+                "KEY`"
+            )
+
+
+class Gate:
+    """Lets through what the table of routes allows, within its bounds, from known callers.
+
+    Args:
+        app: What stands behind it.
+        settings: The bounds and the hash of the operator's key.
+        callers: Knows the tenants.
+    """
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, callers: Callers) -> None:
+        self._app = app
+        self._settings = settings
+        self._callers = callers
+        self._table = AccessTable(operator=settings.operator_key_hash is not None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request, connection or lifespan."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] != "HEAD":  # which has no body to shape
+            send = ErrorShape(send)
+        route: Route | None = None
+        try:
+            check_head(scope, self._settings)
+            if _is_preflight(scope):
+                self._table.find(_asked_method(scope), route_path(scope))
+                await self._app(scope, receive, send)
+                return
+            route = self._table.find(_method(scope), route_path(scope))
+            scope = {**scope, **self._identify(route, scope)}
+            if route.access is not Access.OPEN:
+                scope, receive = await self._bounded(route, scope, receive)
+        except RequestError as error:
+            label = NO_ROUTE if route is None else route.path
+            metrics.REQUESTS.labels(label, str(int(error.status))).inc()
+            await _refuse(error, scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _identify(self, route: Route, scope: Scope) -> dict[str, Any]:
+        headers = Headers(scope=scope)
+        if route.access is Access.TENANT:
+            if LOAD_HEADER in headers:
+                raise RequestError(
+                    f"{LOAD_HEADER}: the load is that of all callers; the operator reads it from "
+                    "/metrics",
+                    param=LOAD_HEADER,
+                    status=HTTPStatus.BAD_REQUEST,
+                )
+            return {CALLER: self._callers.caller(headers)}
+        if route.access is Access.OPERATOR:
+            known = self._settings.operator_key_hash
+            assert known is not None  # else the table has no such route
+            if not any(is_any(key, [known]) for key in presented_keys(headers)):
+                raise UnknownCallerError(
+                    f"{route.path} is the operator's: send `Authorization: Bearer KEY` with the "
+                    f"key of {PREFIX}OPERATOR_KEY_HASH"
+                )
+        return {}
+
+    async def _bounded(self, route: Route, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        headers = Headers(scope=scope)
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise RequestError(
+                "send the body as it is, without Content-Encoding",
+                status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            )
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and len(declared) < 20:
+            self._check_size(int(declared))
+        raw = await read_body(receive, self._settings.max_body_bytes)
+        if raw and route.access is Access.TENANT:
+            body = read_json(raw, self._settings)
+            refuse_fields(body)
+            scope = {**scope, BODY: body}
+        return scope, replay_body(raw, receive)
+
+    def _check_size(self, size: int) -> None:
+        limit = self._settings.max_body_bytes
+        if size > limit:
+            raise RequestError(
+                f"the body is larger than {limit} bytes ({PREFIX}MAX_BODY_BYTES)",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+
+
+def _method(scope: Scope) -> str:
+    method: str = scope["method"] if scope["type"] == "http" else WEBSOCKET
+    return method
+
+
+def _is_preflight(scope: Scope) -> bool:
+    # vLLM's CORS middleware answers these itself, and they carry no key by their nature.
+    return (
+        _method(scope) == "OPTIONS"
+        and _asked_method(scope) != ""
+        and "origin" in Headers(scope=scope)
+    )
+
+
+def _asked_method(scope: Scope) -> str:
+    return Headers(scope=scope).get("access-control-request-method", "")
+
+
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    denies = "websocket.http.response" in scope.get("extensions", {})
+    if scope["type"] == "http" or denies:
+        await error_response(error)(scope, receive, send)
+    else:
+        await send({"type": "websocket.close", "code": 1008})

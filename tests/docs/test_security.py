@@ -1,0 +1,68 @@
+"""docs/security.md against the table that the gate follows, and both against vLLM's own app."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.access import ROUTES, Access
+from server.settings import Settings
+from tests.toy import save_toy
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "security.md").read_text()
+WHO = {"anybody": Access.OPEN, "a tenant": Access.TENANT, "the operator": Access.OPERATOR}
+WHO["nobody"] = Access.OFF
+# vLLM registers them only with a package that is not installed, and a switch that is refused here.
+NEEDS_COHERE = {("POST", "/cohere/v2/chat"), ("POST", "/cohere/v2/chat/render")}
+# What a mount serves is a route to us, and its own to vLLM; SageMaker's are mounted by its package.
+MOUNTED = {("GET", "/metrics"), ("GET", "/static/{path:path}")}
+
+
+@pytest.fixture(scope="module")
+def vllm_app(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM's app registers, asked of a process of its own."""
+    model = tmp_path_factory.mktemp("model")
+    save_toy(model)
+    script = [sys.executable, "-m", "tests.e2e.vllm_app", str(model)]
+    printed = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    app: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return app
+
+
+def ours() -> set[tuple[str, str]]:
+    return {(route.method, route.path) for route in ROUTES}
+
+
+def test_page_lists_exactly_the_routes_of_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+) (/\S+)` \| ([\w ]+) \| .+ \|$", PAGE, re.MULTILINE)
+    assert [(method, path, WHO[who]) for method, path, who in rows] == [
+        (route.method, route.path, route.access) for route in ROUTES
+    ]
+
+
+def test_every_route_of_vllms_is_in_the_table(vllm_app: dict[str, Any]) -> None:
+    registered = {(method, path) for method, path in vllm_app["plain"] + vllm_app["everything"]}
+    mounts = {path for method, path in registered if method == "MOUNT"}
+    assert mounts == {"/metrics", "/static"}
+    unknown = {route for route in registered if route[0] != "MOUNT"} - ours()
+    assert unknown == set(), "vLLM has routes that server/access.py does not know"
+
+
+def test_table_names_no_route_that_vllm_does_not_have(vllm_app: dict[str, Any]) -> None:
+    registered = {(method, path) for method, path in vllm_app["plain"] + vllm_app["everything"]}
+    own = {route for route in ours() if "/refusal/" in route[1] or route[1][-2:] == "yz"}
+    own |= {("GET", "/healthz")}
+    assert ours() - registered - own - NEEDS_COHERE == MOUNTED - registered
+
+
+def test_page_lists_every_bound_with_its_default() -> None:
+    rows = re.findall(r"^\| `RHEOSTAT_(MAX_\w+)` \| (\d+)( KiB| MiB)?", PAGE, re.MULTILINE)
+    units = {"": 1, " KiB": 2**10, " MiB": 2**20}
+    listed = {name.lower(): int(number) * units[unit] for name, number, unit in rows}
+    fields = Settings.model_fields.items()
+    assert listed == {name: field.default for name, field in fields if name.startswith("max_")}

@@ -1,0 +1,154 @@
+"""The gate before the real server: classes of routes, and paths that try to be another."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.access import ROUTES, Access
+from tests.e2e.servers import OPERATOR, Server, rheostat_server
+
+
+def raw_request(server: Server, target: str, *, method: str = "POST", head: str = "") -> str:
+    """Sends a request line as it is written, which no HTTP client would, and returns the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        body = '{"model": "demo", "prompt": "Hi", "max_tokens": 1}'
+        lines = [f"{method} {target} HTTP/1.1", "Host: test", "Connection: close"]
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        lines += [head] if head else []
+        connection.sendall(("\r\n".join(lines) + "\r\n\r\n" + body).encode("latin-1"))
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/completions%0A",
+        "/v1/completions%00",
+        "/v1/completions/",
+        "//v1/completions",
+        "/v1//completions",
+        "/v1/./completions",
+        "/v1/../v1/completions",
+        "/V1/Completions",
+        "/v1/completions;x=1",
+        "/v1/completions%3F",
+        "/v1%252Fcompletions",
+        "/tokenize%0A",
+        "/metrics%0A",
+        "/metrics/",
+        "/metricsx",
+        "//metrics",
+        "/static/../metrics",
+        "/%2e%2e/metrics",
+    ],
+)
+def test_disguised_path_reaches_no_route(server: Server, target: str) -> None:
+    for method in ("POST", "GET"):
+        answer = raw_request(server, target, method=method)
+        assert answer.startswith("HTTP/1.1 404 "), answer
+        assert '"invalid_request_error"' in answer
+
+
+@pytest.mark.parametrize(
+    "target", ["/v1%2Fcompletions", "/%76%31/completions", "http://a/v1/completions"]
+)
+def test_other_spelling_of_a_path_is_the_same_route(server: Server, target: str) -> None:
+    assert raw_request(server, target).startswith("HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "route",
+    [r for r in ROUTES if r.access in (Access.OPERATOR, Access.OFF) and r.method != "WEBSOCKET"],
+    ids=lambda route: f"{route.method}{route.path}",
+)
+def test_operators_routes_and_those_that_are_off(server: Server, route: object) -> None:
+    assert isinstance(route, tuple)
+    method, path, access, _ = route
+    answer = httpx.request(method, server.url + path, timeout=30)
+    assert answer.status_code == (401 if access is Access.OPERATOR else 404)
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_operator_reads_metrics_documents_and_token_ids(server: Server) -> None:
+    with httpx.Client(base_url=server.url, headers=OPERATOR, timeout=30) as client:
+        assert client.get("/metrics").text.startswith("# HELP")
+        assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]
+        assert client.get("/docs").status_code == 200
+        assert client.head("/docs").status_code == 200
+        ids = client.post("/tokenize", json={"model": "demo", "prompt": "Hi"}).json()
+        assert ids["count"] > 0
+        assert client.get("/v1/models").status_code == 200
+        missing = client.post("/sleep")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["message"] == "Not Found"
+
+
+def test_websocket_is_refused_before_it_opens(server: Server) -> None:
+    upgrade = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    upgrade += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        head = f"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n{upgrade}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.fixture(scope="module")
+def keyed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("keyed") / "log"
+    with rheostat_server(
+        checkpoint,
+        log,
+        "--api-key",
+        "tenant",
+        "--root-path",
+        "/api",
+        "--allowed-origins",
+        '["http://page"]',
+        variables={"VLLM_SERVER_DEV_MODE": "1"},
+    ) as running:
+        yield running
+
+
+def test_page_of_an_allowed_origin_may_ask(server: Server, keyed: Server) -> None:
+    asked = {"origin": "http://page", "access-control-request-method": "POST"}
+    answer = httpx.options(keyed.url + "/v1/chat/completions", headers=asked, timeout=30)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == "http://page"
+    assert httpx.options(keyed.url + "/sleepy", headers=asked, timeout=30).status_code == 404
+    # vLLM allows no other origin by default.
+    other = httpx.options(server.url + "/v1/chat/completions", headers=asked, timeout=30)
+    assert other.status_code == 400
+    assert "access-control-allow-origin" not in other.headers
+
+
+TENANTS = [r for r in ROUTES if r.access is Access.TENANT]
+
+
+@pytest.mark.parametrize("route", TENANTS, ids=lambda route: f"{route.method}{route.path}")
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_every_route_of_a_tenants_wants_its_key(keyed: Server, route: object, prefix: str) -> None:
+    assert isinstance(route, tuple)
+    method, path, _, _ = route
+    with httpx.Client(base_url=keyed.url + prefix, timeout=60) as client:
+        assert client.request(method, path, json={}).status_code == 401
+        assert client.request(method, path, json={}, headers=OPERATOR).status_code == 401
+        answer = client.request(method, path, json={}, headers={"x-api-key": "tenant"})
+        assert answer.status_code != 401
+
+
+def test_operators_key_reaches_developers_routes_and_tenants_do_not(keyed: Server) -> None:
+    tenant = {"authorization": "Bearer tenant"}
+    for prefix in ("", "/api"):
+        with httpx.Client(base_url=keyed.url + prefix, timeout=60) as client:
+            assert client.get("/is_sleeping", headers=OPERATOR).json() == {"is_sleeping": False}
+            for path in ("/is_sleeping", "/metrics", "/server_info"):
+                assert client.get(path, headers=tenant).status_code == 401
+                assert client.get(f"/api{path}", headers=OPERATOR).status_code == (
+                    200 if not prefix else 404
+                )
