@@ -1,7 +1,9 @@
 """Throughput and latency against stock vLLM: interleaved rounds on one machine, as ratios.
 
-Both servers hold the same checkpoint. Stock is asked for an answer after the respond token, which
-its prompt is given; Rheostat decides first. So both generate the same texts.
+Both servers hold the same checkpoint, whose every answer opens with a control token. Stock decodes
+it like any other and is given one token more, so both run as many decoding steps: that is the
+measure. "stock, token given" finds the control token in its prompt and saves that step; it is shown
+for what the step costs.
 """
 
 import argparse
@@ -40,7 +42,7 @@ class Round(NamedTuple):
 
 
 def bodies(checkpoint: Path, tokens: int) -> dict[str, list[Body]]:
-    """Returns each contender's requests: stock, ours, ours with a report."""
+    """Returns each contender's requests: stock twice, ours, ours with a report."""
     manifest = load_manifest(checkpoint)
     prompts = [row["prompt"] for row in render(0)["evaluation"] if row["category"] is None]
     never = {"categories": dict.fromkeys(manifest.names, "never")}
@@ -48,6 +50,10 @@ def bodies(checkpoint: Path, tokens: int) -> dict[str, list[Body]]:
     prefilled = {"add_generation_prompt": False, "continue_final_message": True}
 
     def stock(prompt: str) -> Body:
+        turns = [{"role": "user", "content": prompt}]
+        return {**common, "messages": turns, "max_tokens": tokens + 1}
+
+    def given(prompt: str) -> Body:
         turns = [
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": manifest.respond.token},
@@ -60,6 +66,7 @@ def bodies(checkpoint: Path, tokens: int) -> dict[str, list[Body]]:
 
     return {
         "stock": [stock(prompt) for prompt in prompts],
+        "stock, token given": [given(prompt) for prompt in prompts],
         "rheostat": [ours(prompt) for prompt in prompts],
         "rheostat, report": [ours(prompt, report=True) for prompt in prompts],
     }
@@ -94,7 +101,7 @@ def cycle(requests: list[Body]) -> Iterator[Body]:
 def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str, float]]:
     """Prints and returns medians, and the medians of the rounds' ratios to stock."""
     table = Table(title="against stock vLLM, same run, interleaved rounds")
-    for column in ("contender", "requests/s", "ratio", "one at a time, ms", "ratio"):
+    for column in ("contender", "requests/s", "ratio", "one at a time, ms", "added", "ratio"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     results = {}
     for name, own in rounds.items():
@@ -103,6 +110,7 @@ def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str
             "requests_per_s": statistics.median(r.per_s for r in own),
             "throughput_ratio": statistics.median(r.per_s / s.per_s for r, s in pairs),
             "latency_ms": 1000 * statistics.median(r.median_s for r in own),
+            "added_ms": 1000 * statistics.median(r.median_s - s.median_s for r, s in pairs),
             "latency_ratio": statistics.median(r.median_s / s.median_s for r, s in pairs),
         }
         results[name] = result
@@ -111,6 +119,7 @@ def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str
             f"{result['requests_per_s']:.0f}",
             f"{result['throughput_ratio']:.3f}",
             f"{result['latency_ms']:.2f}",
+            f"{result['added_ms']:+.2f}",
             f"{result['latency_ratio']:.3f}",
         )
     console.print(table)
@@ -138,7 +147,7 @@ def main() -> None:
         size = (arguments.requests, arguments.at_once)
         for turn in track(range(-1, arguments.rounds), "measuring", console=console):
             for name, own in requests.items():
-                url = stock.url if name == "stock" else ours.url
+                url = stock.url if name.startswith("stock") else ours.url
                 measured = asyncio.run(run_round(url, own, *size))
                 if turn >= 0:  # the first turn warms up
                     rounds[name].append(measured)

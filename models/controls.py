@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 # Where the controls stand in vLLM's ``SamplingParams.extra_args``.
 EXTRA_ARGS_KEY = "rheostat"
@@ -22,11 +22,19 @@ class Rule(IntEnum):
 
 
 class WireControls(TypedDict):
-    """``Controls`` as plain values; msgpack carries infinities."""
+    """``Controls`` as plain values; msgpack carries infinities.
+
+    Attributes:
+        rule: A ``Rule``.
+        bias: One a category.
+        selected: One a category.
+        ticket: Where the margins go, a ``Ticket`` of server/margins.py; absent when nobody asks.
+    """
 
     rule: int
     bias: list[float]
     selected: list[bool]
+    ticket: NotRequired[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class Controls:
     def as_trained(cls, categories: int) -> "Controls":
         """Returns the controls that leave the model's own choice alone."""
         return cls(Rule.GREEDY, (0.0,) * categories, (False,) * categories)
+
+    @classmethod
+    def never(cls, categories: int) -> "Controls":
+        """Returns the controls under which everything is answered."""
+        return cls(Rule.GREEDY, (-math.inf,) * categories, (True,) * categories)
 
     def to_wire(self) -> WireControls:
         """Returns what is put into ``extra_args``."""

@@ -6,12 +6,12 @@ order, the respond token last. Nothing here knows of vLLM, HTTP or files.
 
 import math
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
 
-from models.controls import Rule
+from models.controls import Controls, Rule
 
 
 class Dials(NamedTuple):
@@ -74,6 +74,39 @@ def decide(
         paper = _paper_rule(logits, log_normaliser, dials)
         choice = torch.where(dials.rule == Rule.PAPER, paper, choice)
     return choice
+
+
+def refused_category(
+    log_normaliser: float,
+    margins: Sequence[float],
+    controls: Controls,
+    temperature: float,
+    seed: int | None,
+) -> int | None:
+    """Returns what one request would be refused for, from the margins that it was seen with.
+
+    Args:
+        log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's.
+        margins: fp32 log-odds, one a category.
+        controls: Its dials.
+        temperature: The request's.
+        seed: The request's; without one ``SAMPLE`` draws anew.
+
+    Returns:
+        A category's index, or None for an answer.
+    """
+    uniform = random.random() if seed is None else uniform_draw(seed)
+    dials = Dials(
+        bias=torch.tensor([controls.bias], dtype=torch.float32),
+        rule=torch.tensor([int(controls.rule)]),
+        selected=torch.tensor([controls.selected]),
+        temperature=torch.tensor([temperature], dtype=torch.float32),
+        uniform=torch.tensor([uniform], dtype=torch.float32),
+    )
+    logits = torch.tensor([[*margins, 0.0]], dtype=torch.float32)
+    normaliser = torch.tensor([log_normaliser], dtype=torch.float32)
+    choice = int(decide(logits, dials, {controls.rule}, normaliser)[0])
+    return None if choice == len(margins) else choice
 
 
 def biased_scores(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

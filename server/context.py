@@ -22,11 +22,13 @@ class Decision:
         margins: The model's own fp32 log-odds, one a category; None unless they were asked for.
         log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's;
             None like the margins.
+        shadow: Index of the category that a policy which is not enforced would have refused for.
     """
 
     category: int | None
     margins: tuple[float, ...] | None = None
     log_normaliser: float | None = None
+    shadow: int | None = None
 
 
 @dataclass
@@ -39,6 +41,11 @@ class Steering:
         history: How many control tokens the server itself put into each prompt, in call order.
         continues: Whether the prompt ends inside an assistant turn that has its control token.
         beam_search: Whether ``generate()`` is called once a beam and step.
+        opens_turn: Whether a chat template made the prompt, which then ends where the decision
+            step begins.
+        marked: Whether the guard put its mark into the request.
+        enforce: Whether a refusal is one; otherwise it is only reported.
+        texts: What a refusal says, one a category; None where its text is generated.
         decisions: By call and choice index.
         refusal_texts: What each refused choice said and the HTTP layer has not yet taken, by call
             and choice index. vLLM's tool and reasoning parsers may read it as something else.
@@ -52,6 +59,10 @@ class Steering:
     history: tuple[int, ...] = ()
     continues: bool = False
     beam_search: bool = False
+    opens_turn: bool = False
+    marked: bool = False
+    enforce: bool = True
+    texts: tuple[str | None, ...] = ()
     decisions: dict[tuple[int, int], Decision] = field(default_factory=dict)
     refusal_texts: dict[tuple[int, int], str] = field(default_factory=dict)
     calls: int = 0

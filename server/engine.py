@@ -38,6 +38,7 @@ from vllm.logger import configure_logging_from_args
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
@@ -48,12 +49,15 @@ from models.checkpoint import opening_ids
 from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
+from models.tokens import single_id
 from server.context import STEERING, Decision, Steering
 from server.dials import OPENAI_TEMPERATURE, DialBoard, Resolution
 from server.flags import refuse_switched_on, refuse_unserved
 from server.gate import Gate, KeyBook
 from server.generation import Generation, Outputs
+from server.guard import Guard, build_guard
 from server.hiding import Hider
+from server.margins import MarginBoard
 from server.middleware import RefusalMiddleware
 from server.recorder import MarginRecorder
 from server.routes import build_router
@@ -71,28 +75,29 @@ class SteeredLLM(AsyncLLM):
     recorder: MarginRecorder | None
 
     def steer(
-        self, manifest: Manifest, unsteered: Resolution, recorder: MarginRecorder | None = None
+        self,
+        manifest: Manifest,
+        unsteered: Resolution,
+        mark: str,
+        recorder: MarginRecorder | None = None,
     ) -> None:
         """Tells the engine its control tokens, before the first request.
 
         Args:
             manifest: The checkpoint's.
             unsteered: The dials of calls that come from no HTTP request.
+            mark: What the guard breaks special tokens with.
             recorder: Counts the margins of a share of the requests.
         """
         self.manifest = manifest
         self.unsteered = unsteered
         self.recorder = recorder
-        self.hider = Hider(manifest)
+        self.hider = Hider(manifest, mark)
         self.category_of = {c.id: i for i, c in enumerate(manifest.categories)}
-        # Adopted checkpoints hold their control tokens as ordinary ones, which the detokenizer
-        # would print. The ids stay.
+        self.margin_board = MarginBoard(len(manifest.categories))
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [t.token for t in manifest.control_tokens]},
-            replace_extra_special_tokens=False,
-        )
+        self.mark_id = single_id(tokenizer, mark)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -294,6 +299,7 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
     recorder = _open_recorder(Path(args.model), manifest, settings)
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
+    guard = _guard(config, manifest)
     engine = SteeredLLM(
         config,
         executor_class=Executor.get_class(config),
@@ -303,12 +309,13 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
     try:
-        engine.steer(manifest, board.unasked, recorder)
+        engine.steer(manifest, board.unasked, guard.mark, recorder)
         await engine.reset_mm_cache()
         async with recorder.flushing() if recorder else nullcontext():
-            shutdown = await _serve_http(engine, args, sock, settings, board)
+            shutdown = await _serve_http(engine, args, sock, settings, board, guard)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
+        engine.margin_board.close()
     try:
         await shutdown
     finally:
@@ -322,6 +329,12 @@ def _put_gate(app: Any, args: Namespace, settings: Settings) -> None:
     ]
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=KeyBook(keys)))
+
+
+def _guard(config: Any, manifest: Manifest) -> Guard:
+    # Before the engine is made: its renderer encodes with copies of this tokenizer.
+    tokenizer: Any = cached_tokenizer_from_config(config.model_config)
+    return build_guard(tokenizer, manifest)
 
 
 def _default_temperature(config: Any) -> float:
@@ -341,7 +354,12 @@ def _open_recorder(
 
 
 async def _serve_http(
-    engine: SteeredLLM, args: Namespace, sock: Any, settings: Settings, board: DialBoard
+    engine: SteeredLLM,
+    args: Namespace,
+    sock: Any,
+    settings: Settings,
+    board: DialBoard,
+    guard: Guard,
 ) -> Any:
     manifest = engine.manifest
     tasks = await engine.get_supported_tasks()
@@ -349,13 +367,15 @@ async def _serve_http(
     app.include_router(build_router(manifest, engine, board.calibrations))
     # Appended, not added: the innermost place, behind vLLM's authentication.
     app.user_middleware.append(
-        Middleware(RefusalMiddleware, manifest=manifest, settings=settings, board=board)
+        Middleware(
+            RefusalMiddleware, manifest=manifest, settings=settings, board=board, guard=guard
+        )
     )
     _put_gate(app, args, settings)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
     scorer = _VllmScorer(engine, app.state, board.temperature)
-    route = ScoreRoute(manifest, board, scorer, settings.max_body_bytes)
+    route = ScoreRoute(manifest, board, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
     uvicorn_options: dict[str, Any] = {}
     if (log_config := get_uvicorn_log_config(args)) is not None:

@@ -13,8 +13,10 @@ UNSERVED = {
     "tokenizer": "the control tokens are verified against the checkpoint's own tokenizer",
     "skip_tokenizer_init": "the control tokens are read and hidden with the tokenizer",
     "chat_template": "put it into the checkpoint as chat_template.jinja, where it is verified",
-    "trust_request_chat_template": "a request's own template could end before the decision step",
-    "enable_prompt_embeds": "control tokens in embeddings cannot be seen",
+    "trust_request_chat_template": "a client's template would move the decision step",
+    "tokenizer_mode": "special tokens are found as the checkpoint's own tokenizer finds them",
+    "enable_prompt_embeds": "embeddings have no token ids that could be checked",
+    "tool_server": "its turns would hold no control tokens",
     "logits_processors": "the decision is the one logits processor here",
     "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }

@@ -11,19 +11,22 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from models.controls import EXTRA_ARGS_KEY, Rule
+from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.context import Decision, Steering
 from server.hiding import Hider, drop_first_token
+from server.margins import MarginBoard, Margins, Ticket
 from server.prompts import (
     before_last_turn,
     check_control_tokens,
     check_length,
+    check_opening,
     check_params,
     prompt_ids,
     with_ids,
+    without_id,
 )
 from server.recorder import MarginRecorder
 
@@ -38,7 +41,9 @@ class Engine(Protocol):
         hider: Takes its control tokens out of outputs.
         opening: Ids that the chat template puts in front of every decision step.
         category_of: Index of each refusal token's category, by id.
+        mark_id: What server/guard.py breaks special tokens with.
         recorder: Counts the margins of a share of the requests.
+        margin_board: Where the worker writes margins.
         model_config: vLLM's.
     """
 
@@ -46,7 +51,9 @@ class Engine(Protocol):
     hider: Hider
     opening: list[int]
     category_of: dict[int, int]
+    mark_id: int
     recorder: MarginRecorder | None
+    margin_board: MarginBoard
     model_config: Any
 
     def generate_stock(
@@ -102,6 +109,9 @@ class Generation:
             and not options.get("lora_request")  # its margins are another model's
             and recorder.wants(request_id)
         )
+        self.wants_margins = steering.report or self.records or not steering.enforce
+        texts = zip(engine.manifest.categories, steering.texts, strict=False)
+        self.texts = {category.id: text for category, text in texts if text is not None}
 
     async def decision(self, prompt: Any) -> Decision:
         """Only decides; nothing of it counts as traffic.
@@ -110,8 +120,10 @@ class Generation:
             RequestError: The prompt is too long or holds control tokens of the client's.
         """
         self.records = False
+        prompt = without_id(prompt, self.engine.mark_id)
         ids = self._checked_ids(prompt)
-        return self._read((await self._ask(prompt, ids)).outputs[0])
+        choice = (await self._ask(prompt, ids)).outputs[0]
+        return self._decided(choice, self._seen_in(choice))
 
     async def outputs(self, prompt: Any) -> Outputs:
         """Yields vLLM's outputs, without control tokens.
@@ -122,13 +134,16 @@ class Generation:
         beams = self.steering.beam_search
         if beams and self.steering.continues:
             raise RequestError("use_beam_search cannot continue a message", status=400)
+        if beams and self.texts:
+            raise RequestError("use_beam_search: this policy's refusals are no beams", status=400)
+        prompt = without_id(prompt, self.engine.mark_id)
         ids = self._checked_ids(prompt)
         if beams:
             stream = self._beam(prompt, ids)
         elif self._needs_decision_first():
             stream = self._decide_first(prompt, ids)
         else:
-            stream = self._in_one_pass(prompt)
+            stream = self._in_one_pass(prompt, ids)
         hider = self.engine.hider
         visible = hider.visible(ids)
         async with aclosing(stream):
@@ -142,6 +157,9 @@ class Generation:
         hider = self.engine.hider
         if self.call == 0:
             check_length(ids, self.engine.model_config.max_model_len)
+        text_so_far = self.steering.beam_search and self.call > 0
+        if self.steering.opens_turn and not (self.steering.continues or text_so_far):
+            check_opening(ids, self.engine.opening)
         allowed = self.steering.history_of(0 if self.steering.beam_search else self.call)
         check_control_tokens(ids, self.engine.opening, allowed, hider)
         check_params(self.params, hider.control_ids)
@@ -149,13 +167,12 @@ class Generation:
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
-        # token in the text, or needs the margins. The paper's rule reads all other logits too.
+        # token in the text. The paper's rule reads all other logits too; tokens that end the
+        # request are masked while min_tokens are not reached.
         params = self.params
         reads_all = self.steering.controls.rule is Rule.PAPER
         return bool(
-            self.steering.report
-            or self.records
-            or self.steering.continues
+            self.steering.continues
             or params.structured_outputs is not None
             or params.allowed_token_ids
             or params.bad_words
@@ -163,10 +180,25 @@ class Generation:
             or params.thinking_token_budget is not None
             or not params.skip_special_tokens
             or (reads_all and (params.logit_bias or params.min_tokens))
+            or (self.texts and params.min_tokens)
         )
 
-    async def _in_one_pass(self, prompt: Any) -> Outputs:
-        params = self._steered(self.params)
+    async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
+        board = self.engine.margin_board
+        ticket = board.take() if self.wants_margins else None
+        try:
+            async with aclosing(self._opened(prompt, ids, ticket)) as stream:
+                async for output in stream:
+                    yield output
+        finally:
+            if ticket is not None:
+                board.give_back(ticket)
+
+    async def _opened(self, prompt: Any, ids: list[int], ticket: Ticket | None) -> Outputs:
+        params = self._steered(self.params, ticket)
+        if self.texts:
+            params.stop_token_ids = [*(params.stop_token_ids or ()), *self.texts]
+            params._all_stop_token_ids |= self.texts.keys()
         if params.max_tokens is not None:
             params.max_tokens = min(params.max_tokens, self.engine.model_config.max_model_len) + 1
         if params.min_tokens:
@@ -178,37 +210,63 @@ class Generation:
                 for choice in output.outputs:
                     if choice.index not in opened and choice.token_ids:
                         opened.add(choice.index)
-                        decision = Decision(self._category(choice))
-                        self._record(choice.index, decision, output)
-                        drop_first_token(choice)
+                        seen = await self._seen(prompt, ids, ticket)
+                        self._record(choice.index, self._decided(choice, seen), output)
+                        self._open(choice)
                     elif not self.delta and choice.token_ids:
                         drop_first_token(choice)
-                shows = any(choice.token_ids for choice in output.outputs)
+                shows = any(c.token_ids or c.finish_reason is not None for c in output.outputs)
                 if shows or output.finished or output.prompt_logprobs:
                     yield output
+
+    async def _seen(self, prompt: Any, ids: list[int], ticket: Ticket | None) -> Margins | None:
+        if not self.wants_margins:
+            return None
+        written = ticket and self.engine.margin_board.read(ticket)
+        # A worker on another machine writes nothing that can be read here.
+        return written or self._seen_in((await self._ask(prompt, ids)).outputs[0])
+
+    def _open(self, choice: Any) -> None:
+        token = choice.token_ids[0]
+        drop_first_token(choice)
+        if token in self.texts:
+            _end_with(choice, self.texts[token])
 
     async def _decide_first(self, prompt: Any, ids: list[int]) -> Outputs:
         opening = ids
         if self.steering.continues:
             opening = before_last_turn(ids, self.engine.manifest)
-        tokens = await self._decision_pass(prompt, opening)
+        final = await self._decision_pass(prompt, opening)
         streams = [
-            self._continue(prompt, ids, opening, token, index) for index, token in enumerate(tokens)
+            self._continue(prompt, ids, opening, choice.token_ids[0], index)
+            if choice.token_ids[0] not in self.texts
+            else self._ended(final, choice)
+            for index, choice in enumerate(self._choices(final))
         ]
         one_stream = streams[0] if len(streams) == 1 else self.engine.merge(streams, self.params)
         async with aclosing(one_stream):
             async for output in one_stream:
                 yield output
 
-    async def _decision_pass(self, prompt: Any, opening: list[int]) -> list[int]:
+    async def _decision_pass(self, prompt: Any, opening: list[int]) -> Any:
         final = await self._ask(prompt, opening)
-        draws = len(final.outputs) == self.params.n
-        choices = final.outputs if draws else final.outputs * self.params.n
-        for index, choice in enumerate(choices):
-            self._record(index, self._read(choice), final)
-        if self.records and self.engine.recorder is not None:
-            self.engine.recorder.add(metrics.DEFAULT_POLICY, self._margins(choices[0]))
-        return [choice.token_ids[0] for choice in choices]
+        for index, choice in enumerate(self._choices(final)):
+            self._record(index, self._decided(choice, self._seen_in(choice)), final)
+        return final
+
+    def _choices(self, final: Any) -> list[Any]:
+        drawn: list[Any] = final.outputs
+        return drawn if len(drawn) == self.params.n else drawn * self.params.n
+
+    async def _ended(self, final: Any, choice: Any) -> Outputs:
+        # The decision pass is all there is: its output becomes the answer.
+        output, ended = copy.copy(final), copy.copy(choice)
+        text = self.texts[ended.token_ids[0]]
+        ended.token_ids, ended.index = [], 0
+        ended.logprobs = None if self.params.logprobs is None else []
+        _end_with(ended, text)
+        output.request_id, output.outputs, output.finished = self.request_id, [ended], True
+        yield output
 
     async def _ask(self, prompt: Any, opening: list[int]) -> Any:
         # Greedy and the paper's rule choose the same token for every choice of a request.
@@ -217,7 +275,7 @@ class Generation:
             self.engine.decision_params(
                 self.params,
                 choices=self.params.n if draws else 1,
-                margins=self.steering.report or self.records,
+                margins=self.wants_margins,
             )
         )
         final = None
@@ -255,7 +313,8 @@ class Generation:
         # first call, alone by construction, decides; all of them go on after its token.
         if self.call == 0:
             self.steering.beam_start = len(ids)
-            (self.steering.beam_token,) = await self._decision_pass(prompt, ids)
+            (choice,) = (await self._decision_pass(prompt, ids)).outputs
+            self.steering.beam_token = choice.token_ids[0]
         start = self.steering.beam_start
         params = copy.copy(self.params)
         params.extra_args = _without_controls(params.extra_args)
@@ -267,7 +326,7 @@ class Generation:
             async for output in stream:
                 yield output
 
-    def _steered(self, params: Any) -> Any:
+    def _steered(self, params: Any, ticket: Ticket | None = None) -> Any:
         controls = self.steering.controls
         steered = copy.copy(params)
         steered.skip_clone = True
@@ -275,14 +334,19 @@ class Generation:
         if controls.rule is Rule.SAMPLE and steered.seed is None:
             # The worker draws from the seed, and vLLM gives each of n choices its own.
             steered.seed = secrets.randbits(31)
-        steered.extra_args = {
-            **(params.extra_args or {}),
-            EXTRA_ARGS_KEY: controls.to_wire(),
-        }
+        if not self.steering.enforce:
+            controls = Controls.never(len(controls.bias))
+        wire = controls.to_wire()
+        if ticket is not None:
+            wire["ticket"] = ticket
+        steered.extra_args = {**(params.extra_args or {}), EXTRA_ARGS_KEY: wire}
         return steered
 
     def _record(self, index: int, decision: Decision, output: Any) -> None:
         self.steering.decisions[self.call, index] = decision
+        if self.records and decision.margins is not None and self.engine.recorder is not None:
+            self.records = False  # once a request, however many its choices
+            self.engine.recorder.add(metrics.DEFAULT_POLICY, decision.margins)
         # A whole answer is seen when it ends; vLLM's own statistics know when it began.
         stats = output.metrics
         waited_s = stats.first_token_latency if stats else time.monotonic() - self.started_s
@@ -294,21 +358,26 @@ class Generation:
             waited_s=waited_s,
         )
 
-    def _read(self, choice: Any) -> Decision:
-        if not choice.logprobs or not (self.steering.report or self.records):
-            return Decision(self._category(choice))
-        respond = choice.logprobs[0][self.engine.manifest.respond.id].logprob
-        return Decision(self._category(choice), self._margins(choice), -respond)
+    def _decided(self, choice: Any, seen: Margins | None) -> Decision:
+        category = self.engine.category_of.get(choice.token_ids[0])
+        if seen is None:
+            return Decision(category)
+        shadow = None if self.steering.enforce else self._shadow(seen)
+        return Decision(category, seen.margins, seen.log_normaliser, shadow)
 
-    def _category(self, choice: Any) -> int | None:
-        token: int = choice.token_ids[0]
-        return self.engine.category_of.get(token)
+    def _shadow(self, seen: Margins) -> int | None:
+        from models.decision import refused_category  # it needs torch
 
-    def _margins(self, choice: Any) -> tuple[float, ...]:
-        manifest = self.engine.manifest
+        params = self.params
+        return refused_category(*seen, self.steering.controls, params.temperature, params.seed)
+
+    def _seen_in(self, choice: Any) -> Margins | None:
+        if not self.wants_margins:
+            return None
         step = choice.logprobs[0]
+        manifest = self.engine.manifest
         respond = step[manifest.respond.id].logprob
-        return tuple(step[c.id].logprob - respond for c in manifest.categories)
+        return Margins(-respond, tuple(step[c.id].logprob - respond for c in manifest.categories))
 
     def _note_refusals(self, output: Any) -> None:
         if self.steering.beam_search:  # these are steps of beams, and vLLM makes the text of them
@@ -319,6 +388,11 @@ class Generation:
             decision = self.steering.decisions.get(place)
             if decision is not None and decision.category is not None:
                 texts[place] = texts.get(place, "") + choice.text if self.delta else choice.text
+
+
+def _end_with(choice: Any, text: str) -> None:
+    choice.text = text
+    choice.finish_reason, choice.stop_reason = "stop", None
 
 
 def _without_controls(extra_args: dict[str, Any] | None) -> dict[str, Any] | None:

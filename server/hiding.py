@@ -14,9 +14,11 @@ class Hider:
 
     Args:
         manifest: The served checkpoint's.
+        mark: What server/guard.py breaks special tokens with.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, mark: str) -> None:
+        self._mark = mark
         self.control_ids = frozenset(manifest.control_ids)
         self._texts = [control.token for control in manifest.control_tokens]
 
@@ -43,6 +45,8 @@ class Hider:
         if output.prompt is not None:
             for text in self._texts:
                 output.prompt = output.prompt.replace(text, "")
+            # Last: what a client typed is broken by it, and stays.
+            output.prompt = output.prompt.replace(self._mark, "")
         for choice in output.outputs:
             if choice.logprobs is not None:
                 choice.logprobs = [self._without(step) for step in choice.logprobs]

@@ -22,6 +22,7 @@ from server.bodies import (
 from server.context import STEERING, Steering
 from server.dials import DialBoard
 from server.events import SEPARATOR, shape_events
+from server.guard import Guard
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.score import SCORE
 from server.settings import Settings
@@ -29,6 +30,7 @@ from server.shaping import Shaper
 from server.turns import RESPONSES, open_turns
 from server.verdicts import Verdicts
 
+INVOCATIONS = "/invocations"
 GENERATING = frozenset(
     {
         "/v1/chat/completions",
@@ -36,11 +38,13 @@ GENERATING = frozenset(
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
-        "/invocations",
+        INVOCATIONS,
         "/inference/v1/generate",
     }
 )
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+# No chat template makes the prompt of these; all others end where the decision step begins.
+RAW_PROMPTS = frozenset({"/v1/completions", "/inference/v1/generate"})
 # They read the label's probability off the first step, where this model only decides.
 SCORING = frozenset({"/generative_scoring", "/v1/systemone"})
 _INT = TypeAdapter(int)
@@ -50,12 +54,19 @@ class RefusalMiddleware:
     """Resolves a request's controls and hands them to the engine through a context variable."""
 
     def __init__(
-        self, app: ASGIApp, *, manifest: Manifest, settings: Settings, board: DialBoard
+        self,
+        app: ASGIApp,
+        *,
+        manifest: Manifest,
+        settings: Settings,
+        board: DialBoard,
+        guard: Guard,
     ) -> None:
         self._app = app
         self._manifest = manifest
         self._settings = settings
         self._board = board
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; everything but a POST to a generating route goes through."""
@@ -109,7 +120,8 @@ class RefusalMiddleware:
             return
         verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))
         shaper = Shaper(verdicts, echo=flag(body, "echo"))
-        sending = _ShapingSend(shaper, send)
+        mark = self._guard.mark.encode() if steering.marked else b""
+        sending = _ShapingSend(shaper, send, mark)
         token = STEERING.set(steering)
         try:
             await self._app(scope, replay_body(raw, receive), sending)
@@ -138,13 +150,16 @@ class RefusalMiddleware:
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
         report = self._board.reports(options)
         unread = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
-        turns = open_turns(unread, path, self._manifest)
+        guarded = self._guard.guarded(unread)
+        turns = open_turns(guarded, path, self._manifest)
         steering = Steering(
             dials=self._board.resolve(options, _temperature(body), explain=report),
             report=report,
             history=turns.counts,
             continues=turns.continues,
             beam_search=path in READS_BEAM_SEARCH and flag(body, "use_beam_search"),
+            opens_turn=not (path in RAW_PROMPTS or (path == INVOCATIONS and "prompt" in body)),
+            marked=guarded is not unread,
         )
         if steering.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(
@@ -180,12 +195,20 @@ def _is_batch(prompt: Any) -> bool:
 
 
 class _ShapingSend:
-    """Passes vLLM's answer on: as it is, or shaped as a whole, or event by event."""
+    """Passes vLLM's answer on: as it is, or shaped as a whole, or event by event.
 
-    def __init__(self, shaper: Shaper, send: Send) -> None:
+    Args:
+        shaper: Shapes it.
+        send: Where it goes.
+        mark: What the guard put into the request, taken out of answers that repeat it.
+    """
+
+    def __init__(self, shaper: Shaper, send: Send, mark: bytes) -> None:
         self._shaper = shaper
         self._send = send
+        self._mark = mark
         self._held_start: Message | None = None
+        self._shapes = False
         self.streams = False
         self._buffer = b""
         self._events_sent = 0
@@ -199,7 +222,7 @@ class _ShapingSend:
             "param": getattr(error, "parameter", None),
             "sequence_number": self._events_sent,
         }
-        body = b"event: error\ndata: " + encode(event) + SEPARATOR
+        body = b"event: error\ndata: " + self._unmarked(encode(event)) + SEPARATOR
         await self._send({"type": "http.response.body", "body": body})
 
     async def __call__(self, message: Message) -> None:
@@ -215,11 +238,13 @@ class _ShapingSend:
     async def _start(self, message: Message) -> None:
         content_type = Headers(raw=message["headers"]).get("content-type", "")
         self.streams = content_type.startswith("text/event-stream")
-        if self.streams or message["status"] != 200:
+        if self.streams:
             await self._send(message)
             return
-        message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
-        if self._shaper.needed and content_type.startswith("application/json"):
+        if message["status"] == 200:
+            message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
+            self._shapes = self._shaper.needed and content_type.startswith("application/json")
+        if self._shapes or self._mark:
             self._held_start = message
         else:
             await self._send(message)
@@ -230,11 +255,17 @@ class _ShapingSend:
             return
         start = self._held_start
         assert start is not None
-        body = encode(self._shaper.shape_answer(json.loads(self._buffer)))
+        body = self._buffer
+        if self._shapes:
+            body = encode(self._shaper.shape_answer(json.loads(body)))
+        body = self._unmarked(body)
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["content-length"] = str(len(body))
         await self._send({**start, "headers": headers.raw})
         await self._send({"type": "http.response.body", "body": body})
+
+    def _unmarked(self, body: bytes) -> bytes:
+        return body.replace(self._mark, b"") if self._mark else body
 
     async def _events(self, message: Message) -> None:
         self._buffer += message.get("body", b"")
@@ -248,7 +279,7 @@ class _ShapingSend:
             body += self._buffer
         self._events_sent += body.count(SEPARATOR)
         if body or not more:
-            await self._send({**message, "body": body})
+            await self._send({**message, "body": self._unmarked(body)})
 
 
 def _with_length(scope: Scope, length: int) -> Scope:

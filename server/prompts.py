@@ -1,6 +1,7 @@
 """What a prompt and its sampling parameters may hold. They are vLLM's; this imports none of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from models.errors import RequestError
@@ -30,6 +31,43 @@ def with_ids(prompt: Any, ids: list[int]) -> Any:
     changed = {**prompt, "prompt_token_ids": ids}
     changed.pop("prompt_token_offsets", None)
     return changed
+
+
+def without_id(prompt: Any, token: int) -> Any:
+    """Returns a rendered prompt without a token; the same object where it has none.
+
+    Places of images and other media move with the text before them.
+    """
+    ids: Any = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if not ids or token not in ids:
+        return prompt
+    kept = with_ids(prompt, [other for other in ids if other != token])
+    places = kept.get("mm_placeholders")
+    if places:
+        kept["mm_placeholders"] = {
+            kind: [
+                replace(place, offset=place.offset - ids[: place.offset].count(token))
+                for place in of_kind
+            ]
+            for kind, of_kind in places.items()
+        }
+    return kept
+
+
+def check_opening(ids: Sequence[int], opening: Sequence[int]) -> None:
+    """Holds a conversation's prompt to an end where the decision step begins.
+
+    Raises:
+        RequestError: It ends elsewhere.
+    """
+    if list(ids[-len(opening) :]) != list(opening):
+        raise RequestError(
+            "the prompt does not end where the assistant's turn begins, which is where this model "
+            "decides: leave add_generation_prompt, truncation and chat_template_kwargs as they "
+            "are, or send continue_final_message to go on with a turn",
+            param="messages",
+            status=400,
+        )
 
 
 def check_length(ids: Sequence[int], context: int) -> None:

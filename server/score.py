@@ -18,6 +18,7 @@ from server import metrics
 from server.bodies import encode, error_response, parse_body, read_body, with_header_dials
 from server.context import Decision, Steering
 from server.dials import DialBoard, Resolution
+from server.guard import Guard
 from server.history import annotate
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.reports import build_report
@@ -116,15 +117,22 @@ class ScoreRoute:
         board: Resolves the dials.
         scorer: Renders and decides.
         max_body_bytes: Largest body that is read.
+        guard: Keeps text from being read as special tokens.
     """
 
     def __init__(
-        self, manifest: Manifest, board: DialBoard, scorer: Scorer, max_body_bytes: int
+        self,
+        manifest: Manifest,
+        board: DialBoard,
+        scorer: Scorer,
+        max_body_bytes: int,
+        guard: Guard,
     ) -> None:
         self._manifest = manifest
         self._board = board
         self._scorer = scorer
         self._max_body_bytes = max_body_bytes
+        self._guard = guard
 
     async def __call__(self, request: Request) -> Response:
         """Answers one request; a client that goes takes its prompts out of the engine."""
@@ -135,6 +143,7 @@ class ScoreRoute:
             dials = self._board.resolve(wanted.refusal, explain=True)
             answer = await _unless_gone(request.receive, self._score(wanted, dials))
         except RequestError as error:
+            error.message = error.message.replace(self._guard.mark, "")  # vLLM may quote the input
             return error_response(error)
         if answer is None:
             return Response(status_code=CLIENT_GONE)
@@ -151,8 +160,8 @@ class ScoreRoute:
         gate = asyncio.Semaphore(DECIDED_AT_ONCE)
         decisions = await _each(
             [
-                self._decide(gate, prompt, Steering(dials, report=True, history=(count,)))
-                for prompt, (_, count) in zip(rendered, prepared, strict=True)
+                self._decide(gate, prompt, _steering(dials, body, count))
+                for prompt, (body, count) in zip(rendered, prepared, strict=True)
             ]
         )
         metrics.SCORED.inc(len(decisions))
@@ -163,10 +172,11 @@ class ScoreRoute:
             return await self._scorer.decide(rendered, steering)
 
     def _prepare(self, place: int, entry: ScoreInput) -> tuple[dict[str, Any], int]:
-        if entry.messages is None:
-            return {"prompt": entry.prompt}, 0
         try:
-            messages, count = annotate(entry.messages, self._manifest)
+            if entry.messages is None:
+                return self._guard.guarded({"prompt": entry.prompt}), 0
+            body = self._guard.guarded({"messages": entry.messages})
+            messages, count = annotate(body["messages"], self._manifest)
         except RequestError as error:
             raise _at(place, error) from error
         return {"messages": messages}, count
@@ -238,6 +248,11 @@ async def _each(work: Sequence[Awaitable[T]], *, first: int = 0) -> list[T]:
             raise result
         done.append(result)
     return done
+
+
+def _steering(dials: Resolution, body: dict[str, Any], history: int) -> Steering:
+    opens_turn = "messages" in body
+    return Steering(dials, report=True, history=(history,), opens_turn=opens_turn)
 
 
 def _at(place: int, error: RequestError) -> RequestError:

@@ -8,6 +8,7 @@ This module and server/engine.py are the only ones that import vllm.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from models.controls import EXTRA_ARGS_KEY, Rule, WireControls
 from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
+from server.margin_rows import write_rows
+from server.margins import Ticket
 
 NEVER_CHOSEN = float("-inf")
 
@@ -28,6 +31,32 @@ NEVER_CHOSEN = float("-inf")
 def controls_of(params: SamplingParams) -> WireControls | None:
     """Returns the controls that the engine put into a request, or None for an unsteered one."""
     return (params.extra_args or {}).get(EXTRA_ARGS_KEY)
+
+
+def ticket_of(controls: WireControls) -> Ticket | None:
+    """Returns where a request's margins go, or None when nobody asks for them."""
+    return Ticket(*controls["ticket"]) if "ticket" in controls else None
+
+
+class _Asking:
+    """The rows of a batch whose margins are asked for; made when the batch changes.
+
+    Args:
+        tickets: By row of the logits slice that is decided on.
+        device: Where the logits are.
+    """
+
+    def __init__(self, tickets: dict[int, Ticket], device: torch.device) -> None:
+        pin = device.type == "cuda"
+        rows = torch.tensor(list(tickets), dtype=torch.int64, pin_memory=pin)
+        tags = [float(ticket.tag) for ticket in tickets.values()]
+        self._tickets = list(tickets.values())
+        self._rows = rows.to(device, non_blocking=True)
+        self._tags = torch.tensor(tags, pin_memory=pin).to(device, non_blocking=True)
+
+    def write(self, log_normaliser: torch.Tensor, own: torch.Tensor) -> None:
+        rows = self._rows
+        write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
 
 
 class _DialTable:
@@ -63,6 +92,14 @@ def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
     return torch.tensor(manifest.control_ids, dtype=torch.int64, device=device)
 
 
+class _Undecided(NamedTuple):
+    """A request of V1's batch before its decision."""
+
+    row: list[float]
+    output_ids: list[int]
+    ticket: Ticket | None
+
+
 class SteeringV1(V1LogitsProcessor):
     """For vLLM's V1 model runner, where row i of the logits is request i of the batch.
 
@@ -74,8 +111,9 @@ class SteeringV1(V1LogitsProcessor):
         self._ids = _control_ids(vllm_config, device)
         self._table = _DialTable(len(self._ids) - 1)
         self._pin = is_pin_memory
-        self._undecided: dict[int, tuple[list[float], list[int]]] = {}
+        self._undecided: dict[int, _Undecided] = {}
         self._rows: torch.Tensor | None = None
+        self._asking: _Asking | None = None
         self._dials: Dials | None = None
         self._rules: set[Rule] = set()
 
@@ -86,7 +124,7 @@ class SteeringV1(V1LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follows requests through the batch: removed, then added, then moved."""
         changed = batch_update is not None and self._follow(batch_update)
-        decided = [i for i, (_, output_ids) in self._undecided.items() if output_ids]
+        decided = [index for index, request in self._undecided.items() if request.output_ids]
         for index in decided:
             del self._undecided[index]
         if changed or decided:
@@ -98,8 +136,12 @@ class SteeringV1(V1LogitsProcessor):
             return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         rows = self._rows
         own = logits[rows.unsqueeze(1), self._ids]
-        normaliser = logits[rows].logsumexp(dim=-1) if Rule.PAPER in self._rules else None
+        normaliser = None
+        if self._asking is not None or Rule.PAPER in self._rules:
+            normaliser = logits[rows].logsumexp(dim=-1)
         choice = decide(own, self._dials, self._rules, normaliser)
+        if self._asking is not None and normaliser is not None:
+            self._asking.write(normaliser, own)
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
         logits[rows, self._ids[choice]] = 0.0
@@ -113,7 +155,8 @@ class SteeringV1(V1LogitsProcessor):
             self._undecided.pop(index, None)
             controls = controls_of(params)
             if controls is not None and not output_ids:
-                self._undecided[index] = (self._table.row(controls, params), output_ids)
+                row = self._table.row(controls, params)
+                self._undecided[index] = _Undecided(row, output_ids, ticket_of(controls))
         for source, target, direction in update.moved:
             self._move(source, target, direction)
         return bool(before or self._undecided)
@@ -128,10 +171,13 @@ class SteeringV1(V1LogitsProcessor):
 
     def _rebuild(self) -> None:
         if not self._undecided:
-            self._rows = self._dials = None
+            self._rows = self._dials = self._asking = None
             return
         rows = torch.tensor(list(self._undecided), dtype=torch.int64, pin_memory=self._pin)
-        values = [row for row, _ in self._undecided.values()]
+        values = [request.row for request in self._undecided.values()]
+        asked = enumerate(request.ticket for request in self._undecided.values())
+        tickets = {row: ticket for row, ticket in asked if ticket is not None}
+        self._asking = _Asking(tickets, self._ids.device) if tickets else None
         block = torch.tensor(values, dtype=torch.float32, pin_memory=self._pin)
         self._rows = rows.to(self._ids.device, non_blocking=True)
         self._dials = self._table.dials(block.to(self._ids.device, non_blocking=True))
@@ -156,13 +202,20 @@ class SteeringV2(V2LogitsProcessor):
         self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
         self._staged: dict[int, list[float]] = {}
+        self._tickets: dict[int, Ticket] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Overwrites everything that the slot's last request left."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
         row = [0.0] * self._table.width
+        self._tickets.pop(req_idx, None)
         if controls is not None:
+            ticket = ticket_of(controls)
+            # A draft's rows cannot be told from the decision's on the host; its margins are asked
+            # for once more.
+            if ticket is not None and not self._drafts:
+                self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
             row = self._table.row(controls, sampling_params)
         self._staged[req_idx] = [*row, float(controls is not None)]
@@ -190,13 +243,29 @@ class SteeringV2(V2LogitsProcessor):
         values = self._values[slots]
         decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
         own = logits[:, self._ids]
-        normaliser = logits.logsumexp(dim=-1) if Rule.PAPER in rules else None
+        asking = self._asking(ctx)
+        normaliser = None
+        if asking is not None or Rule.PAPER in rules:
+            normaliser = logits.logsumexp(dim=-1)
         choice = decide(own, self._table.dials(values), rules, normaliser)
+        if asking is not None and normaliser is not None:
+            asking.write(normaliser, own)
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
         logits.scatter_(1, self._ids[choice].unsqueeze(1), chosen.unsqueeze(1))
         return logits
+
+    def _asking(self, ctx: LogitsContext) -> _Asking | None:
+        if not self._tickets:
+            return None
+        slots = ctx.idx_mapping_np
+        deciding = ctx.seq_lens_upper_bound_np == self._prompt_len.np[slots]
+        found = {
+            int(row): self._tickets.pop(int(slots[row]), None) for row in deciding.nonzero()[0]
+        }
+        tickets = {row: ticket for row, ticket in found.items() if ticket is not None}
+        return _Asking(tickets, self._ids.device) if tickets else None
 
     def _undecided_rules(self, ctx: LogitsContext) -> set[Rule]:
         slots = ctx.idx_mapping_np

@@ -16,6 +16,7 @@ from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
 from server.dials import Resolution
 from server.engine import SteeredLLM, _merged, parse_flags
+from server.guard import build_guard
 from tests.toy import byte_tokenizer
 
 
@@ -37,7 +38,8 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine = SteeredLLM.__new__(SteeredLLM)
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
-    engine.steer(manifest, Resolution(Controls.as_trained(len(manifest.categories))))
+    guard = build_guard(tokenizer, manifest)
+    engine.steer(manifest, Resolution(Controls.as_trained(len(manifest.categories))), guard.mark)
     return engine
 
 
@@ -101,6 +103,10 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
         ["--trust-request-chat-template"],
         ["--enable-prompt-embeds"],
         ["--logprobs-mode", "processed_logprobs"],
+        ["--trust-request-chat-template"],
+        ["--tokenizer-mode", "slow"],
+        ["--enable-prompt-embeds"],
+        ["--tool-server", "demo"],
     ],
     ids=lambda flags: flags[0],
 )

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.errors import RequestError
@@ -15,12 +16,15 @@ from server.context import Decision, Steering
 from server.dials import Resolution
 from server.generation import Generation
 from server.hiding import Hider
+from server.margin_rows import write_rows
+from server.margins import MarginBoard, Ticket
 from server.recorder import MarginRecorder
 from tests.server.manifests import MANIFEST
 
 SAFETY, HUMANIZING, RESPOND = 10, 11, 12
 OPENING = [3, 4]
 TEXT = 7
+MARK = 20
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, *OPENING]}
 AS_TRAINED = Resolution(Controls.as_trained(2))
 
@@ -31,11 +35,24 @@ class FakeEngine:
     Args:
         recorder: Counts margins.
         silent: Whether it gives no output at all.
+        distant: Whether its worker is on another machine.
+        answers: Whether it decides to respond.
     """
 
-    def __init__(self, recorder: MarginRecorder | None = None, *, silent: bool = False) -> None:
+    def __init__(
+        self,
+        recorder: MarginRecorder | None = None,
+        *,
+        silent: bool = False,
+        distant: bool = False,
+        answers: bool = False,
+    ) -> None:
         self.manifest = MANIFEST
-        self.hider = Hider(MANIFEST)
+        self.hider = Hider(MANIFEST, "mark")
+        self.mark_id = MARK
+        self.margin_board = MarginBoard(2)
+        self.distant = distant
+        self.opens_with = RESPOND if answers else SAFETY
         self.opening = OPENING
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.model_config: Any = SimpleNamespace(max_model_len=16)
@@ -50,20 +67,28 @@ class FakeEngine:
         self.calls.append((ids, sampling_params, request_id))
         if self.silent:
             return
-        decides = EXTRA_ARGS_KEY in (sampling_params.extra_args or {})
-        tokens = [SAFETY, TEXT] if decides else [TEXT]
+        wire = (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
+        tokens = [self.opens_with, TEXT] if wire else [TEXT]
+        stopped = tokens[0] in (sampling_params.stop_token_ids or ())
+        if wire and "ticket" in wire and not self.distant:
+            ticket = Ticket(*wire["ticket"])
+            raw = torch.tensor([[-1.0, -3.0, -2.0]])
+            write_rows([ticket], torch.tensor([float(ticket.tag)]), torch.zeros(1), raw)
         logprobs = None
         if sampling_params.logprob_token_ids:
             values = {SAFETY: -1.0, HUMANIZING: -3.0, RESPOND: -2.0}
             logprobs = [{i: SimpleNamespace(logprob=value) for i, value in values.items()}]
-            tokens = [SAFETY]
+        if sampling_params.logprob_token_ids or stopped:
+            tokens = tokens[:1]
         choices = [
             SimpleNamespace(
                 index=index,
                 token_ids=list(tokens),
                 logprobs=logprobs,
                 cumulative_logprob=None,
-                text="No.",
+                text="" if stopped else "No.",
+                finish_reason="stop",
+                stop_reason=tokens[0] if stopped else None,
             )
             for index in range(sampling_params.n)
         ]
@@ -81,8 +106,9 @@ class FakeEngine:
         return parameters(n=choices, logprob_token_ids=ids, temperature=params.temperature)
 
     async def merge(self, streams: Sequence[Any], params: Any) -> AsyncGenerator[Any, None]:
-        for stream in streams:
+        for index, stream in enumerate(streams):
             async for output in stream:
+                output.outputs[0].index = index
                 yield output
 
 
@@ -98,6 +124,7 @@ def parameters(**changed: Any) -> Any:
         "allowed_token_ids": None,
         "stop_token_ids": None,
         "logprob_token_ids": None,
+        "logprobs": None,
         "structured_outputs": None,
         "bad_words": None,
         "repetition_penalty": 1.0,
@@ -147,10 +174,42 @@ def test_one_pass_decides_and_hides_its_token() -> None:
     assert params.extra_args[EXTRA_ARGS_KEY] == AS_TRAINED.controls.to_wire()
 
 
-def test_report_takes_a_pass_of_its_own() -> None:
+def test_report_reads_what_the_worker_wrote_in_the_one_pass() -> None:
     engine = FakeEngine()
     steering = Steering(AS_TRAINED, report=True)
     assert collected(generation(engine, steering)) == [[TEXT]]
+    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+    assert [request_id for _, _, request_id in engine.calls] == ["id"]
+    first = engine.calls[0][1].extra_args[EXTRA_ARGS_KEY]["ticket"]
+    assert engine.margin_board.read(first) is not None
+    taken = [engine.margin_board.take() for _ in range(4096)]
+    assert None not in taken
+    assert engine.margin_board.take() is None
+
+
+def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:
+    engine = FakeEngine(distant=True)
+    steering = Steering(AS_TRAINED, report=True)
+    assert collected(generation(engine, steering)) == [[TEXT]]
+    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+    assert [request_id for _, _, request_id in engine.calls] == ["id", "id-decision"]
+    assert engine.calls[1][1].logprob_token_ids == MANIFEST.control_ids
+
+
+def test_report_without_a_free_row_is_asked_for_once_more() -> None:
+    engine = FakeEngine()
+    while engine.margin_board.take():
+        pass
+    steering = Steering(AS_TRAINED, report=True)
+    assert collected(generation(engine, steering)) == [[TEXT]]
+    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+
+
+@pytest.mark.parametrize("field", [{"repetition_penalty": 1.1}, {"skip_special_tokens": False}])
+def test_decision_comes_first_where_a_field_reaches_its_logits(field: dict[str, Any]) -> None:
+    engine = FakeEngine()
+    steering = Steering(AS_TRAINED, report=True)
+    assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
     assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     (_, decision, name), (continued, answer, _) = engine.calls
     assert name == "id-decision"
@@ -159,13 +218,86 @@ def test_report_takes_a_pass_of_its_own() -> None:
     assert answer.extra_args is None
 
 
-def test_recorded_request_takes_a_pass_of_its_own_and_is_counted_once(
-    recorder: MarginRecorder, tmp_path: Path
+def texts(call: Generation) -> list[tuple[str, list[int], str, Any]]:
+    async def collect() -> list[tuple[str, list[int], str, Any]]:
+        return [
+            (choice.text, choice.token_ids, choice.finish_reason, choice.stop_reason)
+            async for output in call.outputs(PROMPT)
+            for choice in output.outputs
+        ]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("field", [{}, {"min_tokens": 2}, {"repetition_penalty": 1.1}])
+@pytest.mark.parametrize("choices", [1, 3])
+def test_refusal_with_a_fixed_text_ends_at_the_decision(
+    field: dict[str, Any], choices: int
 ) -> None:
+    engine = FakeEngine()
+    steering = Steering(AS_TRAINED, texts=("Ask the desk.", None))
+    ended = texts(generation(engine, steering, parameters(n=choices, **field)))
+    assert ended == [("Ask the desk.", [], "stop", None)] * choices
+    assert len(engine.calls) == 1
+    assert steering.refusal_texts == {(0, i): "Ask the desk." for i in range(choices)}
+
+
+@pytest.mark.parametrize("field", [{}, {"min_tokens": 2}])
+def test_fixed_text_of_another_category_and_answers_go_on(field: dict[str, Any]) -> None:
+    other = Steering(AS_TRAINED, texts=(None, "Ask the desk."))
+    assert texts(generation(FakeEngine(), other, parameters(**field)))[0][1] == [TEXT]
+    own = Steering(AS_TRAINED, texts=("Ask the desk.", None))
+    answering = FakeEngine(answers=True)
+    assert texts(generation(answering, own, parameters(**field)))[0][1] == [TEXT]
+
+
+@pytest.mark.parametrize("field", [{}, {"repetition_penalty": 1.1}])
+@pytest.mark.parametrize("distant", [False, True])
+def test_policy_in_the_shadow_responds_and_says_what_it_would_refuse(
+    field: dict[str, Any], distant: bool
+) -> None:
+    engine = FakeEngine(answers=True, distant=distant)
+    steering = Steering(AS_TRAINED, enforce=False)
+    assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
+    (decision,) = steering.decisions.values()
+    assert (decision.category, decision.shadow) == (None, 0)
+    never = Controls.never(2).to_wire()
+    sent = engine.calls[0][1].extra_args[EXTRA_ARGS_KEY]
+    assert {key: sent[key] for key in never} == never
+    dialled = Resolution(Controls(Rule.GREEDY, (-2.0, 0.0), (True, False)))
+    steering = Steering(dialled, enforce=False)
+    collected(generation(FakeEngine(answers=True), steering))
+    assert steering.decisions[0, 0].shadow is None
+
+
+def test_marks_never_reach_the_engine() -> None:
+    engine = FakeEngine()
+    prompt = {"type": "token", "prompt_token_ids": [MARK, 1, MARK, MARK, 2, *OPENING]}
+    collected(generation(engine, Steering(AS_TRAINED, opens_turn=True)), prompt)
+    assert engine.calls[0][0] == [1, 2, *OPENING]
+
+
+def test_conversation_has_to_end_where_the_decision_begins() -> None:
+    engine = FakeEngine()
+    prompt = {"type": "token", "prompt_token_ids": [1, *OPENING, 2]}
+    with pytest.raises(RequestError, match="does not end where"):
+        collected(generation(engine, Steering(AS_TRAINED, opens_turn=True)), prompt)
+    assert engine.calls == []
+    collected(generation(engine, Steering(AS_TRAINED)), prompt)
+    assert len(engine.calls) == 1
+
+
+def test_beams_have_no_fixed_texts() -> None:
+    steering = Steering(AS_TRAINED, beam_search=True, texts=("Ask the desk.", None))
+    with pytest.raises(RequestError, match="use_beam_search"):
+        collected(generation(FakeEngine(), steering))
+
+
+def test_recorded_request_is_counted_once(recorder: MarginRecorder, tmp_path: Path) -> None:
     engine = FakeEngine(recorder)
     steering = Steering(AS_TRAINED)
     collected(generation(engine, steering, parameters(n=3)))
-    assert len(engine.calls) == 4  # one decision, three answers
+    assert len(engine.calls) == 1
     assert [d.category for d in steering.decisions.values()] == [0, 0, 0]
     assert rows(recorder, tmp_path) == 1
 
@@ -210,4 +342,4 @@ def test_too_long_prompt_reaches_no_engine() -> None:
 def test_decision_that_never_came_is_an_error() -> None:
     engine = FakeEngine(silent=True)
     with pytest.raises(RequestError, match="aborted"):
-        collected(generation(engine, Steering(AS_TRAINED, report=True)))
+        collected(generation(engine, Steering(AS_TRAINED), parameters(repetition_penalty=1.1)))

@@ -29,11 +29,11 @@ def choice(ids: list[int], **fields: Any) -> Any:
 
 def test_prompt_without_control_tokens_is_not_copied() -> None:
     ids = [900, 901]
-    assert Hider(MANIFEST).visible(ids) is ids
+    assert Hider(MANIFEST, "mark").visible(ids) is ids
 
 
 def test_prompt_loses_its_control_tokens_in_ids_text_and_log_probabilities() -> None:
-    hider = Hider(MANIFEST)
+    hider = Hider(MANIFEST, "mark")
     ids = [900, RESPOND, 901, SAFETY, 902]
     steps = [None, {RESPOND: 1}, {901: 2, SAFETY: 3}, {SAFETY: 4}, {902: 5}]
     shown = output(
@@ -47,10 +47,17 @@ def test_prompt_loses_its_control_tokens_in_ids_text_and_log_probabilities() -> 
     assert shown.prompt == "abc"
 
 
+def test_text_that_a_client_typed_is_shown_as_it_was_typed() -> None:
+    hider = Hider(MANIFEST, "mark")
+    shown = output(prompt_token_ids=[900], prompt="[markrespond] [respond]x")
+    hider.hide(shown, [900])
+    assert shown.prompt == "[respond] x"
+
+
 def test_alternatives_lose_their_control_tokens() -> None:
     kept = {900: 1, 901: 2}
     shown = choice([900, 901], logprobs=[kept, {901: 3, HUMANIZING: 4}])
-    Hider(MANIFEST).hide(output(outputs=[shown]), [])
+    Hider(MANIFEST, "mark").hide(output(outputs=[shown]), [])
     assert shown.logprobs[0] is kept
     assert shown.logprobs[1] == {901: 3}
 
@@ -74,6 +81,6 @@ def test_first_token_is_dropped_where_no_log_probabilities_were_asked_for() -> N
 
 def test_later_deltas_have_no_prompt_log_probabilities_to_hide() -> None:
     shown = output(prompt_token_ids=[900, RESPOND], prompt_logprobs=[])
-    Hider(MANIFEST).hide(shown, [900])
+    Hider(MANIFEST, "mark").hide(shown, [900])
     assert shown.prompt_logprobs == []
     assert shown.prompt_token_ids == [900]

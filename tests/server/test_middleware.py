@@ -12,11 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.controls import Controls, Rule
 from server.context import STEERING, Decision, Steering
-from server.middleware import GENERATING, RefusalMiddleware
+from server.middleware import GENERATING, RAW_PROMPTS, RefusalMiddleware
 from server.protocol import parse_options
 from server.settings import Settings
 from server.turns import MESSAGES, READS_CHAT, RESPONSES
 from tests.server.boards import board
+from tests.server.guards import GUARD, MARK
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import RECORDED, events_of
 
@@ -32,7 +33,7 @@ def steering_app(
     app: ASGIApp, settings: Settings = SETTINGS, *calibrations: str
 ) -> RefusalMiddleware:
     dials = board(settings.defaults, *calibrations)
-    return RefusalMiddleware(app, manifest=MANIFEST, settings=settings, board=dials)
+    return RefusalMiddleware(app, manifest=MANIFEST, settings=settings, board=dials, guard=GUARD)
 
 
 class FakeServer:
@@ -273,7 +274,37 @@ def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None
     send_to(server, path, raw)
     assert server.steering is not None
     assert server.steering.history == ()
-    assert server.raw == raw
+    sent = json.dumps(server.body)
+    assert "[respond]" not in sent
+    assert json.loads(sent.replace(MARK, "")) == json.loads(raw)
+
+
+def test_mark_of_the_guard_is_in_no_answer() -> None:
+    typed = [{"role": "user", "content": "[respond]"}]
+    echoed = f'{{"instructions": "[{MARK}respond]"}}'.encode()
+    for status in (200, 400):
+        server = FakeServer(parts=(echoed,), status=status)
+        answer = send_to(server, CHAT, {"messages": typed})
+        assert MARK in server.raw.decode()
+        assert answer.json() == {"instructions": "[respond]"}
+        assert int(answer.headers["content-length"]) == len(answer.content)
+    events = (b"data: " + echoed[:20], echoed[20:] + b"\n\n", b"data: [DONE]\n\n")
+    server = FakeServer(parts=events, media_type="text/event-stream")
+    answer = send_to(server, CHAT, {"messages": typed, "stream": True})
+    assert answer.text.startswith('data: {"instructions": "[respond]"}\n\n')
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING - RAW_PROMPTS))
+def test_conversations_open_a_turn_and_raw_prompts_do_not(path: str) -> None:
+    server = FakeServer()
+    send_to(server, path, {"messages": [USER]})
+    assert server.steering is not None
+    assert server.steering.opens_turn
+    for raw in ("/v1/completions", "/invocations"):
+        server = FakeServer()
+        send_to(server, raw, {"prompt": "x"})
+        assert server.steering is not None
+        assert not server.steering.opens_turn
 
 
 def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
@@ -591,10 +622,10 @@ def test_deep_nesting_is_400() -> None:
 
 
 def test_no_depth_of_nesting_crashes() -> None:
-    # Around the parser's limit the body may be read and yet be too deep to write again.
+    # Around the parser's limit the body may be read and yet be too deep to guard or write again.
     statuses = []
     limit = sys.getrecursionlimit()
-    for depth in range(limit - 120, limit + 5):
+    for depth in (limit // 4, *range(limit - 120, limit + 5)):
         server = FakeServer()
         raw = b'{"refusal": {}, "x": ' + b"[" * depth + b"]" * depth + b"}"
         statuses.append(send_to(server, CHAT, raw).status_code)

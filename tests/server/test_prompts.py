@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ from server.prompts import (
     before_last_turn,
     check_control_tokens,
     check_length,
+    check_opening,
     check_params,
     prompt_ids,
     with_ids,
+    without_id,
 )
 from tests.server.manifests import MANIFEST
 
@@ -80,7 +83,7 @@ def test_two_places_are_kept_for_the_decision_and_the_answer() -> None:
 def test_control_tokens_stand_where_the_server_puts_them(
     ids: list[int], allowed: int, passes: bool
 ) -> None:
-    hider = Hider(MANIFEST)
+    hider = Hider(MANIFEST, "mark")
     if passes:
         check_control_tokens(ids, OPENING, allowed, hider)
         return
@@ -93,3 +96,37 @@ def test_continued_turn_is_cut_at_its_own_control_token() -> None:
     assert before_last_turn([1, RESPOND, 2, RESPOND, 5, 6], MANIFEST) == [1, RESPOND, 2]
     with pytest.raises(RequestError, match="continue_final_message"):
         before_last_turn([1, 2], MANIFEST)
+
+
+def test_prompt_without_the_mark_is_the_same_object() -> None:
+    prompt = {"type": "token", "prompt_token_ids": [1, 2]}
+    assert without_id(prompt, 9) is prompt
+    assert without_id("text", 9) == "text"
+
+
+@dataclass(frozen=True)
+class Place:
+    offset: int
+    length: int
+
+
+def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
+    prompt = {
+        "type": "multimodal",
+        "prompt_token_ids": [9, 1, 9, 5, 5, 2, 9, 6],
+        "mm_placeholders": {"image": [Place(3, 2), Place(7, 1)]},
+    }
+    kept = without_id(prompt, 9)
+    assert kept["prompt_token_ids"] == [1, 5, 5, 2, 6]
+    assert kept["mm_placeholders"] == {"image": [Place(1, 2), Place(4, 1)]}
+    assert prompt["prompt_token_ids"] == [9, 1, 9, 5, 5, 2, 9, 6]
+
+
+@pytest.mark.parametrize(("ids", "passes"), [([1, *OPENING], True), ([1, *OPENING, 2], False)])
+def test_conversation_ends_with_the_opening(ids: list[int], passes: bool) -> None:
+    if passes:
+        check_opening(ids, OPENING)
+        return
+    with pytest.raises(RequestError, match="does not end where") as caught:
+        check_opening(ids, OPENING)
+    assert caught.value.status == 400

@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.manifest import Manifest
+from server.margins import MarginBoard, Margins, Ticket
 from server.steering import SteeringV1, SteeringV2
 from tests.toy import save_toy
 
@@ -311,3 +312,87 @@ def test_v2_steps_without_decisions_only_mask(served: Served) -> None:
     after = processor.apply(before.clone(), context(rows))
     for index in range(2):
         assert_text_row(before[index], after[index], served.manifest)
+
+
+def asking(request: Request, ticket: Ticket) -> None:
+    assert request.params.extra_args is not None
+    request.params.extra_args[EXTRA_ARGS_KEY]["ticket"] = list(ticket)
+
+
+def expected_margins(row: torch.Tensor, manifest: Manifest) -> Margins:
+    own = row[manifest.control_ids]
+    margins = (own[:-1] - own[-1]).tolist()
+    return Margins(float(row.logsumexp(0) - own[-1]), tuple(margins))
+
+
+def assert_seen(board: MarginBoard, ticket: Ticket, row: torch.Tensor, manifest: Manifest) -> None:
+    seen, expected = board.read(ticket), expected_margins(row, manifest)
+    assert seen is not None
+    assert seen.margins == expected.margins
+    assert seen.log_normaliser == pytest.approx(expected.log_normaliser, abs=1e-5)
+
+
+def test_v1_writes_the_margins_of_those_who_ask(served: Served, tmp_path: Path) -> None:
+    rng = random.Random(40)
+    board = MarginBoard(CATEGORIES, tmp_path)
+    requests = [Request(rng) for _ in range(4)]
+    tickets = {index: board.take() for index in (1, 3)}
+    for index, ticket in tickets.items():
+        assert ticket is not None
+        asking(requests[index], ticket)
+    processor = v1(served)
+    added = [(i, request.params, None, request.output) for i, request in enumerate(requests)]
+    processor.update_state(BatchUpdate(4, [], added, []))
+    before = logits(4, 41)
+    after = processor.apply(before.clone())
+    for index, request in enumerate(requests):
+        assert chosen(after[index]) == request.reference(served.config, before[index])
+        request.output.append(1)
+    for index, ticket in tickets.items():
+        assert ticket is not None
+        assert_seen(board, ticket, before[index], served.manifest)
+    processor.update_state(None)
+    processor.apply(logits(4, 42))
+    for index, ticket in tickets.items():
+        assert ticket is not None
+        assert_seen(board, ticket, before[index], served.manifest)
+
+
+def test_v2_writes_the_margins_of_those_who_ask(served: Served, tmp_path: Path) -> None:
+    rng = random.Random(43)
+    board = MarginBoard(CATEGORIES, tmp_path)
+    asked, silent, writing = Request(rng), Request(rng), Request(rng)
+    ticket = board.take()
+    assert ticket is not None
+    asking(asked, ticket)
+    states = SlotStates()
+    processor = v2(served, states)
+    for slot, request in ((2, asked), (5, silent), (9, writing)):
+        admit(processor, states, slot, request)
+    part = logits(1, 44)
+    processor.apply(part, context([Row(2, asked.prompt_len - 1)]))
+    assert board.read(ticket) is None
+    before = logits(3, 45)
+    rows = [Row(9, writing.prompt_len + 1), Row(5, silent.prompt_len), Row(2, asked.prompt_len)]
+    processor.apply(before.clone(), context(rows))
+    assert_seen(board, ticket, before[2], served.manifest)
+    processor.apply(logits(1, 46), context([Row(2, asked.prompt_len + 1)]))
+    assert_seen(board, ticket, before[2], served.manifest)
+
+
+def test_v2_with_drafts_writes_no_margins(served: Served, tmp_path: Path) -> None:
+    board = MarginBoard(CATEGORIES, tmp_path)
+    ticket = board.take()
+    assert ticket is not None
+    request = Request(random.Random(47))
+    asking(request, ticket)
+    drafting = SimpleNamespace(
+        model_config=served.config.model_config,
+        speculative_config=SimpleNamespace(num_speculative_tokens=2),
+    )
+    states = SlotStates()
+    processor = SteeringV2(drafting, states)  # type: ignore[arg-type]
+    admit(processor, states, 6, request)
+    rows = [Row(6, request.prompt_len), Row(6, request.prompt_len + 1)]
+    processor.apply(logits(2, 48), context(rows))
+    assert board.read(ticket) is None

@@ -1,0 +1,336 @@
+"""Special tokens that a client types reach the model as text.
+
+vLLM renders a conversation to one string and encodes it with special tokens on, so text that
+spells a control token or a turn marker would become one. Here a mark is put into every such place.
+The mark is a token of the server's own tokenizer: it splits what would have been found as one, and
+server/prompts.py takes its id out before the engine sees the prompt. What is left is the client's
+text, byte for byte, in ordinary tokens.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from models.errors import RequestError
+from models.manifest import Manifest
+from server.history import CATEGORY_FIELD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Spans = Callable[[str], list[tuple[int, int]]]
+
+# Of a body's fields those that no chat template prints. Every other one is guarded.
+UNRENDERED = frozenset(
+    {
+        "allowed_token_ids",
+        "bad_words",
+        "cache_salt",
+        "logit_bias",
+        "model",
+        "prompt_cache_key",
+        "request_id",
+        "response_format",
+        "safety_identifier",
+        "stop",
+        "stop_sequences",
+        "structured_outputs",
+        "text",
+        "tool_choice",
+        "user",
+    }
+)
+# The top-level strings that are text; others are flags and names.
+TEXTS = frozenset({"system", "instructions", "input", "prompt", "suffix"})
+# Their writer makes the turns, so only control tokens are broken in them.
+RAW = frozenset({"prompt", "suffix"})
+CONVERSATIONS = ("messages", "input")
+# A grammar may be made of tools: a mark in one would come back in the answer. Prose is safe.
+TOOLS = frozenset({"tools", "functions"})
+PROSE = frozenset({"description", "title", "$comment"})
+# Words of the protocol, which routes compare and no template prints unchecked.
+STRUCTURE = frozenset({"role", "type", "status", CATEGORY_FIELD})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+# What the renderer itself is called with, and the texts of special tokens.
+_SERVERS_KWARGS = re.compile(
+    r"add_generation_prompt|chat_template|continue_final_message|conversation|messages|tokenize"
+    r"|tools|return_\w+|\w+_token"
+)
+_MOST_ROUNDS = 4
+
+
+class Protected(NamedTuple):
+    """A special token of the served tokenizer.
+
+    Attributes:
+        text: What spells it.
+        normalised: Whether the tokenizer looks for it in normalised text, where other characters
+            may spell it too.
+    """
+
+    text: str
+    normalised: bool = False
+
+
+class SpecialText:
+    """Finds and breaks special tokens in strings.
+
+    Args:
+        tokens: What must not be spelt. They are found as the tokenizer finds them, by their text;
+            where one is looked for in normalised text, every string is encoded.
+        mark: The text of the mark.
+        spans: Gives the places, start and end, where the tokenizer finds one of them in a string.
+    """
+
+    def __init__(self, tokens: Sequence[Protected], mark: str, spans: Spans) -> None:
+        texts = sorted((token.text for token in tokens), key=len, reverse=True)
+        self.mark = mark
+        self._spans = spans
+        self._encodes_all = any(token.normalised for token in tokens)
+        self._firsts = sorted({text[0] for text in texts})
+        self._found = re.compile("|".join(map(re.escape, texts)))
+        # A token of n characters may be shared by several strings that a template prints side by
+        # side. Then the first holds two of its characters or more, or the last holds n - 1, or
+        # one between them lies wholly within the token.
+        self._heads = frozenset(text[:end] for text in texts for end in range(2, len(text)))
+        self._tails = re.compile("|".join(re.escape(text[1:]) for text in texts if len(text) > 1))
+        self._middles = frozenset(
+            text[start:end]
+            for text in texts
+            for start in range(1, len(text))
+            for end in range(start + 1, len(text))
+        )
+        self._longest_head = max(map(len, texts)) - 1
+
+    def spells(self, text: str) -> bool:
+        """Returns whether the tokenizer would find a special token in a string."""
+        if self._may_spell(text) and self._found.search(text):
+            return True
+        return self._encodes_all and bool(self._spans(text))
+
+    def broken(self, text: str) -> str:
+        """Returns a string with a mark in every special token that it spells or could help spell.
+
+        Raises:
+            RequestError: The tokenizer finds one all the same.
+        """
+        text = self.unspelt(text)
+        if text in self._middles or (self._tails.pattern and self._tails.match(text)):
+            text = self.mark + text
+        return text + self.mark if self._ends_in_head(text) else text
+
+    def unspelt(self, text: str) -> str:
+        """Returns a string with a mark in every special token that it spells by itself.
+
+        Raises:
+            RequestError: The tokenizer finds one all the same.
+        """
+        if not self.spells(text):
+            return text
+        return self._without_spans(self._found.sub(self._split, text))
+
+    def _may_spell(self, text: str) -> bool:
+        return any(first in text for first in self._firsts)
+
+    def _split(self, match: "re.Match[str]") -> str:
+        return match[0][0] + self.mark + match[0][1:]
+
+    def _without_spans(self, text: str) -> str:
+        for _ in range(_MOST_ROUNDS):
+            spans = self._spans(text)
+            if not spans:
+                return text
+            for start, end in reversed(spans):
+                place = min(start + 1, end)
+                text = text[:place] + self.mark + text[place:]
+        raise RequestError(
+            "the input holds text that this model's tokenizer reads as a special token however it "
+            "is broken: remove it",
+            status=400,
+        )
+
+    def _ends_in_head(self, text: str) -> bool:
+        end = text[-self._longest_head :]
+        return self._may_spell(end) and any(end[i:] in self._heads for i in range(len(end) - 1))
+
+
+class Guard:
+    """Keeps a request's text from being read as special tokens.
+
+    Args:
+        special: Breaks every special token: for what a chat template prints.
+        control: Breaks control tokens alone: for raw prompts.
+        roles: The roles that a message may have.
+    """
+
+    def __init__(
+        self, special: SpecialText, control: SpecialText, roles: frozenset[str] = ROLES
+    ) -> None:
+        self._special = special
+        self._control = control
+        self._roles = roles
+
+    @property
+    def mark(self) -> str:
+        """The text of the mark, which stands in answers that repeat what was guarded."""
+        return self._special.mark
+
+    def guarded(self, body: dict[str, Any], *, refuse: bool = False) -> dict[str, Any]:
+        """Returns a body whose text stays text; the same object where nothing had to be done.
+
+        Args:
+            body: The client's JSON object; not changed.
+            refuse: Whether special tokens are refused rather than broken.
+
+        Raises:
+            RequestError: A role is none; a key, or a tool's name or schema, spells a special
+                token; a template argument is the server's to set; or special tokens are refused.
+        """
+        for name in CONVERSATIONS:
+            self._check_roles(body.get(name), name)
+        _check_template_kwargs(body.get("chat_template_kwargs"))
+        try:
+            changed = {
+                name: value if name in UNRENDERED else self._field(name, value, refuse)
+                for name, value in body.items()
+            }
+        except RecursionError as error:
+            raise RequestError("the body nests too deeply", status=400) from error
+        return body if all(changed[name] is body[name] for name in body) else changed
+
+    def _field(self, name: str, value: Any, refuse: bool) -> Any:
+        special = self._control if name in RAW else self._special
+        if isinstance(value, str) and name not in TEXTS and not refuse:
+            return special.unspelt(value)
+        return _Walk(special, refuse).walked(value, name, schema=name in TOOLS)
+
+    def _check_roles(self, messages: Any, path: str) -> None:
+        for place, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, list):
+                self._check_roles(message, f"{path}.{place}")
+                continue
+            role = message.get("role") if isinstance(message, dict) else None
+            if isinstance(role, str) and role not in self._roles:
+                known = ", ".join(sorted(self._roles))
+                raise RequestError(
+                    f"{path}.{place}.role: this model knows no such role; it knows {known}",
+                    param=f"{path}.{place}.role",
+                    status=400,
+                )
+
+
+class _Walk(NamedTuple):
+    """A way through one field of a body."""
+
+    special: SpecialText
+    refuse: bool
+
+    def walked(self, value: Any, path: str, *, schema: bool) -> Any:
+        if isinstance(value, str):
+            return self._string(value, path, schema)
+        if isinstance(value, list):
+            entries = [self.walked(v, f"{path}.{i}", schema=schema) for i, v in enumerate(value)]
+            return (
+                entries if any(n is not o for n, o in zip(entries, value, strict=True)) else value
+            )
+        if isinstance(value, dict):
+            return self._mapping(value, path, schema)
+        return value
+
+    def _mapping(self, value: dict[str, Any], path: str, schema: bool) -> dict[str, Any]:
+        changed = {}
+        for key, entry in value.items():
+            if key in STRUCTURE and isinstance(entry, str):
+                changed[key] = entry
+                continue
+            if self.special.spells(key):
+                raise _spelt(path, "a key")
+            prose = key in PROSE and isinstance(entry, str)
+            changed[key] = self.walked(entry, f"{path}.{key}", schema=schema and not prose)
+        return changed if any(changed[key] is not value[key] for key in value) else value
+
+    def _string(self, text: str, path: str, schema: bool) -> str:
+        if (schema or self.refuse) and self.special.spells(text):
+            raise _spelt(path, "a tool's name or schema" if schema else "the text")
+        return text if schema else self.special.broken(text)
+
+
+def _spelt(path: str, what: str) -> RequestError:
+    return RequestError(
+        f"{path}: {what} spells a special token of this model: write it another way",
+        param=path,
+        status=400,
+    )
+
+
+def _check_template_kwargs(kwargs: Any) -> None:
+    for name in kwargs if isinstance(kwargs, dict) else ():
+        if _SERVERS_KWARGS.fullmatch(name):
+            raise RequestError(
+                f"chat_template_kwargs.{name}: the server sets this itself",
+                param=f"chat_template_kwargs.{name}",
+                status=400,
+            )
+
+
+def build_guard(tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Guard:
+    """Gives a tokenizer the mark, as one more token, and returns the guard that uses it.
+
+    Control tokens become special, if they are not: adopted checkpoints hold them as ordinary ones,
+    which a detokenizer would print. Their ids stay.
+
+    Args:
+        tokenizer: The one that prompts are encoded with; changed in place.
+        manifest: The served checkpoint's.
+    """
+    special = protected_tokens(tokenizer, manifest)
+    control = {i: token for i, token in special.items() if i in manifest.control_ids}
+    mark = new_mark()
+    texts = [mark, *(token.token for token in manifest.control_tokens)]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": texts}, replace_extra_special_tokens=False
+    )
+
+    def text(tokens: dict[int, Protected]) -> SpecialText:
+        return SpecialText(list(tokens.values()), mark, _spans_of(tokenizer, frozenset(tokens)))
+
+    return Guard(text(special), text(control), ROLES | _quoted_roles(tokenizer))
+
+
+def new_mark() -> str:
+    """Returns a mark: letters and digits, so that JSON does not escape it, that none can guess."""
+    return f"mark{secrets.token_hex(8)}"
+
+
+def protected_tokens(
+    tokenizer: "PreTrainedTokenizerBase", manifest: Manifest
+) -> dict[int, Protected]:
+    """Returns the special tokens of a tokenizer and the control tokens, by id."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalises = backend is None or backend.normalizer is not None
+    tokens = {token.id: Protected(token.token, normalises) for token in manifest.control_tokens}
+    for token_id, added in tokenizer.added_tokens_decoder.items():
+        if added.special or token_id in tokens:
+            tokens[token_id] = Protected(added.content, added.normalized and normalises)
+    return tokens
+
+
+def _spans_of(tokenizer: "PreTrainedTokenizerBase", ids: frozenset[int]) -> Spans:
+    def spans(text: str) -> list[tuple[int, int]]:
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [span for token, span in found if token in ids]
+
+    return spans
+
+
+def _quoted_roles(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
+    # A template that treats a role of its own compares with its name.
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return frozenset(
+        name
+        for text in texts
+        for name in re.findall(r"""role["']?\]?\s*==\s*["'](\w+)["']""", text)
+    )

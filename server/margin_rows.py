@@ -1,0 +1,45 @@
+"""The worker's side of server/margins.py: writes margins where the server reads them."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from server.margins import MARGINS, ROWS, Ticket
+
+
+@lru_cache(maxsize=8)
+def map_rows(path: str, categories: int) -> torch.Tensor:
+    """Maps the file of a board, ``[rows, 2 + categories]`` fp32: tag, log-normaliser, margins.
+
+    On a machine with CUDA its memory is page-locked, so that the device writes it without
+    anybody's waiting. Where the file does not exist, one is made that nobody reads.
+    """
+    width = MARGINS + categories
+    rows = torch.from_file(path, shared=True, size=ROWS * width, dtype=torch.float32)
+    if torch.cuda.is_available():
+        cudart: Any = torch.cuda.cudart  # torch leaves it without annotations
+        cudart().cudaHostRegister(rows.data_ptr(), 4 * rows.numel(), 0)
+    return rows.view(ROWS, width)
+
+
+def write_rows(
+    tickets: list[Ticket],
+    tags: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
+    """Writes one row a ticket; the worker's side. Nothing waits for the device.
+
+    Args:
+        tickets: The rows.
+        tags: ``[tickets]`` fp32, their tags.
+        log_normaliser: ``[tickets]`` fp32, log-sum-exp of the whole vocabulary.
+        logits: ``[tickets, k + 1]`` fp32, the control tokens', the respond token last.
+    """
+    respond = logits[:, -1:]
+    columns = (tags.unsqueeze(1), log_normaliser.unsqueeze(1) - respond, logits[:, :-1] - respond)
+    values = torch.cat(columns, dim=1)
+    for ticket, value in zip(tickets, values, strict=True):
+        board = map_rows(ticket.path, logits.shape[1] - 1)
+        board[ticket.row].copy_(value, non_blocking=True)

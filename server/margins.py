@@ -1,0 +1,87 @@
+"""Margins on their way back from the worker: shared memory, a row for each request that asks.
+
+vLLM carries tokens back from its workers, and log-probabilities at a price that every step pays.
+Margins belong to one step. So a request that wants them names a row; the worker writes it in the
+decision step, before the token that the step chose can be seen, and the server reads it when that
+token arrives. Each row says for whom it was written. A worker that does not share this machine's
+memory writes nowhere that is read: then the row says so, and the margins are asked for once more.
+"""
+
+import itertools
+import os
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROWS = 4096
+# Tags stand in the rows as fp32, which is exact up to here.
+_TAGS = 2**24 - 1
+# A row: tag, log-normaliser, margins.
+MARGINS = 2
+
+
+class Ticket(NamedTuple):
+    """The row of one request.
+
+    Attributes:
+        path: The file.
+        row: Which row of it.
+        tag: For whom the row is; never 0.
+    """
+
+    path: str
+    row: int
+    tag: int
+
+
+class Margins(NamedTuple):
+    """What the worker saw at a decision step.
+
+    Attributes:
+        log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's.
+        margins: fp32 log-odds, one a category.
+    """
+
+    log_normaliser: float
+    margins: tuple[float, ...]
+
+
+class MarginBoard:
+    """The server's side: gives rows out, and reads them.
+
+    Args:
+        categories: How many margins a row holds.
+        folder: Where the file is made; in memory where the system has such a place.
+    """
+
+    def __init__(self, categories: int, folder: Path | None = None) -> None:
+        shared = Path("/dev/shm")
+        in_memory = shared if shared.is_dir() else None
+        descriptor, self._path = tempfile.mkstemp(prefix="rheostat-", dir=folder or in_memory)
+        os.close(descriptor)
+        shape = (ROWS, MARGINS + categories)
+        self._rows = np.memmap(self._path, dtype=np.float32, mode="w+", shape=shape)
+        self._free = deque(range(ROWS))
+        self._tags = itertools.cycle(range(1, _TAGS))
+
+    def take(self) -> Ticket | None:
+        """Returns a row for one request, or None when all are taken."""
+        if not self._free:
+            return None
+        return Ticket(self._path, self._free.popleft(), next(self._tags))
+
+    def read(self, ticket: Ticket) -> Margins | None:
+        """Returns what the worker wrote for a ticket, or None where it did not."""
+        tag, normaliser, *margins = self._rows[ticket.row].tolist()
+        return Margins(normaliser, tuple(margins)) if tag == ticket.tag else None
+
+    def give_back(self, ticket: Ticket) -> None:
+        """Frees a row. A worker that still writes it writes an old tag, which nobody reads."""
+        self._free.append(ticket.row)
+
+    def close(self) -> None:
+        """Removes the file."""
+        Path(self._path).unlink(missing_ok=True)

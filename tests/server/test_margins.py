@@ -1,0 +1,91 @@
+"""Both sides of the board, in one process and in two."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.margin_rows import write_rows
+from server.margins import ROWS, MarginBoard, Margins, Ticket
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [3.0, 4.0, -1.0]])
+NORMALISERS = torch.tensor([2.0, 5.0])
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> MarginBoard:
+    return MarginBoard(2, tmp_path)
+
+
+def taken(board: MarginBoard) -> Ticket:
+    ticket = board.take()
+    assert ticket is not None
+    return ticket
+
+
+def write(tickets: list[Ticket]) -> None:
+    tags = torch.tensor([float(ticket.tag) for ticket in tickets])
+    count = len(tickets)
+    write_rows(tickets, tags, NORMALISERS[:count], LOGITS[:count])
+
+
+def test_row_holds_what_was_written_for_its_ticket(board: MarginBoard) -> None:
+    first, second = taken(board), taken(board)
+    assert board.read(first) is None
+    write([first, second])
+    assert board.read(first) == Margins(1.5, (0.5, -2.5))
+    assert board.read(second) == Margins(6.0, (4.0, 5.0))
+
+
+def test_late_write_for_a_request_that_went_is_not_read(board: MarginBoard) -> None:
+    gone = taken(board)
+    board.give_back(gone)
+    for _ in range(ROWS - 1):
+        board.take()
+    now = taken(board)
+    assert now.row == gone.row
+    assert now.tag != gone.tag
+    write([gone])
+    assert board.read(now) is None
+    write([now])
+    assert board.read(now) is not None
+
+
+def test_there_are_as_many_tickets_as_rows(board: MarginBoard) -> None:
+    tickets = [board.take() for _ in range(ROWS + 1)]
+    assert tickets[-1] is None
+    last = tickets[0]
+    assert last is not None
+    board.give_back(last)
+    assert board.take() is not None
+
+
+def test_infinite_margins_come_back(board: MarginBoard) -> None:
+    ticket = taken(board)
+    write_rows(
+        [ticket],
+        torch.tensor([float(ticket.tag)]),
+        torch.tensor([0.0]),
+        torch.tensor([[-torch.inf, 1.0, 0.0]]),
+    )
+    assert board.read(ticket) == Margins(0.0, (-torch.inf, 1.0))
+
+
+def test_another_process_writes_what_this_one_reads(board: MarginBoard) -> None:
+    ticket = taken(board)
+    script = (
+        "import torch; from server.margin_rows import write_rows; "
+        "from server.margins import Ticket; "
+        f"write_rows([Ticket(*{tuple(ticket)!r})], torch.tensor([{float(ticket.tag)}]), "
+        "torch.tensor([2.0]), torch.tensor([[1.0, -2.0, 0.5]]))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert board.read(ticket) == Margins(1.5, (0.5, -2.5))
+
+
+def test_file_is_gone_once_closed(board: MarginBoard, tmp_path: Path) -> None:
+    assert len(list(tmp_path.iterdir())) == 1
+    board.close()
+    assert list(tmp_path.iterdir()) == []
