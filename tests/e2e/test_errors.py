@@ -87,7 +87,6 @@ def test_fields_that_reach_for_control_tokens_are_refused(
 @pytest.mark.parametrize(
     "extra",
     [
-        {"vllm_xargs": {"rheostat": 1}},
         {"vllm_xargs": {"rule": 0}},
         {"bad_words": ["[refuse:safety]"]},
         {"bad_words": ["[refuse:safety]", "I"], "repetition_penalty": 1.9},
