@@ -12,24 +12,32 @@ _BETWEEN_INSTANCES = (
     "a prompt past the chat template"
 )
 _NOT_STORED = "responses are not stored here: send the earlier items in `input`"
-# Arguments of the renderer, not variables of a template: they cut, fill or end the prompt.
+# Arguments of the renderer, not variables of a template: they cut, fill or end the prompt. And the
+# texts of special tokens, which the renderer hands to every template.
 TEMPLATE_ARGUMENTS = frozenset(
     {
         "add_generation_prompt",
+        "bos_token",
         "chat_template",
+        "cls_token",
         "continue_final_message",
         "conversation",
+        "eos_token",
+        "mask_token",
         "max_length",
         "messages",
+        "pad_token",
         "padding",
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
         "self",
+        "sep_token",
         "tokenize",
         "tokenizer_kwargs",
         "tools",
         "truncation",
+        "unk_token",
     }
 )
 ENGINE_ARGUMENTS = frozenset({EXTRA_ARGS_KEY, "kv_transfer_params", "ec_transfer_params"})

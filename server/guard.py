@@ -52,11 +52,6 @@ PROSE = frozenset({"description", "title", "$comment"})
 # Words of the protocol, which routes compare and no template prints unchecked.
 STRUCTURE = frozenset({"role", "type", "status", CATEGORY_FIELD})
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-# What the renderer itself is called with, and the texts of special tokens.
-_SERVERS_KWARGS = re.compile(
-    r"add_generation_prompt|chat_template|continue_final_message|conversation|messages|tokenize"
-    r"|tools|return_\w+|\w+_token"
-)
 _MOST_ROUNDS = 4
 
 
@@ -185,11 +180,10 @@ class Guard:
 
         Raises:
             RequestError: A role is none; a key, or a tool's name or schema, spells a special
-                token; a template argument is the server's to set; or special tokens are refused.
+                token; or special tokens are refused.
         """
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
-        _check_template_kwargs(body.get("chat_template_kwargs"))
         try:
             changed = {
                 name: value if name in UNRENDERED else self._field(name, value, refuse)
@@ -262,16 +256,6 @@ def _spelt(path: str, what: str) -> RequestError:
         param=path,
         status=400,
     )
-
-
-def _check_template_kwargs(kwargs: Any) -> None:
-    for name in kwargs if isinstance(kwargs, dict) else ():
-        if _SERVERS_KWARGS.fullmatch(name):
-            raise RequestError(
-                f"chat_template_kwargs.{name}: the server sets this itself",
-                param=f"chat_template_kwargs.{name}",
-                status=400,
-            )
 
 
 def build_guard(tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Guard:

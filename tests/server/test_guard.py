@@ -215,27 +215,6 @@ def test_role_that_a_template_asks_for_by_name_is_known() -> None:
     guard.guarded({"messages": [{"role": "ipython", "content": "x"}]})
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "messages",
-        "conversation",
-        "tools",
-        "tokenize",
-        "eos_token",
-        "bos_token",
-        "return_dict",
-    ],
-)
-def test_template_arguments_of_the_server_are_not_the_clients(name: str) -> None:
-    with pytest.raises(RequestError, match=name) as caught:
-        GUARD.guarded({"chat_template_kwargs": {name: "x"}})
-    assert caught.value.status == 400
-
-
 @pytest.mark.parametrize("value", [None, 5, "x", [], {}, {"a": None}, [5], [[]], [{}]])
 def test_bodies_of_other_shapes_are_left_to_vllm(value: Any) -> None:
     body = {"messages": value, "chat_template_kwargs": value}
