@@ -39,7 +39,6 @@ GENERATING = frozenset(
         "/v1/responses",
         "/v1/messages",
         INVOCATIONS,
-        "/inference/v1/generate",
     }
 )
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})

@@ -1,4 +1,4 @@
-"""Answers with choices: chat, its batches, completions, and tokens in, tokens out."""
+"""Answers with choices: chat, its batches, and completions."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ UNPARSED: dict[str, Any] = {"tool_calls": [], "function_call": None, "reasoning"
 class ChoicesShape:
     """Shapes each choice by its own decision.
 
-    A chat message has its text in ``refusal``. Where a choice is text or tokens, only the report
-    says what it is.
+    A chat message has its text in ``refusal``. Where a choice is text, only the report says
+    what it is.
 
     Args:
         verdicts: What was decided.

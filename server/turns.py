@@ -14,8 +14,6 @@ RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 # Elsewhere vLLM drops ``messages``: history that it never reads must not let a control token in.
 READS_CHAT = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/invocations"})
-# vLLM keeps no responses here, and reads the last of them with gpt-oss only.
-_KEPT_ELSEWHERE = ("background", "previous_response_id", "previous_input_messages")
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ def open_turns(body: dict[str, Any], path: str, manifest: Manifest) -> Turns:
         manifest: The served checkpoint's.
 
     Raises:
-        RequestError: A turn's category or content is wrong, or the body asks for turns that this
-            server does not have.
+        RequestError: A turn's category or content is wrong, or a refusal is to be continued.
     """
     if path == RESPONSES:
         return _open_input(body, manifest)
@@ -57,13 +54,6 @@ def open_turns(body: dict[str, Any], path: str, manifest: Manifest) -> Turns:
 
 
 def _open_input(body: dict[str, Any], manifest: Manifest) -> Turns:
-    for name in _KEPT_ELSEWHERE:
-        if body.get(name):
-            raise RequestError(
-                f"{name}: this server keeps no responses; send the earlier turns in `input`",
-                param=name,
-                status=400,
-            )
     items = body.get("input")
     if not isinstance(items, list):
         return Turns(body)

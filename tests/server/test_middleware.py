@@ -343,23 +343,6 @@ def test_unfinished_last_message_is_continued() -> None:
     assert_refused(send_to(server, RESPONSES, {"input": [USER, refused]}), server, 400, "input")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("background", True),
-        ("background", "true"),
-        ("previous_response_id", "resp_1"),
-        ("previous_input_messages", [USER]),
-    ],
-)
-def test_turns_that_no_server_here_keeps_are_refused(name: str, value: Any) -> None:
-    server = FakeServer()
-    answer = send_to(server, RESPONSES, {"input": "x", name: value})
-    assert "keeps no responses" in assert_refused(answer, server, 400, name)
-    for passing in ({name: None}, {"store": True}, {"background": False}):
-        assert send_to(FakeServer(), RESPONSES, {"input": "x", **passing}).status_code == 200
-
-
 def test_invocations_take_messages_or_a_prompt() -> None:
     server = FakeServer()
     answer = send_to(server, "/invocations", {"prompt": "[respond]", "messages": [ANSWERED]})

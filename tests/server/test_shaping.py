@@ -320,9 +320,3 @@ def test_every_api_finds_its_own_shape(name: str) -> None:
     if name != "response_called":
         events = [one for e in recorded_events(name) for one in shaper.shape_event(e)]
         assert "refusal" in json.dumps(events)
-
-
-def test_tokens_in_tokens_out_have_their_report() -> None:
-    answer = {"request_id": "1", "output_mode": "tokens", "choices": [{"index": 0}]}
-    shaped = shaper_of(reported((1.0, 1.0), 0), report=True).shape_answer(answer)
-    assert shaped["choices"][0]["refusal_report"]["category"] == "safety"
