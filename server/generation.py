@@ -168,7 +168,8 @@ class Generation:
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
         # token in the text. The paper's rule reads all other logits too; tokens that end the
-        # request are masked while min_tokens are not reached.
+        # request are masked while min_tokens are not reached. The draws of a seed begin with the
+        # first token that the client sees.
         params = self.params
         reads_all = self.steering.controls.rule is Rule.PAPER
         return bool(
@@ -178,6 +179,7 @@ class Generation:
             or params.bad_words
             or params.repetition_penalty != 1.0
             or params.thinking_token_budget is not None
+            or (params.seed is not None and params.temperature > 0)
             or not params.skip_special_tokens
             or (reads_all and (params.logit_bias or params.min_tokens))
             or (self.texts and params.min_tokens)

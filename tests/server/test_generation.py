@@ -174,6 +174,19 @@ def test_one_pass_decides_and_hides_its_token() -> None:
     assert params.extra_args[EXTRA_ARGS_KEY] == AS_TRAINED.controls.to_wire()
 
 
+@pytest.mark.parametrize(
+    ("seed", "temperature", "passes"), [(7, 1.0, 2), (7, 0.0, 1), (None, 1.0, 1)]
+)
+def test_draws_of_a_seed_begin_with_the_first_token_of_the_answer(
+    seed: int | None, temperature: float, passes: int
+) -> None:
+    engine = FakeEngine()
+    collected(
+        generation(engine, Steering(AS_TRAINED), parameters(seed=seed, temperature=temperature))
+    )
+    assert len(engine.calls) == passes
+
+
 def test_report_reads_what_the_worker_wrote_in_the_one_pass() -> None:
     engine = FakeEngine()
     steering = Steering(AS_TRAINED, report=True)
