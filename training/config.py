@@ -25,8 +25,8 @@ from models.errors import ConfigError
 from models.manifest import Name
 from models.tokens import COCONOT_DESCRIPTIONS, SINGLE, SINGLE_DESCRIPTION
 from training.data_config import DataConfig, Origin
-from training.fields import Frozen, Share, Text
-from training.loss_config import LossConfig
+from training.fields import Frozen, Seed, Share, Text
+from training.loss_config import FORMS, LossConfig
 
 REFUSAL_TEXTS: Mapping[str, str] = {
     "safety": "I can't help with that, because it could cause harm.",
@@ -36,8 +36,9 @@ REFUSAL_TEXTS: Mapping[str, str] = {
     "unsupported": "That needs something I don't have, such as images or live data.",
 }
 DEFAULT_REFUSAL_TEXT = "I can't help with that."
-# What settings of one number a category call the answers.
+# What settings of one number a category, and the judge of texts, call the answers.
 RESPOND = "respond"
+ANSWERS = (RESPOND, "answer")
 
 
 class ScratchModel(Frozen):
@@ -55,7 +56,7 @@ class ScratchModel(Frozen):
 
     vocab_size: Annotated[int, Field(ge=300)] = 2048
     hidden_size: PositiveInt = 128
-    layers: PositiveInt = 2
+    layers: Annotated[int, Field(ge=1, le=1000)] = 2
     heads: PositiveInt = 2
     intermediate_size: PositiveInt = 384
     max_length: Annotated[int, Field(ge=16)] = 512
@@ -97,7 +98,9 @@ class LoraConfig(Frozen):
     r: PositiveInt = 64
     alpha: PositiveInt = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[Text, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["all-linear"] = (
+        "all-linear"
+    )
 
 
 class OptimisationConfig(Frozen):
@@ -191,7 +194,7 @@ class TrainConfig(Frozen):
     """
 
     name: Name
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     model: Model
     data: DataConfig
     categories: Annotated[dict[Name, Text], Field(min_length=1)] = Field(
@@ -207,6 +210,11 @@ class TrainConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
+        for name in ANSWERS:
+            if name in self.categories:
+                raise ValueError(
+                    f"categories: {name} is what the answers are called; choose another name"
+                )
         self._check_names("refusal_texts", self.refusal_texts, self.token_categories)
         decisions = (*self.token_categories, RESPOND)
         for name, setting in (("q", self.loss.decision.q), ("gamma", self.loss.decision.gamma)):
@@ -266,7 +274,7 @@ def load_config(path: str | Path) -> TrainConfig:
     text, origin = _read_recipe(str(path))
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{origin}: is no YAML: {reason}") from error
     if not isinstance(values, dict):
@@ -305,6 +313,8 @@ def _describe(origin: str, detail: ErrorDetails) -> str:
     parts = [str(part) for part in detail["loc"]]
     if parts[:1] == ["model"] and parts[1:2] in (["scratch"], ["existing"]):
         del parts[1]
+    if parts[:1] == ["loss"] and parts[3:4] and parts[3] in FORMS:
+        del parts[3]
     if parts[:2] in (["data", "train"], ["evaluation", "data"]):
         parts = [*parts[:2], *(part for part in parts[2:] if part not in ("sources", "demo"))]
         if len(parts) == 2 or detail["type"] == "model_type":

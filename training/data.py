@@ -286,13 +286,11 @@ class _Encoder:
         return rendered
 
     def _apply(self, chats: Sequence[Chat], *, asking: bool) -> list[str]:
-        from jinja2 import TemplateError
-
         try:
             texts: Any = self._tokenizer.apply_chat_template(
                 list(chats), tokenize=False, add_generation_prompt=asking
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # A template is a program: it may fail in any way.
             raise _TemplateFailure(" ".join(str(error).split())) from error
         return list(texts)
 

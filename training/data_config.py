@@ -8,7 +8,6 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -16,7 +15,7 @@ from pydantic import (
 from pydantic import model_validator as validates_model
 
 from models.manifest import Name
-from training.fields import Frozen, Share, Text
+from training.fields import Frozen, Seed, Share, Text
 
 DEMO = "demo"
 
@@ -72,7 +71,7 @@ class Source(Frozen):
     )
     category: Name | None = None
     bad_rows: Literal["error", "drop"] = "error"
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     limit: PositiveInt | None = None
 
     @validates_model(mode="after")
@@ -154,7 +153,7 @@ class DataConfig(Frozen):
     """
 
     train: Origin
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     deduplicate: bool = False
     balance: Share = 0.0
     near_miss_weight: PositiveFloat = 1.0

@@ -1,9 +1,11 @@
 """From a trained model to an ordinary checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import load_checkpoint
+from models.errors import EvaluationError
 from training.processes import Processes
 from training.start import Start
 from training.weights import saved_silently
@@ -20,9 +22,12 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
 
     Raises:
         CheckpointError: What was written could not be served.
+        EvaluationError: A weight is not finite.
     """
     model, weights = plain_model(trainer)
     import torch
+
+    _check_finite(model.state_dict() if weights is None else weights)
 
     dtype = getattr(torch, start.dtype)
     # Off for the training; kept so, whoever loads it would generate without a cache.
@@ -38,6 +43,16 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
             model.save_pretrained(folder, state_dict=weights)
         load_checkpoint(folder)
     processes.wait()
+
+
+def _check_finite(weights: Mapping[str, Any]) -> None:
+    """Holds that a training without measurements on the way has not diverged unseen."""
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise EvaluationError(
+                f"{name} is not finite: the training has diverged; lower "
+                "optimisation.learning_rate or use bf16: false"
+            )
 
 
 def plain_model(trainer: Any) -> tuple[Any, dict[str, Any] | None]:

@@ -9,6 +9,8 @@ from models.manifest import Name
 from training.fields import Frozen
 
 AUTO = "auto"
+# What pydantic puts into the place of a mistake, beside the names of the fields.
+FORMS = ("number", "schedule", "category")
 
 Q = Annotated[float, Field(ge=-1, le=2)]
 Gamma = Annotated[float, Field(ge=0, le=5)]

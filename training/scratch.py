@@ -12,6 +12,7 @@ PAD = "<|pad|>"
 END = "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 BYTES = 256
+LEAST_VOCABULARY = BYTES + 2 + len(ROLES)
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

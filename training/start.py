@@ -11,7 +11,7 @@ from models.manifest import Manifest
 from models.tokens import RESPOND, add_control_tokens, grow_embeddings, refusal_token
 from training.config import CheckpointModel, ScratchModel, TrainConfig
 from training.data import Row
-from training.scratch import new_model, train_tokenizer
+from training.scratch import LEAST_VOCABULARY, new_model, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,11 @@ def start_of(config: TrainConfig, rows: Sequence[Row]) -> Start:
 
 def _from_scratch(config: TrainConfig, model: ScratchModel, rows: Sequence[Row]) -> Start:
     controls = {RESPOND, *map(refusal_token, config.token_categories)}
+    if model.vocab_size - len(controls) < LEAST_VOCABULARY:
+        raise ConfigError(
+            f"model.vocab_size: {model.vocab_size} leaves no room for {LEAST_VOCABULARY} entries "
+            f"beside {len(controls)} control tokens"
+        )
     tokenizer = train_tokenizer(
         (turn.content for row in rows for turn in row.messages),
         model.vocab_size - len(controls),
@@ -85,7 +90,12 @@ def _start(
     tokenizer: "PreTrainedTokenizerBase", manifest: Manifest, dtype: str, build: Callable[[], Any]
 ) -> Start:
     # The configuration has to be known at once, and loading 8 billion weights twice takes minutes.
-    built = [build()]
+    try:
+        built = [build()]
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError("model: its weights do not fit into this machine's memory") from error
     config = built[0].config
     return Start(tokenizer, manifest, config, dtype, lambda: built.pop() if built else build())
 

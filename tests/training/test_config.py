@@ -70,6 +70,32 @@ def test_wrong_field_of_the_model_names_no_internal_tag(tmp_path: Path) -> None:
     assert ": model.layers: " in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "4294967296"),
+        ("optimisation.epochs", ".inf"),
+        ("optimisation.learning_rate", ".nan"),
+        ("optimisation.weight_decay", ".inf"),
+        ("loss.decision.weight", ".inf"),
+        ("loss.decision.q", ".nan"),
+        ("loss.decision.gamma", "{safety: .inf}"),
+        ("loss.text.q", "{start: .nan, end: 1}"),
+    ],
+)
+def test_number_that_nothing_can_be_done_with_is_one_line(
+    tmp_path: Path, field: str, value: str
+) -> None:
+    *outer, name = field.split(".")
+    text = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(outer))
+
+    lines = _complaints(tmp_path, f"{RECIPE}{text}{'  ' * len(outer)}{name}: {value}\n")
+
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{tmp_path / 'recipe.yaml'}: {field}")
+    assert "number" not in lines[0].split(": ")[1]
+
+
 def test_heads_of_an_unservable_size_are_named(tmp_path: Path) -> None:
     lines = _complaints(tmp_path, RECIPE.replace("heads: 2", "heads: 4"))
 
@@ -109,6 +135,29 @@ def test_category_name_that_requests_could_not_use_is_refused(tmp_path: Path) ->
     assert "Not Good" in lines[0]
 
 
+@pytest.mark.parametrize("name", ["respond", "answer"])
+def test_category_that_is_called_as_the_answers_are_is_refused(tmp_path: Path, name: str) -> None:
+    lines = _complaints(tmp_path, RECIPE + f"categories: {{{name}: bad}}\n")
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: categories: {name} is what the answers are called; choose "
+        "another name"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("lora: {target_modules: []}\n", "lora.target_modules"),
+        ("evaluation: {data: [{path: rows.jsonl, weight: 1.0e+9}]}\n", "evaluation.data.0.weight"),
+    ],
+)
+def test_value_that_no_run_could_use_is_refused(tmp_path: Path, text: str, field: str) -> None:
+    lines = _complaints(tmp_path, RECIPE + text)
+
+    assert all(line.startswith(f"{tmp_path / 'recipe.yaml'}: {field}") for line in lines)
+
+
 def test_refusal_text_is_the_recipes_own_before_the_default() -> None:
     config = TrainConfig.model_validate(
         {
@@ -129,7 +178,7 @@ def test_missing_recipe_lists_those_of_the_package() -> None:
         load_config("no_such.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n"])
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "[" * 3000], ids=range(4))
 def test_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
     assert len(_complaints(tmp_path, text)) == 1
 

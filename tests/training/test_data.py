@@ -317,6 +317,14 @@ def test_conversation_that_the_template_does_not_take_is_named(write_rows: Write
         encode_rows(rows, tokenizer, manifest, WEIGHTS, 99)
 
 
+def test_template_that_fails_as_a_program_does_is_named(write_rows: WriteRows) -> None:
+    tokenizer, manifest = _tokenizer()
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: the chat template .*division by zero"):
+        encode_rows(read_rows(write_rows([ROW]), NAMES), tokenizer, manifest, WEIGHTS, 99)
+
+
 def test_turns_that_end_without_the_end_token_are_learnt_to_their_end(
     write_rows: WriteRows,
 ) -> None:

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from models.checkpoint import load_checkpoint
-from models.errors import CheckpointError, ConfigError
+from models.errors import CheckpointError, ConfigError, EvaluationError
 from tests.training.conftest import WriteRows, small_rows
 from tests.training.recipes import log_of, tiny_config, weights_of
 from training.assembly import memory_told
@@ -149,6 +149,57 @@ def test_failed_run_leaves_no_finished_folder(
     assert not (tmp_path / "out").exists()
     write_rows(small_rows())
     load_checkpoint(train(config, tmp_path / "out"))
+
+
+def test_training_that_diverges_unmeasured_leaves_no_checkpoint(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    values = config.model_dump(mode="json")
+    values["optimisation"] |= {"learning_rate": 1e30, "epochs": 2}
+
+    with pytest.raises(EvaluationError, match="is not finite: the training has diverged"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_step_of_more_batches_than_rows_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json")
+    values["optimisation"] |= {"gradient_accumulation_steps": 33}
+
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps: 33 .* only 32 rows"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def test_model_that_does_not_fit_into_memory_is_one_line(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    values = config.model_dump(mode="json")
+    values["model"] |= {"hidden_size": 64 * 10**6, "heads": 10**6}
+
+    with pytest.raises(ConfigError, match="model: its weights do not fit"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def test_control_tokens_that_leave_no_vocabulary_are_told(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    many = {f"kind{number}": "one of many" for number in range(200)} | config.categories
+    values = config.model_dump(mode="json") | {"categories": many}
+
+    with pytest.raises(ConfigError, match=r"vocab_size: 400 leaves no room .* 203 control tokens"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def test_rows_that_are_all_too_long_are_told(
+    config: TrainConfig, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    write_rows([row | {"prompt": f"{'very ' * 80}{row['prompt']}"} for row in small_rows()])
+    values = config.model_dump(mode="json")
+    values["data"]["too_long"] = "drop"
+
+    with pytest.raises(ConfigError, match="no row is left: all are longer than"):
+        train(TrainConfig.model_validate(values), tmp_path / "out")
 
 
 def test_missing_data_file_is_named(tmp_path: Path) -> None:
