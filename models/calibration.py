@@ -59,6 +59,8 @@ class CalibrationInfo(BaseModel):
         hashes: The checkpoint that the margins belong to.
         data_sha256: Hash of every data file, by file name.
         seeds: Seeds of everything that was drawn, by what they were for.
+        job_sha256: Hash of all that the margins depend on: checkpoint, prompts in their order,
+            the engine's flags; absent where something else than `rheostat calibrate` wrote it.
         recalibration: Absent where it does not help.
         rheostat: Version of the package that wrote the file.
     """
@@ -72,6 +74,7 @@ class CalibrationInfo(BaseModel):
     hashes: Hashes
     data_sha256: dict[str, str] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
+    job_sha256: str | None = None
     recalibration: Recalibration | None = None
     rheostat: str
 

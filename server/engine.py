@@ -364,7 +364,10 @@ async def _serve_http(
     manifest = engine.manifest
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
-    app.include_router(build_router(manifest, engine, board.calibrations))
+    directory = Path(args.model)
+    app.include_router(
+        build_router(manifest, engine, board.calibrations, lambda: checkpoint_hashes(directory))
+    )
     # Appended, not added: the innermost place, behind vLLM's authentication.
     app.user_middleware.append(
         Middleware(

@@ -1,5 +1,6 @@
 """The routes that vLLM's server does not have."""
 
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from models.errors import RequestError
+from models.hashes import Hashes
 from models.manifest import Manifest
 from server.bodies import encode, error_response
 from server.calibrations import Calibrations
@@ -21,15 +23,26 @@ class Health(Protocol):
         """Raises when the engine cannot answer."""
 
 
-def build_router(manifest: Manifest, engine: Health, calibrations: Calibrations) -> APIRouter:
-    """Builds the router of one served checkpoint."""
+def build_router(
+    manifest: Manifest, engine: Health, calibrations: Calibrations, served: Callable[[], Hashes]
+) -> APIRouter:
+    """Builds the router of one served checkpoint.
+
+    Args:
+        manifest: Its manifest.
+        engine: Says whether it can answer.
+        calibrations: The checkpoint's.
+        served: Returns its hashes; may read all weights the first time.
+    """
     router = APIRouter()
 
     @router.get("/v1/refusal/categories")
-    async def categories() -> dict[str, Any]:
-        """Lists what can be dialled, in the order that breaks ties."""
+    def categories(hashes: bool = False) -> dict[str, Any]:
+        """Lists what can be dialled, in the order that breaks ties; on demand, of which weights."""
+        # No coroutine: weights are read in a thread.
         return {
             "object": "list",
+            **({"hashes": served().model_dump()} if hashes else {}),
             "data": [
                 {
                     "object": "refusal.category",

@@ -30,11 +30,11 @@ from models.calibration import (
 )
 from models.checkpoint import load_checkpoint
 from models.errors import ConfigError, EvaluationError
-from models.hashes import checkpoint_hashes
-from training.partial_scores import PartialScores
-from training.prompts import PromptFiles, identified, read_prompts
+from models.hashes import Hashes, checkpoint_hashes
+from training.partial_scores import PartialScores, remove_partial
+from training.prompts import PromptFiles, identified, read_prompts, repeated
 from training.rows import Row
-from training.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient
+from training.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
 from training.serving import serving, without_calibrations
 
 SERVED_NAME = "calibrated"
@@ -78,21 +78,28 @@ class Measured(NamedTuple):
     Attributes:
         calibration: The calibration.
         path: Its file.
-        scored: Prompts that were sent to the engine; 0 where the calibration was there already.
+        kept: Whether the calibration was there already.
+        scored: Prompts that were sent to the engine; the others had been scored before.
         seconds: How long that took, without the server's start.
+        repeated: Prompts that say what an earlier one says.
     """
 
     calibration: Calibration
     path: Path
-    scored: int
-    seconds: float
+    kept: bool = False
+    scored: int = 0
+    seconds: float = 0.0
+    repeated: int = 0
 
     def sentence(self) -> str:
         """Returns what happened, for people."""
-        if not self.scored:
+        if self.kept:
             return f"{self.path}: is there already, of the same data and checkpoint"
         speed = 60 * self.scored / max(self.seconds, 1e-9)
-        return f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
+        told = f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
+        if not self.repeated:
+            return told
+        return f"{told}; {self.repeated} repeat an earlier one, and count as often as they occur"
 
 
 def calibrate(job: Job, console: Console) -> Measured:
@@ -113,28 +120,37 @@ def calibrate(job: Job, console: Console) -> Measured:
     manifest, _ = load_checkpoint(job.model)
     names = tuple(manifest.names)
     rows = read_prompts(job.prompts, names)
+    hashes = checkpoint_hashes(job.model)
+    key = _fingerprint(names, hashes, rows, job.flags)
     info = CalibrationInfo(
         name=_checked_name(job.name),
         created=datetime.now(UTC),
         categories=names,
-        hashes=checkpoint_hashes(job.model),
+        hashes=hashes,
         data_sha256=identified(job.prompts),
         seeds={} if job.prompts.limit is None else {"sample": job.prompts.seed},
+        job_sha256=key,
         rheostat=version("rheostat"),
     )
     path = calibration_path(job.folder, job.name)
-    if path.exists() and not job.force and (kept := _same(path, info, rows)):
-        return Measured(kept, path, 0, 0.0)
     partial_path = path.with_name(f"{job.name}.partial.jsonl")
-    key = _fingerprint(info, rows, job.flags)
+    if path.exists() and not job.force:
+        kept = _same(path, info)
+        remove_partial(partial_path, key)
+        return Measured(kept, path, kept=True)
     with PartialScores(partial_path, key, len(rows), len(names)) as partial:
+        if job.force and path.exists() and not partial.missing(len(rows)):
+            partial.begin_anew()  # what a finished run left when it was killed in its last moment
         missing = partial.missing(len(rows))
-        seconds = _score(job, rows, names, partial, console) if missing else 0.0
+        seconds = _score(job, rows, info, partial, console) if missing else 0.0
         margins, log_normaliser = partial.arrays(len(rows))
         calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
+        _remove_unfinished(path)
         save_calibration(job.folder, calibration)
         partial.remove()
-    return Measured(calibration, path, len(missing), seconds)
+    return Measured(
+        calibration, path, scored=len(missing), seconds=seconds, repeated=repeated(rows)
+    )
 
 
 def _checked_name(name: str) -> str:
@@ -145,10 +161,12 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _fingerprint(info: CalibrationInfo, rows: Sequence[Row], flags: Sequence[str]) -> str:
+def _fingerprint(
+    names: Sequence[str], hashes: Hashes, rows: Sequence[Row], flags: Sequence[str]
+) -> str:
     """Returns the hash of everything that the scores depend on, the prompts' order included."""
     prompts = [[row.category, [message.model_dump() for message in row.prompt]] for row in rows]
-    content = [info.categories, info.hashes.model_dump(), list(flags), prompts]
+    content = [list(names), hashes.model_dump(), list(flags), prompts]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -157,34 +175,40 @@ def _indices(rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.int64]:
     return np.array([BENIGN if c is None else names.index(c) for c in found], dtype=np.int64)
 
 
-def _same(path: Path, info: CalibrationInfo, rows: Sequence[Row]) -> Calibration | None:
+def _same(path: Path, info: CalibrationInfo) -> Calibration:
     """Returns the calibration that is there where it is this job's; else raises."""
     kept = load_calibration(path)
-    wanted = {"created", "rheostat", "recalibration"}
-    if kept.info.model_dump(exclude=wanted) == info.model_dump(exclude=wanted) and np.array_equal(
-        kept.category, _indices(rows, info.categories)
-    ):
+    if kept.info.job_sha256 == info.job_sha256:
         return kept
+    theirs, ours = kept.info, info
+    what = "a different checkpoint" if theirs.hashes != ours.hashes else "different prompts"
+    if theirs.hashes == ours.hashes and theirs.data_sha256 == ours.data_sha256:
+        what = "the same files read in a different way, or with different flags"
     raise ConfigError(
-        f"{path} was measured on other data or another checkpoint; --force replaces it, --name "
-        "puts another beside it"
+        f"{path} was measured on {what}; --force replaces it, --name puts another beside it"
     )
 
 
+def _remove_unfinished(path: Path) -> None:
+    """Removes what earlier runs of that name were writing when they were killed."""
+    for unfinished in path.parent.glob(f"{path.name}.*.partial"):
+        unfinished.unlink(missing_ok=True)
+
+
 def _score(
-    job: Job, rows: Sequence[Row], names: Sequence[str], partial: PartialScores, console: Console
+    job: Job, rows: Sequence[Row], info: CalibrationInfo, partial: PartialScores, console: Console
 ) -> float:
     with _server(job, console) as url, _bar(console) as bar:
         started = monotonic()
         task = bar.add_task("scoring", total=len(rows), completed=len(partial))
 
         def keep(places: Sequence[int], scores: Sequence[Scores]) -> None:
-            _check_finite(places, scores, rows, names)
+            _check_finite(places, scores, rows, info.categories)
             partial.add(places, scores)
             bar.advance(task, len(places))
 
         missing = partial.missing(len(rows))
-        asyncio.run(_ask(url, job.api_key, rows, names, missing, keep))
+        asyncio.run(_ask(url, job.api_key, rows, info, missing, keep))
         return monotonic() - started
 
 
@@ -192,20 +216,30 @@ async def _ask(
     url: str,
     api_key: str | None,
     rows: Sequence[Row],
-    names: Sequence[str],
+    info: CalibrationInfo,
     missing: Sequence[int],
     keep: OnScores,
 ) -> None:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as http:
         client = ScoringClient(http)
-        served = await client.categories()
-        if served != list(names):
+        _check_served(url, await client.served(), info)
+        await client.score(rows, info.categories, missing, keep)
+
+
+def _check_served(url: str, served: Served, info: CalibrationInfo) -> None:
+    if served.names != info.categories:
+        raise EvaluationError(
+            f"{url} serves a checkpoint of the categories {', '.join(served.names)}, not the one "
+            f"to calibrate, which has {', '.join(info.categories)}"
+        )
+    for what, theirs in served.hashes.model_dump().items():
+        ours = getattr(info.hashes, what)
+        if theirs != ours:
             raise EvaluationError(
-                f"{url} serves a checkpoint of the categories {', '.join(served)}, not the one "
-                f"to calibrate, which has {', '.join(names)}"
+                f"{url} serves a checkpoint with the {what} {theirs[:12]}, not the one to "
+                f"calibrate, whose {what} is {ours[:12]}"
             )
-        await client.score(rows, names, missing, keep)
 
 
 def _check_finite(

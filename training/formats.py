@@ -41,6 +41,8 @@ def cells_as_values(header: Sequence[str], cells: Sequence[str]) -> Values | Bad
 def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
     """Says once for the whole table what every row of it would lack."""
     found = list(columns)
+    if not found:
+        raise ConfigError(f"{name}: is empty; its first line must name the columns")
     if repeated := sorted({column for column in found if found.count(column) > 1}):
         raise ConfigError(f"{name}: the column {repeated[0]!r} stands there twice")
     needed = {field: to for field, to in source.columns.items() if to is not None}
@@ -55,7 +57,14 @@ def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
             raise ConfigError(
                 f"{name}: has no column {column!r}; its columns are {', '.join(found)}; say which "
                 f"of them is the {field} with columns: {{{field}: NAME}}{_without(field)}"
+                f"{_as_one_column(found)}"
             )
+
+
+def _as_one_column(found: Sequence[str]) -> str:
+    if len(found) > 1 or not any(delimiter in found[0] for delimiter in ",;|\t"):
+        return ""
+    return "; columns are separated by commas in a .csv file, by tabs in a .tsv file"
 
 
 def _without(field: str) -> str:

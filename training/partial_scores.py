@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,12 +36,8 @@ class PartialScores:
         self._columns = columns
         self._scores: dict[int, Scores] = {}
         self._file = _open_alone(path)
-        heading = {"key": key, "rows": rows, "columns": columns}
-        kept = self._read(heading)
-        self._file.truncate(kept)
-        self._file.seek(kept)
-        if not kept:
-            self._append([heading])
+        self._heading = {"key": key, "rows": rows, "columns": columns}
+        self._keep(self._read())
 
     def __enter__(self) -> "PartialScores":
         return self
@@ -61,6 +58,11 @@ class PartialScores:
         self._append([[place, score.log_normaliser, *score.margins] for place, score in pairs])
         self._scores.update(pairs)
 
+    def begin_anew(self) -> None:
+        """Forgets all scores."""
+        self._scores.clear()
+        self._keep(0)
+
     def arrays(self, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Returns all margins `[rows, k]` and log-normalisers `[rows]`, fp32 as the engine's."""
         ordered = [self._scores[place] for place in range(rows)]
@@ -71,15 +73,21 @@ class PartialScores:
         """Removes the file: what it held is saved elsewhere."""
         self._path.unlink(missing_ok=True)
 
+    def _keep(self, size: int) -> None:
+        self._file.truncate(size)
+        self._file.seek(size)
+        if not size:
+            self._append([self._heading])
+
     def _append(self, lines: Sequence[Any]) -> None:
         self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self, heading: dict[str, Any]) -> int:
+    def _read(self) -> int:
         """Takes up the scores of the same key; returns how many bytes of the file are good."""
         first, *lines = self._file.read().splitlines(keepends=True) or [b""]
-        if _parsed(first) != heading:
+        if _parsed(first) != self._heading:
             return 0
         good = len(first)
         for line in lines:
@@ -90,6 +98,14 @@ class PartialScores:
             self._scores[place] = Scores(tuple(margins), log_normaliser)
             good += len(line)
         return good
+
+
+def remove_partial(path: Path, key: str) -> None:
+    """Removes the scores of a job that is finished; those of another job stay."""
+    with suppress(OSError), path.open("rb") as file:
+        heading = _parsed(file.readline())
+        if isinstance(heading, dict) and heading.get("key") == key:
+            path.unlink()
 
 
 def _open_alone(path: Path) -> IO[bytes]:

@@ -96,19 +96,29 @@ def read_prompts(files: PromptFiles, names: Sequence[str]) -> list[Row]:
         names: The checkpoint's categories.
 
     Raises:
-        ConfigError: A row is wrong, or a category has too few prompts.
+        ConfigError: A row is wrong, a prompt has two categories, a label is mapped to an unknown
+            one, or a category has too few prompts.
     """
     known: Collection[str] = names if len(names) > 1 else _Everything()
+    _check_labels(files.categories, known)
     try:
         rows = [row for source in _sources(files) for row in read_source(source, known)]
     except ConfigError as error:
         raise ConfigError(f"{error.message}{_on_the_command_line(error.message)}") from error
     if len(names) == 1:
         rows = [_of_one_category(row, names[0]) for row in rows]
+    _check_contradictions(rows)
+    where = ", ".join(str(path) for path in files.paths)
     if files.limit is not None and files.limit < len(rows):
         rows = Random(files.seed).sample(rows, files.limit)
-    _check_counts(rows, names, ", ".join(str(path) for path in files.paths))
+        where += f" (with --limit {files.limit})"
+    _check_counts(rows, names, where)
     return rows
+
+
+def repeated(rows: Sequence[Row]) -> int:
+    """Returns how many prompts say what an earlier one says."""
+    return len(rows) - len({row.prompt for row in rows})
 
 
 def identified(files: PromptFiles) -> dict[str, str]:
@@ -170,6 +180,30 @@ def _on_the_command_line(message: str) -> str:
     }
     told = [hint for sign, hint in hints.items() if sign in message]
     return f" (here: {'; '.join(told)})" if told else ""
+
+
+def _check_labels(categories: Mapping[str, str | None], known: Collection[str]) -> None:
+    for text, name in categories.items():
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"--map {text}={name}: {name!r} is none of the checkpoint's categories, "
+                f"{', '.join(known)}"
+            )
+
+
+def _check_contradictions(rows: Sequence[Row]) -> None:
+    first: dict[object, Row] = {}
+    for row in rows:
+        other = first.setdefault(row.prompt, row)
+        if other.category != row.category:
+            raise ConfigError(
+                f"{row.origin}: the prompt stands at {other.origin} too, where it is "
+                f"{_called(other)}, and here {_called(row)}; a prompt has one category"
+            )
+
+
+def _called(row: Row) -> str:
+    return "to be answered" if row.category is None else f"of the category {row.category!r}"
 
 
 def _check_counts(rows: Sequence[Row], names: Sequence[str], where: str) -> None:

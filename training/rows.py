@@ -189,6 +189,8 @@ def _reason(detail: ErrorDetails) -> str:
         return f"{where}: is missing{hint}"
     if detail["type"] == "string_too_short":
         return f"{where}: is empty{hint}"
+    if detail["type"] == "too_short":
+        return f"{where}: must be a question and what follows, the assistant's turn last"
     message = detail["msg"]
     return f"{where}: {message[0].lower()}{message[1:]}"
 

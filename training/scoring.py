@@ -11,9 +11,12 @@ import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.errors import EvaluationError
+from models.hashes import Hashes
 from training.rows import Message, Row
 
 BATCH = 256
+# Of text, in one request: a quarter of what a server reads at most, if its operator says nothing.
+BATCH_BYTES = 8 * 2**20
 BATCHES_AT_ONCE = 3
 TIMEOUT_S = 600
 ATTEMPTS = 3
@@ -72,6 +75,7 @@ class _Named(_Foreign):
 
 class _Categories(_Foreign):
     data: tuple[_Named, ...]
+    hashes: Hashes
 
 
 class _Model(_Foreign):
@@ -80,6 +84,18 @@ class _Model(_Foreign):
 
 class _Models(_Foreign):
     data: tuple[_Model, ...]
+
+
+class Served(NamedTuple):
+    """The checkpoint that a server serves.
+
+    Attributes:
+        names: Its categories in manifest order.
+        hashes: What it is.
+    """
+
+    names: tuple[str, ...]
+    hashes: Hashes
 
 
 class ScoringClient:
@@ -92,15 +108,15 @@ class ScoringClient:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def categories(self) -> list[str]:
-        """Returns the served checkpoint's category names in manifest order.
+    async def served(self) -> Served:
+        """Returns what checkpoint is served.
 
         Raises:
             EvaluationError: The server does not answer, or is no Rheostat server.
         """
-        answer = await self._send("GET", "/v1/refusal/categories")
-        page = self._parse(_Categories, answer, "a list of refusal categories")
-        return [entry.name for entry in page.data]
+        answer = await self._send("GET", "/v1/refusal/categories?hashes=true")
+        page = self._parse(_Categories, answer, "refusal categories and the checkpoint's hashes")
+        return Served(tuple(entry.name for entry in page.data), page.hashes)
 
     async def score(
         self,
@@ -133,12 +149,15 @@ class ScoringClient:
                 body = {"model": models[0].id, "inputs": inputs}
                 try:
                     answer = await self._send("POST", "/v1/refusal/score", body)
-                except _WrongInput as error:
-                    origin = rows[places[error.place]].origin
+                except EvaluationError as error:
+                    place = error.place if isinstance(error, _WrongInput) else 0
+                    if len(places) > 1 and not isinstance(error, _WrongInput):
+                        raise
+                    origin = rows[places[place]].origin
                     raise EvaluationError(f"{origin}: {error.message}") from error
             on_scores(places, self._scores(answer, names, len(places)))
 
-        tasks = [asyncio.create_task(one(places)) for places in _batches(wanted)]
+        tasks = [asyncio.create_task(one(places)) for places in _batches(rows, wanted)]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -201,9 +220,18 @@ class ScoringClient:
         )
 
 
-def _batches(wanted: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(wanted), BATCH):
-        yield wanted[start : start + BATCH]
+def _batches(rows: Sequence[Row], wanted: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    held = 0
+    for place in wanted:
+        size = sum(len(turn.content.encode()) for turn in rows[place].prompt)
+        if batch and (len(batch) == BATCH or held + size > BATCH_BYTES):
+            yield batch
+            batch, held = [], 0
+        batch.append(place)
+        held += size
+    if batch:
+        yield batch
 
 
 def _messages(turns: Sequence[Message]) -> list[dict[str, Any]]:

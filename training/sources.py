@@ -15,6 +15,8 @@ from training.formats import FORMATS, Values, cells_as_values, check_columns
 from training.rows import BadRow, Record, Refused, Row, checked, complaint
 
 CHUNK_BYTES = 1 << 20
+# A prompt may be a long document; Python's own limit of a cell is 128 KiB.
+LARGEST_CELL = 1 << 30
 
 
 class Reading(NamedTuple):
@@ -168,6 +170,7 @@ def _json_list(path: Path, source: Source) -> Iterator[Record]:
 
 def _delimited(path: Path, source: Source) -> Iterator[Record]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(LARGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:

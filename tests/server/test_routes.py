@@ -22,7 +22,7 @@ class FakeEngine:
 
 def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
     app = FastAPI()
-    app.include_router(build_router(MANIFEST, engine, calibrations(*names)))
+    app.include_router(build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES))
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(
@@ -53,6 +53,12 @@ def test_categories_are_listed_in_manifest_order() -> None:
             },
         ],
     }
+
+
+def test_categories_say_on_demand_what_the_checkpoint_is() -> None:
+    answer = get("/v1/refusal/categories?hashes=true", FakeEngine())
+    assert answer.json()["hashes"] == HASHES.model_dump()
+    assert len(answer.json()["data"]) == 2
 
 
 def test_calibration_has_its_curves_and_says_what_it_is_bound_to() -> None:

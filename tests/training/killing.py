@@ -1,15 +1,18 @@
-"""Training runs that are killed by SIGKILL at a chosen moment, in processes of their own."""
+"""Runs that are killed by SIGKILL at a chosen moment, in processes of their own."""
 
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SPAWN = multiprocessing.get_context("forkserver")
 # The server imports once what each run would import for seconds.
-SPAWN.set_forkserver_preload(["training.train", "training.assembly", "training.plots"])
+SPAWN.set_forkserver_preload(
+    ["training.train", "training.assembly", "training.plots", "training.calibrate"]
+)
 CHANGES = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
 LIMIT_S = 120
 
@@ -25,28 +28,59 @@ def run(values: dict[str, Any], out: Path, kill_at: int | None = None) -> tuple[
     Returns:
         The process's exit code, and how often it touched the folder.
     """
+    return _watched(_train, (values, out), f"{out}.partial", kill_at)
+
+
+def run_calibration(job: Any, kill_at: int | None = None) -> tuple[int, int]:
+    """Calibrates in another process.
+
+    Args:
+        job: A `training.calibrate.Job` with a folder of its own.
+        kill_at: As for `run`.
+
+    Returns:
+        As of `run`.
+    """
+    return _watched(_calibrate, (job,), str(job.folder), kill_at)
+
+
+def _watched(
+    act: Callable[..., None], args: tuple[Any, ...], place: str, kill_at: int | None
+) -> tuple[int, int]:
     touched = SPAWN.Value("i", 0)
-    process = SPAWN.Process(target=_train, args=(values, out, kill_at, touched))
+    process = SPAWN.Process(target=_act, args=(act, args, place, kill_at, touched))
     process.start()
     process.join(LIMIT_S)
-    assert process.exitcode is not None, "the training did not end"
+    assert process.exitcode is not None, "the run did not end"
     return process.exitcode, touched.value
 
 
-def _train(values: dict[str, Any], out: Path, kill_at: int | None, touched: Any) -> None:
+def _act(
+    act: Callable[..., None], args: tuple[Any, ...], place: str, kill_at: int | None, touched: Any
+) -> None:
+    def watch(event: str, about: tuple[Any, ...]) -> None:
+        if event in CHANGES and about and place in str(about[0]):
+            touched.value += 1
+            if touched.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    act(*args)
+
+
+def _train(values: dict[str, Any], out: Path) -> None:
     import torch
 
     from training.config import TrainConfig
     from training.train import train
 
     torch.set_num_threads(1)
-    partial = f"{out}.partial"
-
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        if event in CHANGES and args and partial in str(args[0]):
-            touched.value += 1
-            if touched.value == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
     train(TrainConfig.model_validate(values), out)
+
+
+def _calibrate(job: Any) -> None:
+    from rich.console import Console
+
+    from training.calibrate import calibrate
+
+    calibrate(job, Console(stderr=True))

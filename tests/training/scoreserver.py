@@ -5,7 +5,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from models.hashes import checkpoint_hashes
 
 NAMES = ("safety", "humanizing")
 WORDS = {"safety": "steal", "humanizing": "love"}
@@ -51,19 +54,23 @@ class ScoreServer:
 
 @contextmanager
 def score_server(
-    names: tuple[str, ...] = NAMES, spoil: Spoil | None = None
+    model: Path, names: tuple[str, ...] = NAMES, spoil: Spoil | None = None
 ) -> Iterator[ScoreServer]:
     """Runs one on loopback.
 
     Args:
+        model: The checkpoint that it says it serves.
         names: The categories that it says it has.
         spoil: Given a body and how many came before it, what is answered instead.
     """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            data = [{"id": "m"}] if self.path == "/v1/models" else [{"name": n} for n in names]
-            self._answer(200, {"data": data})
+            if self.path == "/v1/models":
+                self._answer(200, {"data": [{"id": "m"}]})
+            else:
+                listed = [{"name": name} for name in names]
+                self._answer(200, {"data": listed, "hashes": hashes})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -83,6 +90,7 @@ def score_server(
         def log_message(self, *_: object) -> None:
             """Says nothing."""
 
+    hashes = checkpoint_hashes(model).model_dump()
     lock = threading.Lock()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         seen = ScoreServer(server.server_port)

@@ -1,10 +1,8 @@
 import json
+import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from models.calibration import Calibration, load_calibration
+from models.calibration import Calibration, list_calibrations, load_calibration
 from models.errors import CheckpointError, ConfigError, EvaluationError
 from models.hashes import checkpoint_hashes
 from models.histogram import PolicyMargins, RecordedMargins, histogram, save_margins
@@ -22,6 +20,7 @@ from models.manifest import save_manifest
 from models.tokens import add_control_tokens
 from rheostat import app
 from tests.toy import byte_tokenizer, tiny_model
+from tests.training.killing import run_calibration
 from tests.training.scoreserver import NAMES, Body, ScoreServer, margins_of, score_server, scored
 from training import scoring
 from training.calibrate import Job, Measured, calibrate
@@ -37,8 +36,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server() -> Iterator[ScoreServer]:
-    with score_server() as running:
+def server(toy: Path) -> Iterator[ScoreServer]:
+    with score_server(toy) as running:
         yield running
 
 
@@ -70,7 +69,7 @@ def _job(toy: Path, tmp_path: Path, url: str, rows: list[dict[str, Any]] | None 
 
 
 def _spoiled(job: Job, spoil: Any) -> Measured:
-    with score_server(spoil=spoil) as server:
+    with score_server(job.model, spoil=spoil) as server:
         return calibrate(replace(job, url=server.url), QUIET)
 
 
@@ -132,7 +131,9 @@ def test_finished_calibration_is_kept_and_another_is_not_overwritten(
     assert "is there already" in again.sentence()
     assert len(server.batches) == asked
     other = _job(toy, tmp_path, server.url, _prompts(40))
-    with pytest.raises(ConfigError, match=r"default.safetensors was measured on .*--force"):
+    with pytest.raises(
+        ConfigError, match=r"default.safetensors was measured on different prompts.*--force"
+    ):
         calibrate(other, QUIET)
     assert calibrate(replace(other, force=True), QUIET).scored == 120
     assert calibrate(replace(other, name="kiosk"), QUIET).path.name == "kiosk.safetensors"
@@ -172,29 +173,55 @@ def test_partial_results_of_other_data_are_not_taken(
     assert calibrate(_job(toy, tmp_path, server.url, _prompts(31)), QUIET).scored == 93
 
 
-def _slowly(_: Body, before: int) -> None:
-    time.sleep(0.15 if before else 0)
+def test_kill_at_any_change_of_a_file_leaves_a_run_that_goes_on(
+    toy: Path, tmp_path: Path, server: ScoreServer
+) -> None:
+    job = _job(toy, tmp_path, server.url, _prompts(100))
+    wanted = [[margins_of(row["prompt"])[name] for name in NAMES] for row in _prompts(100)]
+    code, touches = run_calibration(replace(job, out=tmp_path / "whole"))
+    assert code == 0
+    # The folder, the scores, the calibration beside its place and in it, the scores' removal.
+    assert touches >= 5
+    for kill_at in range(1, touches + 1):
+        killed = replace(job, out=tmp_path / str(kill_at))
+        assert run_calibration(killed, kill_at) == (-signal.SIGKILL, kill_at)
+        found = list_calibrations(killed.folder)
+        assert all(
+            load_calibration(path).prompts == {"safety": 100, "humanizing": 100}
+            for path in found.values()
+        )
+        measured = calibrate(killed, QUIET)
+        np.testing.assert_array_equal(measured.calibration.margins, np.array(wanted, np.float32))
+        assert [path.name for path in measured.path.parent.iterdir()] == ["default.safetensors"]
 
 
-def test_kill_at_any_moment_leaves_a_run_that_goes_on(toy: Path, tmp_path: Path) -> None:
-    job = _job(toy, tmp_path, "", _prompts(1000))
-    partial = tmp_path / "out" / "calibrations" / "default.partial.jsonl"
-    with ExitStack() as stack:
-        slow = stack.enter_context(score_server(spoil=_slowly))
-        process = subprocess.Popen(_command(toy, tmp_path, slow.url), cwd=ROOT)
-        try:
-            while not (partial.exists() and partial.stat().st_size > 1000):
-                assert process.poll() is None, "it ended before it was killed"
-                time.sleep(0.01)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert not (partial.parent / "default.safetensors").exists()
-    with score_server() as server:
-        measured = calibrate(replace(job, url=server.url), QUIET)
-    assert 0 < measured.scored < 3000
-    wanted = [[margins_of(row["prompt"])[name] for name in NAMES] for row in _prompts(1000)]
-    np.testing.assert_array_equal(measured.calibration.margins, np.array(wanted, np.float32))
+def test_what_a_killed_write_left_is_removed(
+    toy: Path, tmp_path: Path, server: ScoreServer
+) -> None:
+    job = _job(toy, tmp_path, server.url)
+    folder = job.folder / "calibrations"
+    folder.mkdir(parents=True)
+    for name in ("default.safetensors.77.partial", "kiosk.safetensors.77.partial"):
+        (folder / name).write_bytes(b"half")
+    calibrate(job, QUIET)
+    # The other calibration's may be in the making.
+    assert {path.name for path in folder.iterdir()} == {
+        "default.safetensors",
+        "kiosk.safetensors.77.partial",
+    }
+
+
+def test_force_measures_anew_what_was_killed_between_writing_and_tidying(
+    toy: Path, tmp_path: Path, server: ScoreServer
+) -> None:
+    job = _job(toy, tmp_path, server.url)
+    _, touches = run_calibration(replace(job, out=tmp_path / "whole"))
+    # The last thing that a run does is to remove its scores.
+    run_calibration(job, touches)
+    partial = job.folder / "calibrations" / "default.partial.jsonl"
+    assert partial.exists()
+    assert calibrate(replace(job, force=True), QUIET).scored == 90
+    assert not partial.exists()
 
 
 def _command(toy: Path, tmp_path: Path, url: str) -> list[str]:
@@ -268,10 +295,75 @@ def test_server_that_answers_something_else_is_not_ours(
 
 def test_server_of_another_checkpoint_is_refused(toy: Path, tmp_path: Path) -> None:
     with (
-        score_server(names=("safety",)) as other,
+        score_server(toy, names=("safety",)) as other,
         pytest.raises(EvaluationError, match="serves a checkpoint of the categories safety, not"),
     ):
         calibrate(_job(toy, tmp_path, other.url), QUIET)
+
+
+@pytest.mark.parametrize("what", ["weights", "template", "tokenizer"])
+def test_server_of_something_else_with_the_same_categories_is_refused_with_both_hashes(
+    toy: Path, tmp_path: Path, what: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(toy, other)
+    name = {"weights": "more.safetensors", "template": "chat_template.jinja"}.get(what)
+    (other / (name or "merges.txt")).write_text("something else")
+    ours, theirs = (getattr(checkpoint_hashes(folder), what)[:12] for folder in (toy, other))
+    with (
+        score_server(other) as server,
+        pytest.raises(EvaluationError, match=f"the {what} {theirs}, not the .* {what} is {ours}"),
+    ):
+        calibrate(_job(toy, tmp_path, server.url), QUIET)
+    assert not server.batches
+
+
+def test_same_file_read_in_another_way_is_another_calibration(
+    toy: Path, tmp_path: Path, server: ScoreServer
+) -> None:
+    rows = [{**row, "reworded": row["prompt"].upper()} for row in _prompts()]
+    job = _job(toy, tmp_path, server.url, rows)
+    calibrate(job, QUIET)
+    reworded = replace(job, prompts=replace(job.prompts, columns={"prompt": "reworded"}))
+    for other in (reworded, replace(job, flags=("--dtype", "bfloat16"))):
+        with pytest.raises(ConfigError, match=r"the same files read in a different way.*--force"):
+            calibrate(other, QUIET)
+
+
+def test_repeated_prompts_are_told(toy: Path, tmp_path: Path, server: ScoreServer) -> None:
+    rows = _prompts() + _prompts()[:3]
+    measured = calibrate(_job(toy, tmp_path, server.url, rows), QUIET)
+    assert "; 3 repeat an earlier one" in measured.sentence()
+    assert len(measured.calibration.category) == 93
+
+
+def test_long_prompts_travel_in_smaller_batches(
+    toy: Path, tmp_path: Path, server: ScoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "BATCH_BYTES", 1000)
+    rows = [{"prompt": f"{'x' * 400} {n}", "category": None} for n in range(5)]
+    rows.append({"prompt": "y" * 4000, "category": None})
+    calibrate(_job(toy, tmp_path, server.url, rows + _prompts()), QUIET)
+    sizes = [sum(len(e["messages"][-1]["content"]) for e in b["inputs"]) for b in server.batches]
+    assert sorted(sizes)[-1] == 4000
+    assert all(size <= 1000 for size in sorted(sizes)[:-1])
+
+
+def test_prompt_too_large_for_a_request_is_named(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "BATCH_BYTES", 1000)
+    rows = [*_prompts(), {"prompt": "x" * 5000, "category": None}]
+
+    def limited(body: Body, _: int) -> tuple[int, Body] | None:
+        large = any(len(e["messages"][-1]["content"]) > 4000 for e in body["inputs"])
+        return (413, {"error": {"message": "the body is too large"}}) if large else None
+
+    with (
+        score_server(toy, spoil=limited) as server,
+        pytest.raises(EvaluationError, match=r"prompts.jsonl:91: .* 413: the body is too large"),
+    ):
+        calibrate(_job(toy, tmp_path, server.url, rows), QUIET)
 
 
 def test_silent_server_is_one_clear_error(
@@ -314,7 +406,7 @@ def test_single_token_checkpoint_takes_every_refusal_as_its_own(tmp_path: Path) 
         ]
         return 200, {"data": data}
 
-    with score_server(("refuse",), answer) as server:
+    with score_server(single, ("refuse",), answer) as server:
         measured = calibrate(_job(single, tmp_path, server.url), QUIET)
 
     assert measured.calibration.prompts == {"refuse": 60}

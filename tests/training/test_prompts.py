@@ -11,6 +11,7 @@ from training.prompts import (
     identified,
     labels,
     read_prompts,
+    repeated,
 )
 
 NAMES = ("safety", "humanizing")
@@ -49,7 +50,7 @@ def test_csv_is_read_through_columns_and_labels(tmp_path: Path) -> None:
             r"'harmful' is unknown; known are safety, humanizing(.|\n)*--map LABEL=CATEGORY",
         ),
         ({"columns": {"question": "prompt"}}, r"--column: columns.question.*: Input should be"),
-        ({"categories": {"a": "No Name"}}, r"--map: categories.a: "),
+        ({"categories": {"a": "rude"}}, r"--map a=rude: 'rude' is none of .*safety, humanizing"),
     ],
 )
 def test_wrong_mapping_says_what_to_write_on_the_command_line(
@@ -98,3 +99,33 @@ def test_format_is_one_of_three() -> None:
     assert checked_format("coconot") == "coconot"
     with pytest.raises(ConfigError, match="--format 'csv': must be one of rows, chat, coconot"):
         checked_format("csv")
+
+
+def _rows(path: Path, *more: tuple[str, str | None]) -> Path:
+    rows = [(f"{name} {n}?", name) for name in NAMES for n in range(20)]
+    lines = [json.dumps({"prompt": text, "category": name}) for text, name in (*rows, *more)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_prompt_of_two_categories_names_both_places(tmp_path: Path) -> None:
+    path = _rows(tmp_path / "ours.jsonl", ("safety 3?", None))
+    with pytest.raises(
+        ConfigError,
+        match=r"ours.jsonl:41: the prompt stands at .*ours.jsonl:4 too, where it is of the "
+        r"category 'safety', and here to be answered",
+    ):
+        read_prompts(PromptFiles((path,)), NAMES)
+
+
+def test_repeated_prompts_count_as_often_as_they_occur(tmp_path: Path) -> None:
+    path = _rows(tmp_path / "ours.jsonl", ("safety 3?", "safety"), ("safety 3?", "safety"))
+    rows = read_prompts(PromptFiles((path,)), NAMES)
+    assert len(rows) == 42
+    assert repeated(rows) == 2
+
+
+def test_too_few_prompts_after_a_limit_say_so(tmp_path: Path) -> None:
+    files = PromptFiles((_rows(tmp_path / "ours.jsonl"),), limit=25)
+    with pytest.raises(ConfigError, match=r"ours.jsonl \(with --limit 25\): \d+ prompts of"):
+        read_prompts(files, NAMES)

@@ -186,7 +186,8 @@ def test_file_of_bad_rows_only_is_an_error_even_so(write: Write) -> None:
     ("name", "text", "reason"),
     [
         ("rows.txt", "a", "is of an unknown kind; the ending must be one of .jsonl"),
-        ("rows.csv", "", "has no column 'prompt'"),
+        ("rows.csv", "", "is empty; its first line must name the columns"),
+        ("rows.csv", "prompt;category;response\n", "columns are separated by commas in a .csv"),
         ("rows.csv", "prompt,prompt\n", "the column 'prompt' stands there twice"),
         ("rows.csv", 'prompt,category,response\na,safety,"b"c\n', "is no CSV"),
         ("rows.csv", "prompt,category,response\n", "holds no rows"),
@@ -205,6 +206,19 @@ def test_unreadable_file_is_one_line(write: Write, name: str, text: str, reason:
     assert complaint.startswith(path)
     assert reason in complaint
     assert "\n" not in complaint
+
+
+def test_cell_may_hold_a_long_document(write: Write) -> None:
+    text = "Sum this up: " + "x" * 300_000
+    path = write("rows.csv", f"prompt,category,response\n{text},safety,No.\n")
+    assert _read(path=path)[0].prompt[0].content == text
+
+
+def test_conversation_without_the_assistants_turn_says_what_is_missing(write: Write) -> None:
+    path = write("rows.jsonl", '{"messages": [{"role": "user", "content": "Hello?"}]}\n')
+    assert "messages: must be a question and what follows, the assistant's turn last" in (
+        _complaint(path=path)
+    )
 
 
 def test_file_of_another_encoding_says_so(tmp_path: Path) -> None:
