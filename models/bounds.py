@@ -7,7 +7,6 @@ come are exchangeable; no normal approximation is made anywhere.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ CONFIDENCE = 0.95
 _ERROR = 1.0 - CONFIDENCE
 # Guards floor(alpha * n) against products such as 0.29 * 100 = 28.999999999999996.
 _ULPS = 1e-9
+_NEWTON_STEPS = 60
 
 Doubles = npt.NDArray[np.float64]
 
@@ -70,12 +70,10 @@ def refusals_allowed(n: int, limit: float) -> int:
     """
     from scipy.special import bdtr
 
-    def certified(r: int) -> bool:
-        return bool(bdtr(r, n, limit) <= _ERROR) and _next_sample_exceeds(r, n, limit) <= _ERROR
-
-    # What the normal approximation says of the second condition; only where the search starts.
-    spread = math.sqrt(2 * n * limit * (1 - limit))
-    return _last_true(certified, n - 1, start=int(limit * n - 1.645 * spread))
+    r = int(np.searchsorted(_next_sample_exceeds(n, limit), _ERROR, side="right")) - 1
+    while r >= 0 and bdtr(r, n, limit) > _ERROR:
+        r -= 1
+    return r
 
 
 @lru_cache(maxsize=4096)
@@ -129,19 +127,23 @@ def _last_true(holds: Callable[[int], bool], largest: int, *, start: int) -> int
     return low
 
 
-def _next_sample_exceeds(r: int, n: int, limit: float) -> float:
-    drawn = r + math.floor(limit * n + _ULPS) + 1
+def _next_sample_exceeds(n: int, limit: float) -> Doubles:
+    """Returns the second statement's chance for r = 0, 1, ..., as far as r may matter.
+
+    With x = floor(limit * n) + 1, more than the limit lie above the (r + 1)-th largest of the
+    calibration exactly if at most r of its prompts come before the x-th of the others. That i of
+    them do has the probability C(x - 1 + i, i) * C(2n - x - i, n - i) / C(2n, n), whatever r is.
+    """
+    x = math.floor(limit * n + _ULPS) + 1
+    if x > n:
+        return np.zeros(n)
     factorials = _log_factorials(n)
-    i = np.arange(max(0, drawn - n), r + 1)
-    if not len(i):
-        return 0.0
-
-    def choose_from_n(part: npt.NDArray[Any]) -> Doubles:
-        chosen: Doubles = factorials[n] - factorials[part] - factorials[n - part]
-        return chosen
-
-    every = factorials[2 * n] - factorials[drawn] - factorials[2 * n - drawn]
-    return float(np.exp(choose_from_n(i) + choose_from_n(drawn - i) - every).sum())
+    i = np.arange(min(x, n))
+    before = factorials[x - 1 : x - 1 + len(i)] - factorials[i] - factorials[x - 1]
+    after = factorials[2 * n - x - i] - factorials[n - i] - factorials[n - x]
+    every = factorials[2 * n] - 2 * factorials[n]
+    chances: Doubles = np.exp(before + after - every).cumsum()
+    return chances
 
 
 @lru_cache(maxsize=64)
@@ -153,15 +155,22 @@ def _log_factorials(n: int) -> Doubles:
 
 
 def _hoeffding(n: int, limit: float) -> float:
-    def p_value(mean: float) -> float:
-        divergence = (1 - mean) * math.log((1 - mean) / (1 - limit))
-        divergence += mean * math.log(mean / limit) if mean else 0.0
-        return math.exp(-n * divergence)
-
-    if p_value(0.0) > _ERROR:
+    """Returns the mean whose divergence from the limit is ln(20) / n, or -1 where 0 is too near."""
+    needed = -math.log(_ERROR) / n
+    if -math.log1p(-limit) < needed:
         return -1.0
-    low, high = 0.0, limit
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if p_value(middle) <= _ERROR else (low, middle)
-    return low
+
+    def excess(mean: float) -> float:
+        divergence = (1 - mean) * math.log((1 - mean) / (1 - limit))
+        return divergence + mean * math.log(mean / limit) - needed
+
+    # Convex and falling in the mean: from wherever it starts, Newton's method comes to the root
+    # from below, where the bound holds.
+    mean = limit / 2
+    for _ in range(_NEWTON_STEPS):
+        slope = math.log(mean / limit) - math.log((1 - mean) / (1 - limit))
+        step = -excess(mean) / slope
+        mean = mean + step if mean + step > 0 else mean / 8
+        if abs(step) < _ULPS * limit and excess(mean) >= 0:
+            break
+    return mean

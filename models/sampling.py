@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from models.calibration import BENIGN, Calibration
-from models.thresholds import Doubles, grouped
+from models.thresholds import Doubles, Layout
 
 Scaled = npt.NDArray[np.float64]
 
@@ -22,6 +21,9 @@ _LARGEST = 340.0
 # The same for Newton, which must be able to tell: the top prompt is refused with exp(-9).
 _NEGLIGIBLE = 9.0
 _TOLERANCE = 2e-5
+_TINY = 1e-15
+_RISE_STEPS = 100
+_RISE_WITHIN = 1e-6
 _NEWTON_STEPS = 25
 _SWEEPS = 60
 # Keeps a root on the safe side of the fp32 that is sent, in temperatures.
@@ -37,10 +39,21 @@ class _Prompts:
             exponential a prompt at every step.
     """
 
-    def __init__(self, margins: npt.NDArray[np.float32], temperature: float) -> None:
-        self.scaled: Scaled = np.ascontiguousarray(margins) / np.float64(temperature)
-        small = not self.scaled.size or float(abs(self.scaled).max()) < _LARGEST
-        self.exponentials = np.exp(self.scaled) if small else None
+    def __init__(self, scaled: Scaled, exponentials: Scaled | None) -> None:
+        self.scaled = scaled
+        self.exponentials = exponentials
+
+    @classmethod
+    def at(cls, margins: npt.NDArray[np.float32], temperature: float) -> "_Prompts":
+        """Returns the prompts of ``[k, n]`` margins."""
+        scaled: Scaled = margins / np.float64(temperature)
+        small = not scaled.size or float(abs(scaled).max()) < _LARGEST
+        return cls(scaled, np.exp(scaled) if small else None)
+
+    def part(self, start: int, end: int) -> "_Prompts":
+        """Returns some of them."""
+        exponentials = None if self.exponentials is None else self.exponentials[:, start:end]
+        return _Prompts(self.scaled[:, start:end], exponentials)
 
     @property
     def count(self) -> int:
@@ -51,30 +64,32 @@ class _Prompts:
         """Returns each prompt's sum of the tokens' weights, ``[n]``.
 
         Args:
-            offsets: ``[k]``, biases over the temperature, none of them ``+inf``.
+            offsets: ``[k]``, biases over the temperature.
         """
         weights: Doubles = (
-            np.add.reduce(self._each(offsets), axis=0)
+            np.add.reduce(self.each(offsets), axis=0)
             if self.exponentials is None
             else np.exp(np.minimum(offsets, _LARGEST)) @ self.exponentials
         )
         return weights
 
-    def shares(self, offsets: Doubles, factor: Doubles) -> Doubles:
-        """Returns each token's weights times a factor a prompt, summed over the prompts, ``[k]``.
-
-        Args:
-            offsets: As for ``weights``.
-            factor: ``[n]``.
-        """
-        if self.exponentials is None:
-            return self._each(offsets) @ factor
-        shares: Doubles = (self.exponentials @ factor) * np.exp(np.minimum(offsets, _LARGEST))
-        return shares
-
-    def _each(self, offsets: Doubles) -> Doubles:
+    def each(self, offsets: Doubles) -> Doubles:
+        """Returns each token's own weights, ``[k, n]``."""
+        if self.exponentials is not None:
+            factors: Doubles = np.exp(np.minimum(offsets, _LARGEST))
+            return self.exponentials * factors[:, None]
         weights: Doubles = np.exp(np.minimum(self.scaled + offsets[:, None], _LARGEST))
         return weights
+
+    def together(self, tokens: list[int]) -> Doubles:
+        """Returns the log of the summed weights of some tokens without bias, ``[n]``."""
+        if self.exponentials is not None:
+            summed: Doubles = np.log(self.exponentials[tokens].sum(axis=0))
+            return summed
+        moving = self.scaled[tokens]
+        highest = moving.max(axis=0)
+        log_sum: Doubles = np.log(np.exp(moving - highest).sum(axis=0)) + highest
+        return log_sum
 
 
 class SampleRule:
@@ -86,11 +101,28 @@ class SampleRule:
         benign: The benign prompts.
     """
 
-    def __init__(self, calibration: Calibration, temperature: float) -> None:
+    def __init__(self, layout: Layout[np.float32], temperature: float) -> None:
         self.temperature = temperature
-        groups = grouped(calibration.margins, calibration.category)
-        self.groups = [_Prompts(group, temperature) for group in groups]
-        self.benign = _Prompts(calibration.margins[calibration.category == BENIGN].T, temperature)
+        self._layout = layout
+        self._all = _Prompts.at(layout.scores, temperature)
+        starts, count = layout.starts.tolist(), len(layout.groups)
+        own = self._all.count - layout.benign.shape[1]
+        self._own = self._all.part(0, own)
+        ends = [*starts[1:count], own]
+        self.groups = [self._all.part(a, b) for a, b in zip(starts[:count], ends, strict=True)]
+        self.benign = self._all.part(own, self._all.count)
+
+    def shares(self, bias: Doubles) -> Doubles:
+        """Returns which share any token refuses: of each category's prompts, and of the benign."""
+        weights = self._all.weights(bias / self.temperature)
+        refused = weights / (1 + weights)
+        return np.add.reduceat(refused, self._layout.starts) / self._layout.sizes
+
+    def own_falses(self, bias: Doubles) -> Doubles:
+        """Returns the share of the benign prompts that each category refuses with others off."""
+        weights = self.benign.each(bias / self.temperature)
+        shares: Doubles = (weights / (1 + weights)).sum(axis=1) / self.benign.count
+        return shares
 
     def rate(self, category: int, bias: Doubles) -> float:
         """Returns the expected share of a category's prompts that any token refuses."""
@@ -132,10 +164,7 @@ class SampleRule:
         if self._share(self.benign, held) >= limit:
             return None
         others = 1 + self.benign.weights(held / self.temperature)
-        moving = self.benign.scaled[free]
-        highest = moving.max(axis=0)
-        together = np.log(np.exp(moving - highest).sum(axis=0)) + highest
-        return self._rise(together, others, limit)
+        return self._rise(self.benign.together(free), others, limit)
 
     def span(self, category: int) -> tuple[float, float]:
         """Returns the biases between which a category's rates go from nearly 0 to nearly 1."""
@@ -153,7 +182,7 @@ class SampleRule:
             rates: What is asked for, by category index.
             bias: ``[k]``, what the others have, and where to start; ``alone`` gives a start.
         """
-        if (np.delete(bias, list(rates)) == math.inf).any():
+        if any(value == math.inf for c, value in enumerate(bias.tolist()) if c not in rates):
             return self._with(bias, dict.fromkeys(rates, -math.inf))
         # No n prompts tell a rate of 1 from one that is half a prompt less.
         wanted = {
@@ -174,8 +203,8 @@ class SampleRule:
     def _share(self, prompts: _Prompts, bias: Doubles) -> float:
         if (bias == math.inf).any():
             return 1.0
-        weights = prompts.weights(bias / self.temperature)
-        return float((weights / (1 + weights)).mean())
+        respond = 1 / (1 + prompts.weights(bias / self.temperature))
+        return 1 - float(respond.sum()) / prompts.count
 
     def _newton(self, rates: Mapping[int, float], start: Doubles) -> Doubles | None:
         """Solves in the log-odds of the rates, which are nearly linear in the biases."""
@@ -203,15 +232,14 @@ class SampleRule:
         return None
 
     def _shares_and_slopes(self, active: list[int], bias: Doubles) -> tuple[Doubles, Doubles]:
-        shares = np.empty(len(active))
-        slopes = np.empty((len(active), len(active)))
-        for row, c in enumerate(active):
-            prompts, offsets = self.groups[c], bias / self.temperature
-            respond = 1 / (1 + prompts.weights(offsets))
-            shares[row] = 1 - respond.mean()
-            slopes[row] = prompts.shares(offsets, respond * respond)[active]
-            slopes[row] /= len(respond) * self.temperature
-        return shares, slopes
+        starts = self._layout.starts[: len(self.groups)]
+        sizes = self._layout.sizes[: len(self.groups)]
+        each = self._own.each(bias / self.temperature)
+        respond = 1 / (1 + np.add.reduce(each, axis=0))
+        shares = 1 - np.add.reduceat(respond, starts) / sizes
+        each *= respond * respond
+        slopes = np.add.reduceat(each, starts, axis=1).T / (sizes * self.temperature)[:, None]
+        return shares[active], slopes[np.ix_(active, active)]
 
     def _checked(
         self, rates: Mapping[int, float], active: list[int], bias: Doubles
@@ -257,23 +285,26 @@ class SampleRule:
             others: ``[n]`` or one number: 1 and the weights of the other tokens.
             share: Above what the others refuse alone, below 1.
         """
-        from scipy.optimize import brentq
-
         highest = float(own.max())
         low, high = -highest - _FAR, -float(own.min()) + _FAR
         exponentials = np.exp(own - highest) if high - low < _LARGEST else None
-
-        def excess(offset: float) -> float:
+        wanted = math.log(share / (1 - share))
+        # Where the others refuse nothing, this is it but for the spread of the margins.
+        offset = -float(np.partition(own, -1 - int(share * len(own)))[-1 - int(share * len(own))])
+        for _ in range(_RISE_STEPS):
             if exponentials is None:
                 weights = np.exp(np.minimum(own + offset, _LARGEST))
             else:
                 weights = exponentials * math.exp(offset + highest)
-            refused = 1 - (1 / (others + weights)).mean()
-            return math.log(max(float(refused), 1e-300) / share)
-
-        if excess(low) >= 0:
-            return low * self.temperature
-        if excess(high) <= 0:
-            return high * self.temperature
-        root = float(brentq(excess, low, high, xtol=1e-6)) - _SAFE_SIDE
-        return float(np.float32(root * self.temperature))
+            respond = 1 / (others + weights)
+            refused = min(max(1 - float(respond.sum()) / len(own), _TINY), 1 - _TINY)
+            gap = wanted - math.log(refused / (1 - refused))
+            low, high = (offset, high) if gap > 0 else (low, offset)
+            slope = float((weights * respond) @ respond) / len(own) / (refused * (1 - refused))
+            step = gap / slope if slope > 0 else math.inf
+            if not low < offset + step < high:
+                step = (low + high) / 2 - offset
+            offset += step
+            if abs(step) < _RISE_WITHIN:
+                break
+        return float(np.float32((offset - _SAFE_SIDE) * self.temperature))

@@ -6,7 +6,7 @@ Pure: a calibration's margins and what is asked for go in, biases and what to ex
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from models.calibration import Calibration
 from models.controls import Rule
 from models.errors import RequestError
 from models.sampling import SampleRule
-from models.thresholds import Doubles, ThresholdRule, greedy_scores, paper_scores
+from models.thresholds import Doubles, Layout, ThresholdRule, greedy_scores, paper_scores
 
 Interval = tuple[float, float]
 
@@ -69,21 +69,32 @@ class Expected:
 
     Attributes:
         rate: Share of the category's own calibration prompts refused, by whichever token.
-        rate_interval: 95 % interval of that share (Clopper-Pearson).
+        prompts: How many these are.
         false_refusal_rate: Share of the benign prompts that the category's own rule refuses;
             none where the calibration has no benign prompts.
-        false_refusal_interval: Its 95 % interval.
+        benign: How many these are.
         reachable: Whether what was asked for is met: a rate within half a point (never a rate of
             1: no sample can promise that), a false refusal rate by a bound that is certified.
         asked: The rate or false refusal rate asked for, or none.
     """
 
     rate: float
-    rate_interval: Interval
+    prompts: int
     false_refusal_rate: float | None
-    false_refusal_interval: Interval | None
+    benign: int
     reachable: bool
     asked: float | None
+
+    @cached_property
+    def rate_interval(self) -> Interval:
+        """95 % interval of the rate (Clopper-Pearson)."""
+        return _interval(self.rate, self.prompts)
+
+    @cached_property
+    def false_refusal_interval(self) -> Interval | None:
+        """95 % interval of the false refusal rate."""
+        share = self.false_refusal_rate
+        return None if share is None else _interval(share, self.benign)
 
 
 @dataclass(frozen=True)
@@ -96,14 +107,18 @@ class Solution:
         expected: By category.
         total_false_refusal_rate: Share of the benign prompts refused by whichever token; none
             where the calibration has no benign prompts.
-        total_false_refusal_interval: Its 95 % interval.
     """
 
     biases: tuple[float, ...]
     selected: tuple[bool, ...]
     expected: tuple[Expected, ...]
     total_false_refusal_rate: float | None
-    total_false_refusal_interval: Interval | None
+
+    @cached_property
+    def total_false_refusal_interval(self) -> Interval | None:
+        """95 % interval of the total."""
+        share = self.total_false_refusal_rate
+        return None if share is None else _interval(share, self.expected[0].benign)
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,16 @@ def solve(
         limit = _total_limit(calibration, solver, by_index, total_false_refusal_rate)
         bias = _meet_total(calibration, solver, rates, free, bias, limit)
     return _solution(calibration, solver, by_index, selected, bias)
+
+
+def warm_up(calibration: Calibration) -> None:
+    """Does once what every first solve on a calibration would do: imports, and sorting."""
+    first = calibration.names[0]
+    for rule in (Rule.GREEDY, Rule.SAMPLE):
+        solution = solve(calibration, {first: Target(rate=0.5)}, rule=rule, temperature=1.0)
+        intervals(solution.expected[0].rate, 1)
+    if calibration.benign:
+        mean_allowed(calibration.benign, 0.5)
 
 
 def bias_alone(calibration: Calibration, category: str, target: Target) -> float:
@@ -282,15 +307,21 @@ def _solver(
     )
 
 
-@lru_cache(maxsize=64)
+# Temperatures come from clients: one of a hundred thousand prompts at a temperature takes 10 MB.
+@lru_cache(maxsize=32)
 def _cached_solver(
     calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
 ) -> _Solver:
     if rule is Rule.SAMPLE:
-        return SampleRule(calibration, temperature)
+        return SampleRule(_layout(calibration), temperature)
     paper = rule is Rule.PAPER
     scores = paper_scores(calibration, selected) if paper else greedy_scores(calibration)
     return ThresholdRule(scores, calibration.category)
+
+
+@lru_cache(maxsize=16)
+def _layout(calibration: Calibration) -> Layout[np.float32]:
+    return Layout(calibration.margins, calibration.category)
 
 
 def _alone(calibration: Calibration, solver: _Solver, category: int, target: Target) -> float:
@@ -359,9 +390,14 @@ def _meet_total(
                 param=_TOTAL,
             )
         bias[free] = shift
-        if not rates or np.isclose(bias, before, rtol=0, atol=_STANDSTILL).all():
+        if not rates or _stand_still(before.tolist(), bias.tolist()):
             break
     return bias
+
+
+def _stand_still(before: list[float], after: list[float]) -> bool:
+    pairs = zip(before, after, strict=True)
+    return all(old == new or abs(old - new) <= _STANDSTILL for old, new in pairs)
 
 
 def _shift(
@@ -383,31 +419,29 @@ def _solution(
     bias: Doubles,
 ) -> Solution:
     k, benign = len(bias), calibration.benign
-    rates = np.array([solver.rate(c, bias) for c in range(k)])
-    false = np.zeros(k + 1)
-    if benign:
-        false[:k] = [solver.own_false(c, float(bias[c])) for c in range(k)]
-        false[k] = solver.total_false(bias)
-    shares = np.concatenate((rates, false))
-    n = np.array([*calibration.prompts.values(), *[max(benign, 1)] * (k + 1)])
-    ends = list(zip(*(end.tolist() for end in intervals(shares * n, n)), strict=True))
+    shares = solver.shares(bias).tolist()
+    own_falses = solver.own_falses(bias).tolist() if benign else [None] * k
     return Solution(
         biases=tuple(bias.tolist()),
         selected=tuple(c in selected for c in range(k)),
         expected=tuple(
             Expected(
-                rate=float(rates[c]),
-                rate_interval=ends[c],
-                false_refusal_rate=float(false[c]) if benign else None,
-                false_refusal_interval=ends[k + c] if benign else None,
-                reachable=_reached(targets.get(c), float(rates[c])),
+                rate=shares[c],
+                prompts=calibration.prompts[name],
+                false_refusal_rate=own_falses[c],
+                benign=benign,
+                reachable=_reached(targets.get(c), shares[c]),
                 asked=_asked(targets.get(c)),
             )
-            for c in range(k)
+            for c, name in enumerate(calibration.names)
         ),
-        total_false_refusal_rate=float(false[k]) if benign else None,
-        total_false_refusal_interval=ends[2 * k] if benign else None,
+        total_false_refusal_rate=shares[k] if benign else None,
     )
+
+
+def _interval(share: float, n: int) -> Interval:
+    low, high = intervals(share * n, n)
+    return float(low), float(high)
 
 
 def _reached(target: Target | None, rate: float) -> bool:

@@ -8,7 +8,7 @@ exact sum is, so the comparison is the engine's own, to the bit.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,38 +53,65 @@ def paper_scores(calibration: Calibration, selected: Collection[int]) -> Floats:
     return scores
 
 
-def grouped(
-    scores: npt.NDArray[_Float], category: npt.NDArray[np.int64]
-) -> list[npt.NDArray[_Float]]:
-    """Returns each category's prompts, ``[k, n_c]``, columns by the category's own score, falling.
+class Layout(Generic[_Float]):
+    """Scores by category: one after the other, each by its own score, falling; benign ones last.
 
     Args:
         scores: ``[n, k]``.
         category: ``[n]``, the index of each prompt's category.
+
+    Attributes:
+        scores: ``[k, n]``, laid out.
+        groups: Each category's prompts, ``[k, n_c]``.
+        benign: The benign prompts, ``[k, n_benign]``.
+        starts: Where each of them begins that has prompts.
+        sizes: How many they are.
     """
-    by_category = [scores[category == c].T for c in range(scores.shape[1])]
-    return [
-        np.ascontiguousarray(group[:, np.argsort(-group[c], kind="stable")])
-        for c, group in enumerate(by_category)
-    ]
+
+    def __init__(self, scores: npt.NDArray[_Float], category: npt.NDArray[np.int64]) -> None:
+        k = scores.shape[1]
+        places = [np.flatnonzero(category == c) for c in (*range(k), BENIGN)]
+        for c in range(k):
+            places[c] = places[c][np.argsort(-scores[places[c], c], kind="stable")]
+        self.scores = np.ascontiguousarray(scores[np.concatenate(places)].T)
+        sizes = [len(some) for some in places if len(some)]
+        ends: npt.NDArray[np.int64] = np.cumsum(sizes, dtype=np.int64)
+        self.starts: npt.NDArray[np.int64] = ends - np.array(sizes, dtype=np.int64)
+        self.sizes = np.array(sizes, dtype=np.float64)
+        self.groups = [self.scores[:, end - n : end] for n, end in zip(sizes, ends, strict=True)]
+        self.benign = self.groups.pop() if len(sizes) > k else self.scores[:, :0]
 
 
 class ThresholdRule:
     """A calibration's scores, laid out for solving. Immutable; safe to share between threads.
 
     Attributes:
-        groups: Each category's prompts, as ``grouped`` returns them.
+        groups: Each category's prompts, as in ``Layout``.
         contenders: For each category how many of those its own token can refuse.
         benign: Scores of the benign prompts, ``[k, n_benign]`` fp32.
         benign_falling: The same, each row sorted by itself.
     """
 
     def __init__(self, scores: Floats, category: npt.NDArray[np.int64]) -> None:
-        self.groups = grouped(scores, category)
+        self._layout = Layout(scores, category)
+        self.groups = self._layout.groups
         self.contenders = [int((g[c] > _OUT).sum()) for c, g in enumerate(self.groups)]
-        self.benign = np.ascontiguousarray(scores[category == BENIGN].T)
+        self.benign = self._layout.benign
         self.benign_falling = -np.sort(-self.benign, axis=1)
         self.benign_count = int(self.benign.shape[1])
+
+    def shares(self, bias: Doubles) -> Doubles:
+        """Returns which share any token refuses: of each category's prompts, and of the benign."""
+        refused = _refused(self._layout.scores, _thresholds(bias))
+        counts = np.add.reduceat(refused, self._layout.starts, dtype=np.int64)
+        shares: Doubles = counts / self._layout.sizes
+        return shares
+
+    def own_falses(self, bias: Doubles) -> Doubles:
+        """Returns, for each category, the share of benign prompts that its own rule refuses."""
+        refused = self.benign >= _thresholds(bias)[:, None]
+        counts: npt.NDArray[np.int64] = np.count_nonzero(refused, axis=1)
+        return counts / self.benign_count
 
     def rate(self, category: int, bias: Doubles) -> float:
         """Returns the share of a category's prompts that any token refuses."""

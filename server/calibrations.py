@@ -10,7 +10,7 @@ from models.controls import Rule
 from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
-from models.solver import Solution, Target, bias_alone, curve, solve
+from models.solver import Solution, Target, bias_alone, curve, solve, warm_up
 
 MOST_SOLUTIONS = 4096
 HOW_TO = "`rheostat calibrate --model DIR --data FILE` makes one, and a restart loads it"
@@ -181,5 +181,7 @@ def load_calibrations(
                 f"{path}: the calibration says that its name is {calibration.info.name!r}"
             )
         verify(calibration, hashes, tuple(manifest.names))
+        # The first solve imports scipy and lays the margins out: no request should wait for it.
+        warm_up(calibration)
         loaded[name] = calibration
     return Calibrations(loaded)

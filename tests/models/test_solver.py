@@ -127,6 +127,31 @@ def test_expected_shares_of_sample_are_the_engines_own(temperature: float) -> No
     )
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 0.01, 0.2, 1.0, 10.0, 100.0])
+def test_every_temperature_meets_rates_and_keeps_bounds(temperature: float) -> None:
+    calibration = random_calibration(32, prompts=200, benign=400)
+    targets = {
+        "humanizing": Target(rate=0.2),
+        "incomplete": Target(rate=0.7),
+        "safety": Target(false_refusal_rate=0.05),
+        "unsupported": Target(bias=-2.0 * temperature),
+    }
+    solution = solve(calibration, targets, rule=Rule.SAMPLE, temperature=temperature)
+    for c in (0, 1):
+        expected = solution.expected[c]
+        own = calibration.margins[calibration.category == c].astype(np.float64)
+        with np.errstate(over="ignore"):
+            weights = np.exp((own + solution.biases) / temperature).sum(axis=1)
+        slow = (1 - 1 / (1 + weights)).mean()
+        assert expected.rate == pytest.approx(slow, abs=1e-9)
+        if expected.reachable:
+            assert slow == pytest.approx(targets[NAMES[c]].rate, abs=0.005)
+        else:  # what the others refuse anyway
+            assert solution.biases[c] == -INF
+            assert slow > targets[NAMES[c]].rate
+    assert 0.02 < (solution.expected[3].false_refusal_rate or 0.0) <= 0.05
+
+
 def test_sample_at_temperature_0_is_greedy() -> None:
     calibration = random_calibration(1)
     cold = solve(calibration, rates(0.3, 0.6), rule=Rule.SAMPLE, temperature=0.0)
