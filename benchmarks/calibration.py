@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
+from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration, save_calibration
 from models.controls import Rule
 from models.decision import Dials, decide
@@ -162,7 +163,8 @@ def bound_holds(
         category: The one that the bound is for; None for all in total.
 
     Returns:
-        How many splits kept the bound on the other half, and mean and largest share there.
+        How many splits kept the bound on the other half, how likely one does, and mean and largest
+        share there.
     """
     rng = np.random.default_rng(seed)
     shares = []
@@ -181,9 +183,33 @@ def bound_holds(
     return {
         "splits": splits,
         "kept": kept,
+        "chance": chance_kept(prompts, bound),
         "mean": float(np.mean(shares)),
         "largest": float(np.max(shares)),
     }
+
+
+def chance_kept(prompts: Calibration, bound: float) -> float:
+    """Returns how likely a random halving keeps a bound on the other half, exactly.
+
+    Where no margins tie this is the same for every distribution and every category. A half has n1
+    of the N benign prompts with hypergeometric chances. Of all N, falling, more than the bound lie
+    above the threshold exactly if among the first r + x at most r are of that half, r the number
+    that may be refused and x the number that the other half must not reach.
+    """
+    from scipy.stats import hypergeom
+
+    every, benign = len(prompts.category), prompts.benign
+    in_half = hypergeom(every, benign, -(-every // 2))
+    first, last = in_half.ppf((1e-9, 1 - 1e-9)).astype(int).tolist()
+    broken = 0.0
+    for own in range(first, last + 1):
+        allowed = refusals_allowed(own, bound)
+        too_many = math.floor(bound * (benign - own) + 1e-9) + 1
+        if allowed >= 0:
+            exceeds = hypergeom(benign, own, allowed + too_many).cdf(allowed)
+            broken += float(in_half.pmf(own) * exceeds)
+    return 1 - broken
 
 
 def part(prompts: Calibration, places: NDArray[np.integer]) -> Calibration:
@@ -334,7 +360,7 @@ def main() -> None:
         type=Path,
         help="folder with calibration.jsonl and evaluation.jsonl or eval.jsonl [default: demo's]",
     )
-    parser.add_argument("--splits", type=int, default=100)
+    parser.add_argument("--splits", type=int, default=1000)
     parser.add_argument("--no-requests", action="store_true", help="leave real requests out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
     arguments = parser.parse_args()

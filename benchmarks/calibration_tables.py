@@ -101,10 +101,14 @@ def as_markdown(results: dict[str, Any], cases: Sequence[Case], names: Sequence[
     lines += matrix(results["moved"], names)
     lines += ["", "What the prompts in between explain:", "", *matrix(results["shared"], names)]
     lines += ["", f"## False refusals, bound {BOUND:.0%}, random halves", ""]
-    lines += ["| bound on | splits | kept on the other half | mean share there | largest |"]
-    lines += ["|---|---|---|---|---|"]
     lines += [
-        f"| {kind} | {found['splits']:g} | {found['kept']:g} | {found['mean']:.2%} "
+        "| bound on | splits | kept on the other half | to be expected, exactly | mean share there "
+        "| largest |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {kind} | {found['splits']:g} | {found['kept']:g} "
+        f"({found['kept'] / found['splits']:.1%}) | {found['chance']:.1%} | {found['mean']:.2%} "
         f"| {found['largest']:.2%} |"
         for kind, found in results["bounds"].items()
     ]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.errors import CheckpointError, ConfigError
 from models.hashes import Hashes
 from models.manifest import Name
+from models.margin_maps import MarginMap
 
 CALIBRATIONS = "calibrations"
 BENIGN = -1
@@ -35,17 +36,22 @@ Integers = npt.NDArray[np.int64]
 
 
 class Recalibration(BaseModel):
-    """Temperatures that make the probability of refusing honest; the biases do not need them.
+    """Maps that make probabilities of refusing honest; biases are read off margins as they are.
 
     Attributes:
-        method: ``temperature``: a margin is divided by its category's number.
-        temperatures: By category name.
+        method: How they were fitted.
+        maps: By category name: from its margin to the log-odds of its prompts against benign ones,
+            mixed as in the calibration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["temperature"] = "temperature"
-    temperatures: dict[Name, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    method: Literal["temperature", "temperature_per_category", "isotonic"]
+    maps: dict[Name, MarginMap]
+
+    def log_odds(self, category: str, margin: float) -> float:
+        """Returns a category's margin, made honest."""
+        return self.maps[category].at(margin)
 
 
 class CalibrationInfo(BaseModel):
@@ -61,7 +67,7 @@ class CalibrationInfo(BaseModel):
         seeds: Seeds of everything that was drawn, by what they were for.
         job_sha256: Hash of all that the margins depend on: checkpoint, prompts in their order,
             the engine's flags; absent where something else than `rheostat calibrate` wrote it.
-        recalibration: Absent where it does not help.
+        recalibration: Absent where it does not help on prompts that it was not fitted on.
         rheostat: Version of the package that wrote the file.
     """
 
@@ -247,6 +253,12 @@ def _check_shapes(calibration: Calibration) -> None:
                 f"{field} has the shape {list(actual)}; {n} prompts and {k} categories need "
                 f"{list(shape)}"
             )
+    recalibration = calibration.info.recalibration
+    if recalibration is not None and set(recalibration.maps) != set(calibration.names):
+        raise ConfigError(
+            f"the recalibration maps {', '.join(recalibration.maps)}, the categories are "
+            f"{', '.join(calibration.names)}"
+        )
     if len(set(calibration.names)) < k:
         raise ConfigError(f"a category name stands twice in {', '.join(calibration.names)}")
 

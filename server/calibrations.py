@@ -5,7 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.calibration import Calibration, list_calibrations, load_calibration, verify
+from models.calibration import (
+    Calibration,
+    Recalibration,
+    list_calibrations,
+    load_calibration,
+    verify,
+)
 from models.controls import Rule
 from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
@@ -99,6 +105,10 @@ class Calibrations:
             return bias_alone(self._loaded[name], category, target)
         except RequestError as error:
             raise RequestError(f"{param}: {error.message}", param=param) from error
+
+    def recalibration(self, name: str) -> Recalibration | None:
+        """Returns what makes a calibration's probabilities honest, where it knows it."""
+        return self._loaded[name].info.recalibration
 
     def solved(self) -> Any:
         """Returns the cache's ``CacheInfo``: hits, misses, maxsize, currsize."""

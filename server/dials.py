@@ -115,7 +115,10 @@ class DialBoard:
             controls = Controls(question.rule, solution.biases, solution.selected)
         predicted = None
         if explain:
-            predicted = forecast(question.calibration, solution, question.targets, question.total)
+            recalibration = self.calibrations.recalibration(question.calibration)
+            predicted = forecast(
+                question.calibration, solution, question.targets, question.total, recalibration
+            )
         return replace(resolution, controls=controls, forecast=predicted)
 
     def _sampled(self, resolution: Resolution, question: Question, explain: bool) -> Resolution:

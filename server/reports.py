@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from models.calibration import Recalibration
 from models.controls import Controls, refused_by_own_rule
 from models.solver import Interval, Solution, Target
 
@@ -50,6 +51,9 @@ class DecisionReport(BaseModel):
 
     Attributes:
         probability: The model's own p_c / (p_c + p_respond), before the bias.
+        recalibrated_probability: The same, made honest on the calibration's prompts: the share of
+            the category's own prompts among those and benign ones of such a margin. Absent where
+            the calibration found that nothing surely helps.
         margin: The model's own log-odds, ``z_c - z_respond``. Both are none where the checkpoint
             is so broken that it gives no finite number.
         bias: What was added; ``never`` and ``always`` stand for the infinities.
@@ -61,6 +65,7 @@ class DecisionReport(BaseModel):
     margin: float | None
     bias: float | Literal["never", "always"]
     refused: bool
+    recalibrated_probability: float | None = None
     expected: ExpectedReport | None = None
 
 
@@ -93,6 +98,7 @@ class Forecast(BaseModel):
         calibration: Its name.
         categories: In manifest order.
         total: All dials together.
+        recalibration: What makes probabilities honest, where the calibration knows it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -100,10 +106,15 @@ class Forecast(BaseModel):
     calibration: str
     categories: tuple[ExpectedReport, ...]
     total: TotalReport
+    recalibration: Recalibration | None = None
 
 
 def forecast(
-    calibration: str, solution: Solution, targets: Sequence[Target | None], total: float | None
+    calibration: str,
+    solution: Solution,
+    targets: Sequence[Target | None],
+    total: float | None,
+    recalibration: Recalibration | None = None,
 ) -> Forecast:
     """Puts a solution into the words of a report.
 
@@ -112,6 +123,7 @@ def forecast(
         solution: What the solver found.
         targets: What was asked of each category, in manifest order.
         total: The bound of all categories together, where one was asked.
+        recalibration: The calibration's.
     """
     return Forecast(
         calibration=calibration,
@@ -131,6 +143,7 @@ def forecast(
             false_refusal_rate_interval=solution.total_false_refusal_interval,
             asked=total,
         ),
+        recalibration=recalibration,
     )
 
 
@@ -149,6 +162,7 @@ def build_report(
     margins: Sequence[float],
     controls: Controls,
     predicted: Forecast | None = None,
+    recalibration: Recalibration | None = None,
 ) -> RefusalReport:
     """Builds the report of one choice.
 
@@ -158,6 +172,7 @@ def build_report(
         margins: fp32 log-odds, one a category.
         controls: The request's effective dials.
         predicted: What a calibration says of them.
+        recalibration: What makes probabilities honest, where nothing is predicted here.
     """
     own = refused_by_own_rule(margins, controls.bias)
     decisions = {
@@ -171,10 +186,16 @@ def build_report(
     }
     report = RefusalReport(refused=category is not None, category=category, decisions=decisions)
     if predicted is not None:
+        recalibration = predicted.recalibration
         report.calibration = predicted.calibration
         report.expected = predicted.total
         for decision, expected in zip(decisions.values(), predicted.categories, strict=True):
             decision.expected = expected
+    if recalibration is not None:
+        for name, decision in decisions.items():
+            if decision.margin is not None:
+                honest = recalibration.log_odds(name, decision.margin)
+                decision.recalibrated_probability = _sigmoid(honest)
     return report
 
 

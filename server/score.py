@@ -200,7 +200,10 @@ class ScoreRoute:
         assert decision.margins is not None
         names = self._manifest.names
         category = None if decision.category is None else names[decision.category]
-        report = build_report(names, category, decision.margins, dials.controls)
+        honest = dials.forecast.recalibration if dials.forecast is not None else None
+        report = build_report(
+            names, category, decision.margins, dials.controls, recalibration=honest
+        )
         normaliser = decision.log_normaliser
         if normaliser is None or not math.isfinite(normaliser):  # JSON has no word for it
             normaliser = None

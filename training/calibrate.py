@@ -33,6 +33,7 @@ from models.errors import ConfigError, EvaluationError
 from models.hashes import Hashes, checkpoint_hashes
 from training.partial_scores import PartialScores, remove_partial
 from training.prompts import PromptFiles, identified, read_prompts, repeated
+from training.recalibration import recalibrated
 from training.rows import Row
 from training.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
 from training.serving import serving, without_calibrations
@@ -144,7 +145,9 @@ def calibrate(job: Job, console: Console) -> Measured:
         missing = partial.missing(len(rows))
         seconds = _score(job, rows, info, partial, console) if missing else 0.0
         margins, log_normaliser = partial.arrays(len(rows))
-        calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
+        calibration = recalibrated(
+            Calibration(margins, log_normaliser, _indices(rows, names), info)
+        )
         _remove_unfinished(path)
         save_calibration(job.folder, calibration)
         partial.remove()

@@ -17,7 +17,7 @@ from models.errors import ConfigError, EvaluationError, RequestError
 from models.solver import Expected, Interval, Solution, Target, solve
 from training.calibration_figures import figures
 from training.plots import DPI
-from training.recalibration import recalibration_report
+from training.recalibration import recalibration_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 RATES = tuple(step / 10 for step in range(1, 10))
 BOUNDS = (0.005, 0.01, 0.02, 0.05)
-SEED = 0
 
 CAPTIONS = {
     "curves": "What a category's bias does, the other categories as trained: the share of its own "
@@ -236,17 +235,16 @@ def _bounded(
 def _recalibration(calibration: Calibration) -> list[str]:
     if not calibration.benign:
         return []
-    names = (*calibration.names, None)
-    truth = [names[label] for label in calibration.category]
-    margins = calibration.margins.astype(np.float64)
     try:
-        lines = recalibration_report(margins, truth, calibration.names, SEED).lines()
+        lines = recalibration_of(calibration).lines()
     except EvaluationError as error:
         lines = [error.message]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return [
         "<h2>Would recalibration make p(refuse) more honest?</h2>",
-        f"<p>Fitted on one half of the prompts, scored on the other.</p><ul>{items}</ul>",
+        "<p>Fitted on one half of the prompts, scored on the other. What helps goes into the "
+        "calibration, and reports then carry a recalibrated probability; biases, rates and bounds "
+        f"do not change.</p><ul>{items}</ul>",
     ]
 
 

@@ -1,50 +1,17 @@
-"""Strictly increasing maps of margins, one a category, and three ways to fit them.
-
-They keep the order of margins within a category, so that every refusal rate that a bias could reach
-can still be reached.
-"""
+"""Three ways to fit the maps that make margins honest; the maps are those of models.margin_maps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.margin_maps import MarginMap
 from training.decision_metrics import Flags, Floats, refusal_probability
 from training.evaluation import refusal_scores
 
 Integers = NDArray[np.int64]
 
 TEMPERATURES = (0.05, 20.0)
-
-
-@dataclass(frozen=True)
-class MarginMap:
-    """A strictly increasing, piecewise linear map of margins.
-
-    Attributes:
-        knots: Pairs of margin and mapped margin, both strictly increasing; one at least.
-        slope_below: Of the map below the first knot; above 0.
-        slope_above: Of the map above the last knot; above 0.
-    """
-
-    knots: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
-    slope_below: float = 1.0
-    slope_above: float = 1.0
-
-    def __post_init__(self) -> None:
-        steps = np.diff(np.array(self.knots).reshape(-1, 2), axis=0)
-        slopes = np.array([self.slope_below, self.slope_above])
-        if not self.knots or not (np.all(steps > 0) and np.all(slopes > 0)):
-            raise ValueError("a map of margins needs knots and must increase strictly")
-
-    def __call__(self, margins: Floats) -> Floats:
-        """Returns the mapped margins, in the shape of `margins`."""
-        x, y = np.array(self.knots).T
-        below = np.minimum(margins - x[0], 0) * self.slope_below
-        above = np.maximum(margins - x[-1], 0) * self.slope_above
-        mapped: Floats = np.interp(margins, x, y) + below + above
-        return mapped
 
 
 def apply_maps(maps: Sequence[MarginMap], margins: Floats) -> Floats:

@@ -1,12 +1,15 @@
 """Makes p(refuse) mean what it says, where that helps on rows that were not fitted."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from models.calibration import Calibration
+from models.calibration import Recalibration as KeptRecalibration
 from models.errors import EvaluationError
+from models.margin_maps import MarginMap
 from training.decision_metrics import (
     Flags,
     Floats,
@@ -17,7 +20,6 @@ from training.decision_metrics import (
 from training.evaluation import refusal_scores
 from training.margin_maps import (
     Integers,
-    MarginMap,
     apply_maps,
     fit_isotonic,
     fit_temperature,
@@ -33,6 +35,7 @@ RESAMPLES = 1000
 RESAMPLES_AT_ONCE = 100
 CONFIDENCE = 0.95
 LEAST_ROWS = 20
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,30 @@ def recalibration_report(
     method = _best(candidates)
     maps = (MarginMap(),) * len(names) if method == "off" else candidates[method].maps
     return Recalibration(method, maps, tuple(names), before.scores(), candidates, len(columns))
+
+
+def recalibration_of(calibration: Calibration) -> Recalibration:
+    """Tries every way to recalibrate on a calibration's own prompts.
+
+    Raises:
+        EvaluationError: There are not 20 rows to refuse and 20 to answer.
+    """
+    truth = [(*calibration.names, None)[label] for label in calibration.category]
+    margins = calibration.margins.astype(np.float64)
+    return recalibration_report(margins, truth, calibration.names, SEED)
+
+
+def recalibrated(calibration: Calibration) -> Calibration:
+    """Returns the calibration with the maps that help most; as it is where none surely helps."""
+    try:
+        found = recalibration_of(calibration)
+    except EvaluationError:  # too few benign prompts to tell
+        return calibration
+    if found.method == "off":
+        return calibration
+    maps = dict(zip(found.names, found.maps, strict=True))
+    kept = KeptRecalibration(method=found.method, maps=maps)
+    return replace(calibration, info=calibration.info.model_copy(update={"recalibration": kept}))
 
 
 FITS: Mapping[Method, Fit] = {

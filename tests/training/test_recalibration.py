@@ -7,15 +7,16 @@ import pytest
 from numpy.typing import NDArray
 
 from models.errors import EvaluationError
+from models.margin_maps import MarginMap
+from tests.models.margins import calibration_of
 from training.margin_maps import (
-    MarginMap,
     apply_maps,
     fit_isotonic,
     fit_temperature,
     fit_temperatures,
     log_losses,
 )
-from training.recalibration import FITS, recalibration_report
+from training.recalibration import FITS, recalibrated, recalibration_report
 
 Floats = NDArray[np.float64]
 Truth = list[str | None]
@@ -39,7 +40,9 @@ def columns(truth: Truth) -> NDArray[np.int64]:
 def test_map_is_linear_between_and_beyond_its_knots() -> None:
     through = MarginMap(((-1.0, 0.0), (1.0, 4.0)), slope_below=0.5, slope_above=3.0)
 
-    assert through(np.array([-3.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [-1.0, 0.0, 2.0, 4.0, 7.0]
+    margins = [-3.0, -1.0, 0.0, 1.0, 2.0]
+    assert through(np.array(margins)).tolist() == [-1.0, 0.0, 2.0, 4.0, 7.0]
+    assert [through.at(margin) for margin in margins] == [-1.0, 0.0, 2.0, 4.0, 7.0]
 
 
 def test_map_of_one_knot_divides_by_the_temperature() -> None:
@@ -240,3 +243,21 @@ def test_broken_margins_are_refused() -> None:
         recalibration_report(np.array([[math.nan, 0.0]]), ["a"], NAMES, seed=0)
     with pytest.raises(ValueError, match="got"):
         recalibration_report(np.zeros((3, 1)), ["a", None, None], NAMES, seed=0)
+
+
+@pytest.mark.parametrize(("too_sure", "helps"), [(1.0, False), (3.0, True)])
+def test_calibration_keeps_the_maps_only_where_they_surely_help(
+    too_sure: float, helps: bool
+) -> None:
+    margins, truth = drawn(1500)
+    category = np.where(columns(truth) == 2, -1, columns(truth))
+    found = recalibrated(calibration_of(too_sure * margins, category)).info.recalibration
+    assert (found is not None) == helps
+    if found is not None:
+        honest = [found.log_odds(name, too_sure) for name in found.maps]
+        assert honest == pytest.approx([1.0, 1.0], abs=0.4)
+
+
+def test_calibration_without_benign_prompts_keeps_no_maps() -> None:
+    margins, _ = drawn(60)
+    assert recalibrated(calibration_of(margins, [0, 1] * 30)).info.recalibration is None
