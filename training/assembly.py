@@ -122,15 +122,9 @@ def _dataset(examples: Sequence[Example], chosen: OptimisationConfig) -> Dataset
 
 
 def _steps(rows: int, chosen: OptimisationConfig, processes: int) -> int:
-    batches = chosen.gradient_accumulation_steps * processes
     if not rows:
         raise ConfigError("data.train: no row is left: all are longer than optimisation.max_length")
-    if batches > rows:
-        raise ConfigError(
-            f"optimisation.gradient_accumulation_steps: {batches} batches a step, and only {rows} "
-            "rows or packed sequences; lower it"
-        )
-    step_size = chosen.batch_size * batches
+    step_size = chosen.batch_size * chosen.gradient_accumulation_steps * processes
     return max(1, round(-(-rows // step_size) * chosen.epochs))
 
 

@@ -129,7 +129,7 @@ class OptimisationConfig(Frozen):
 
     epochs: PositiveFloat = 1.0
     batch_size: PositiveInt = 32
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     learning_rate: PositiveFloat = 2e-5
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weight_decay: NonNegativeFloat = 0.0

@@ -149,6 +149,10 @@ def test_category_that_is_called_as_the_answers_are_is_refused(tmp_path: Path, n
     ("text", "field"),
     [
         ("lora: {target_modules: []}\n", "lora.target_modules"),
+        (
+            "optimisation: {gradient_accumulation_steps: 1000000}\n",
+            "optimisation.gradient_accumulation_steps",
+        ),
         ("evaluation: {data: [{path: rows.jsonl, weight: 1.0e+9}]}\n", "evaluation.data.0.weight"),
     ],
 )

@@ -163,14 +163,6 @@ def test_training_that_diverges_unmeasured_leaves_no_checkpoint(
     assert not (tmp_path / "out").exists()
 
 
-def test_step_of_more_batches_than_rows_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    values = config.model_dump(mode="json")
-    values["optimisation"] |= {"gradient_accumulation_steps": 33}
-
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps: 33 .* only 32 rows"):
-        train(TrainConfig.model_validate(values), tmp_path / "out")
-
-
 def test_model_that_does_not_fit_into_memory_is_one_line(
     config: TrainConfig, tmp_path: Path
 ) -> None:
