@@ -39,25 +39,30 @@ def serve(
 
     Every other flag goes to vLLM's server as it is (--port, --tensor-parallel-size, ...). The
     checkpoint is verified before the engine starts. RHEOSTAT_DEFAULTS holds the dials of requests
-    that bring none, as a JSON `refusal` object.
+    that bring none, as a JSON `refusal` object; RHEOSTAT_POLICY_FILE, instead of them, policies
+    and who may follow them (docs/policies.md).
     """
     from models.checkpoint import load_checkpoint, resolve_checkpoint
     from server.calibrations import load_calibrations
-    from server.dials import DialBoard
+    from server.lifetime import ignore_hangups
+    from server.policy_loading import Served
+    from server.reloading import Policies
     from server.settings import load_settings
 
     settings = load_settings()
     directory = resolve_checkpoint(model, revision)
     manifest, _ = load_checkpoint(directory)
     calibrations = load_calibrations(directory, manifest)
-    board = DialBoard(manifest.names, settings.defaults, calibrations)
+    policies = Policies(settings, Served(manifest, calibrations))
+    if settings.policy_file is not None:
+        ignore_hangups()
 
     from server import engine
 
     arguments = ["--model", str(directory), *ctx.args]
     if str(directory) != model and "--served-model-name" not in ctx.args:
         arguments += ["--served-model-name", model]
-    engine.serve(engine.parse_flags(arguments), manifest, settings, board)
+    engine.serve(engine.parse_flags(arguments), manifest, settings, policies)
 
 
 @app.command(

@@ -79,6 +79,12 @@ def bias_of_sensitivity(sensitivity: float) -> float:
     return math.log(sensitivity) - math.log1p(-sensitivity)
 
 
+def sensitivity_of_bias(bias: float) -> float:
+    """Returns 1 / (1 + exp(-b)), the inverse of ``bias_of_sensitivity``."""
+    small = math.exp(-abs(bias))
+    return 1 / (1 + small) if bias >= 0 else small / (1 + small)
+
+
 def refused_by_own_rule(margins: Sequence[float], bias: Sequence[float]) -> list[bool]:
     """Returns for each category whether ``m_c + b_c >= 0``, whatever the others do."""
     return [

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.bounds import intervals, mean_allowed, prompts_needed, refusals_allowed
 from models.calibration import Calibration
-from models.controls import Rule
+from models.controls import Rule, sensitivity_of_bias
 from models.errors import RequestError
 from models.sampling import SampleRule
 from models.thresholds import Doubles, Layout, ThresholdRule, greedy_scores, paper_scores
@@ -257,7 +257,7 @@ def curve(
     return [
         CurvePoint(
             bias=float(bias),
-            sensitivity=_sensitivity(float(bias)),
+            sensitivity=sensitivity_of_bias(float(bias)),
             rate=float(rates[i]),
             rate_interval=(float(low[i]), float(high[i])),
             false_refusal_rate=None if false is None else float(false[i]),
@@ -287,11 +287,6 @@ class _Limit(NamedTuple):
 def _check_limit(limit: float) -> None:
     if not 0 <= limit < 1:
         raise ValueError(f"a false refusal rate lies between 0 and 1, below 1, got {limit}")
-
-
-def _sensitivity(bias: float) -> float:
-    small = math.exp(-abs(bias))
-    return 1 / (1 + small) if bias >= 0 else small / (1 + small)
 
 
 def _solver(

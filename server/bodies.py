@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from models.errors import RequestError
-from server.protocol import FIELD, HEADER, parse_header
+from server.protocol import FIELD, HEADER, POLICY_HEADER, parse_header
 
 _BOOL = TypeAdapter(bool)
 
@@ -87,21 +87,28 @@ def error_response(error: RequestError) -> Response:
 
 
 def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
-    """Returns a body with the dials of the ``X-Refusal`` header in it.
+    """Returns a body with what ``X-Refusal`` and ``X-Refusal-Policy`` say in it.
 
     Raises:
-        RequestError: The header is wrong, or the body has dials too.
+        RequestError: A header is wrong, or the body says the same thing too.
     """
-    if "x-refusal-policy" in headers:
-        raise RequestError("this server keeps no policies", param="X-Refusal-Policy")
     dials = headers.getlist(HEADER)
-    if not dials:
-        return body
-    if FIELD in body:
+    if dials and FIELD in body:
         raise RequestError(
             "send the dials in the body's `refusal` or in X-Refusal, not in both", param="X-Refusal"
         )
-    return {**body, FIELD: parse_header(",".join(dials))}
+    options = parse_header(",".join(dials)) if dials else body.get(FIELD, {})
+    policies = headers.getlist(POLICY_HEADER)
+    if not policies:
+        return {**body, FIELD: options} if dials else body
+    if len(policies) > 1 or (isinstance(options, dict) and "policy" in options):
+        raise RequestError(
+            "name one policy, in X-Refusal-Policy or in the body's `refusal.policy`",
+            param="X-Refusal-Policy",
+        )
+    if isinstance(options, dict):  # what is none is refused with its place
+        options = {**options, "policy": policies[0]}
+    return {**body, FIELD: options}
 
 
 def replay_body(raw: bytes, receive: Receive) -> Receive:

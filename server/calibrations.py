@@ -110,6 +110,10 @@ class Calibrations:
         """Returns what makes a calibration's probabilities honest, where it knows it."""
         return self._loaded[name].info.recalibration
 
+    def prompts(self, name: str, category: str) -> int:
+        """Returns how many prompts of a category a calibration has."""
+        return self._loaded[name].prompts[category]
+
     def solved(self) -> Any:
         """Returns the cache's ``CacheInfo``: hits, misses, maxsize, currsize."""
         return self._solve.cache_info()

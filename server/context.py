@@ -11,6 +11,8 @@ from server.dials import Resolution
 CALLER = "rheostat.caller"
 # Where the body's JSON object stands, once it was read and found within its bounds.
 BODY = "rheostat.body"
+# Of requests to a server without a policy file.
+DEFAULT_POLICY = "default"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Steering:
         calls: How many calls there were.
         beam_token: What the first call of a beam search decided.
         beam_start: Length of the prompt before the beams.
+        policy: Name of the policy that the request follows.
+        request_ids: vLLM's, by call.
     """
 
     dials: Resolution
@@ -68,6 +72,8 @@ class Steering:
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0
+    policy: str = DEFAULT_POLICY
+    request_ids: list[str] = field(default_factory=list)
 
     @property
     def controls(self) -> Controls:

@@ -1,18 +1,24 @@
 """From what a request asks for to the biases that it gets."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from models.controls import Controls, Rule
-from models.errors import ConfigError, RequestError
-from models.solver import Target
+from models.errors import NotAllowedError, RequestError
+from models.solver import Solution, Target
+from server.bounds import Bounds, Side
 from server.calibrations import Calibrations, Question
-from server.protocol import FIELD, RefusalOptions
+from server.protocol import FIELD, DialOptions, RefusalOptions
 from server.reports import Forecast, forecast
 
 DEFAULT_CALIBRATION = "default"
 # What vLLM's routes take where neither the request nor generation_config.json says one.
 OPENAI_TEMPERATURE = 1.0
+
+# Which categories were moved to a bound, by index.
+Sides = Mapping[int, Side]
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,13 @@ class Resolution:
     Attributes:
         controls: What the decision gets.
         forecast: What a calibration says of them; none where nobody asked.
-        asked_rates: Categories whose dial is a rate, with the rate.
-        calibrated: Whether a bias depends on a calibration, and so on the checkpoint's own weights.
+        asked_rates: Categories whose dial is a rate that is in force, with the rate.
+        calibrated: Whether a bias or a bound depends on a calibration, and so on the checkpoint's
+            own weights.
         at: Gives these dials at another temperature; none where the temperature does not matter.
+        clamped: Categories whose dial would have left the policy's bounds, with the bound that it
+            was moved to; in manifest order.
+        replaced_decision: The rule that was asked for, where the policy's floors demand greedy.
     """
 
     controls: Controls
@@ -32,40 +42,62 @@ class Resolution:
     asked_rates: tuple[tuple[str, float], ...] = ()
     calibrated: bool = False
     at: "Callable[[float], Resolution] | None" = None
+    clamped: tuple[tuple[str, Side], ...] = ()
+    replaced_decision: str | None = None
+
+
+class _Wanted(NamedTuple):
+    """What is to be solved for one request, its plain biases within the bounds already.
+
+    Attributes:
+        question: For the calibration.
+        asked: The dials as they were asked for, in manifest order.
+        sides: Plain biases that were moved to a bound.
+        solves: Whether the biases need the calibration; else only an explanation could.
+        explain: Whether a forecast is wanted.
+        moves: Whether the request itself moves dials; else all is the policy's own doing.
+        replaced: The rule that was asked for, where it is not the effective one.
+    """
+
+    question: Question
+    asked: tuple[Target | None, ...]
+    sides: Sides
+    solves: bool
+    explain: bool
+    moves: bool
+    replaced: str | None
 
 
 class DialBoard:
     """Lays requests' dials over the operator's and solves what is asked of a calibration.
+
+    Whatever a request asks for, each bias that leaves here lies within the bounds.
 
     Args:
         names: The checkpoint's categories, in manifest order.
         defaults: The operator's dials.
         calibrations: The checkpoint's.
         temperature: Of requests that bring none.
+        bounds: The operator's floors and ceilings; none: requests move dials freely.
 
     Raises:
-        ConfigError: The defaults cannot be met.
+        RequestError: The defaults cannot be met.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        defaults: RefusalOptions,
+        defaults: DialOptions,
         calibrations: Calibrations,
         temperature: float = OPENAI_TEMPERATURE,
+        bounds: Bounds | None = None,
     ) -> None:
         self.names = tuple(names)
         self.defaults = defaults
         self.calibrations = calibrations
         self.temperature = temperature
-        try:
-            self.unasked = self.resolve(RefusalOptions())
-        except RequestError as error:
-            raise ConfigError(f"RHEOSTAT_DEFAULTS: {error.message}") from error
-
-    def warmed_to(self, temperature: float) -> "DialBoard":
-        """Returns the same board for a checkpoint with another default temperature."""
-        return DialBoard(self.names, self.defaults, self.calibrations, temperature)
+        self.bounds = bounds or Bounds.none(len(self.names))
+        self.unasked = self.resolve(RefusalOptions())
 
     def reports(self, options: RefusalOptions) -> bool:
         """Returns whether a request wants a report."""
@@ -83,61 +115,155 @@ class DialBoard:
 
         Raises:
             RequestError: A category or a calibration is unknown, or a bound cannot be certified.
+            NotAllowedError: The request asks for more or less than the policy allows, and the
+                policy does not clamp.
         """
-        asked = {**self.defaults.categories, **options.categories}
-        self._check_categories(asked)
-        targets = tuple(asked.get(name) for name in self.names)
-        name = self._calibration(options)
+        wanted = self._wanted(options, explain)
+        if wanted.question.rule is not Rule.SAMPLE:
+            return self._resolved(wanted)
+        return self._sampled(wanted, self.temperature if temperature is None else temperature)
+
+    def _wanted(self, options: RefusalOptions, explain: bool) -> _Wanted:
+        named = {**self.defaults.categories, **options.categories}
+        self._check_categories(named)
+        asked = tuple(named.get(name) for name in self.names)
         total = options.false_refusal_rate
         if total is None:
             total = self.defaults.false_refusal_rate
-        rule = Rule[(options.decision or self.defaults.decision or "greedy").upper()]
-        if total is None and all(t is None or t.bias is not None for t in targets):
-            resolution = Resolution(_plain(rule, targets))
-            if not explain or name not in self.calibrations:
-                return resolution
+        calibration = self._calibration(options)
+        solves = total is not None or any(t is not None and t.bias is None for t in asked)
+        if solves:
+            self.calibrations.require(calibration, param=self._param(options, named))
+        rule, replaced = self._rule(options)
+        targets, sides = self._held(asked, rests=total is None)
+        return _Wanted(
+            Question(calibration, targets, rule, 0.0, total),
+            asked,
+            sides,
+            solves,
+            explain and calibration in self.calibrations,
+            options.moves_dials,
+            replaced,
+        )
+
+    def _rule(self, options: RefusalOptions) -> tuple[Rule, str | None]:
+        asked = options.decision or self.defaults.decision or "greedy"
+        # Only under greedy does a bias promise that what it refuses stays refused whatever the
+        # temperature, the draw and the other dials are.
+        if asked == "greedy" or not self.bounds.guarded:
+            return Rule[asked.upper()], None
+        if self.bounds.refuses:
+            raise NotAllowedError(
+                f"{FIELD}.decision: the policy has floors, which hold under greedy only",
+                param=f"{FIELD}.decision",
+            )
+        return Rule.GREEDY, asked
+
+    def _held(
+        self, asked: Sequence[Target | None], *, rests: bool
+    ) -> tuple[tuple[Target | None, ...], Sides]:
+        """Moves plain biases to their bounds, and those that nobody sets to where they rest.
+
+        Args:
+            asked: In manifest order.
+            rests: Whether what nobody sets stays as trained; else a total bound moves it.
+        """
+        targets: list[Target | None] = []
+        sides: dict[int, Side] = {}
+        for c, target in enumerate(asked):
+            if target is None and rests and self.bounds.resting(c) != 0:
+                target = Target(bias=self.bounds.resting(c))
+            elif target is not None and target.bias is not None:
+                bias, side = self.bounds.hold(c, target.bias)
+                if side is not None:
+                    sides[c] = side
+                    target = Target(bias=bias)
+            targets.append(target)
+        return tuple(targets), sides
+
+    def _sampled(self, wanted: _Wanted, temperature: float) -> Resolution:
+        question = wanted.question._replace(temperature=temperature)
+        resolved = self._resolved(wanted._replace(question=question))
+        if not wanted.solves and not wanted.explain:
+            return resolved
+
+        def at(other: float) -> Resolution:
+            return resolved if other == temperature else self._sampled(wanted, other)
+
+        return replace(resolved, at=at)
+
+    def _resolved(self, wanted: _Wanted) -> Resolution:
+        question, sides = wanted.question, wanted.sides
+        solution = None
+        if wanted.solves:
+            question, solution, sides = self._solved(question, sides)
+            controls = Controls(question.rule, self.bounds.held(solution.biases), solution.selected)
         else:
-            self.calibrations.require(name, param=self._param(options, asked))
-            resolution = Resolution(
-                _plain(rule, targets), asked_rates=self._rates(targets), calibrated=True
-            )
-        question = Question(name, targets, rule, 0.0, total)
-        if rule is not Rule.SAMPLE:
-            return self._solved(resolution, question, explain)
-        if temperature is None:
-            temperature = self.temperature
-        return self._sampled(resolution, question._replace(temperature=temperature), explain)
-
-    def _solved(self, resolution: Resolution, question: Question, explain: bool) -> Resolution:
-        solution = self.calibrations.solve(question)
-        controls = resolution.controls
-        if resolution.calibrated:
-            controls = Controls(question.rule, solution.biases, solution.selected)
+            controls = _plain(question)
+            if wanted.explain:
+                solution = self.calibrations.solve(question)
+        clamped = tuple((self.names[c], sides[c]) for c in sorted(sides))
+        self._refuse_outside(wanted, clamped)
         predicted = None
-        if explain:
-            recalibration = self.calibrations.recalibration(question.calibration)
+        if wanted.explain and solution is not None:
+            name = question.calibration
             predicted = forecast(
-                question.calibration, solution, question.targets, question.total, recalibration
+                name,
+                solution,
+                wanted.asked,
+                question.total,
+                self.calibrations.recalibration(name),
+                clamped=sides,
             )
-        return replace(resolution, controls=controls, forecast=predicted)
+        return Resolution(
+            controls,
+            predicted,
+            self._rates(question.targets) if wanted.solves else (),
+            calibrated=wanted.solves or self.bounds.calibrated,
+            clamped=clamped,
+            replaced_decision=wanted.replaced,
+        )
 
-    def _sampled(self, resolution: Resolution, question: Question, explain: bool) -> Resolution:
-        solved = self._solved(resolution, question, explain)
+    def _solved(self, question: Question, sides: Sides) -> tuple[Question, Solution, Sides]:
+        """Solves until nothing lies outside the bounds; what was moved to one stays there.
 
-        def at(temperature: float) -> Resolution:
-            if temperature == question.temperature:
-                return solved
-            return self._sampled(resolution, question._replace(temperature=temperature), explain)
+        So the rates that can be met are met beside the bounds, not beside what was asked.
+        """
+        sides = dict(sides)
+        while True:
+            solution = self.calibrations.solve(question)
+            moved: dict[int, Target] = {}
+            for c in _solved_for(question):
+                bias, side = self.bounds.hold(c, solution.biases[c])
+                if side is not None:
+                    sides[c] = side
+                    moved[c] = Target(bias=bias)
+            if not moved:
+                return question, solution, sides
+            targets = tuple(moved.get(c, target) for c, target in enumerate(question.targets))
+            question = question._replace(targets=targets)
 
-        return replace(solved, at=at)
+    def _refuse_outside(self, wanted: _Wanted, clamped: tuple[tuple[str, Side], ...]) -> None:
+        if not (self.bounds.refuses and wanted.moves):
+            return
+        for name, side in clamped:
+            if (name, side) not in self.unasked.clamped:
+                raise NotAllowedError(self._beyond(name, side), param=_path(name))
+
+    def _beyond(self, name: str, side: Side) -> str:
+        c = self.names.index(name)
+        bound = self.bounds.floors[c] if side == "floor" else self.bounds.ceilings[c]
+        less = "less" if side == "floor" else "more"
+        shown = {math.inf: "always", -math.inf: "never"}.get(bound, f"a bias of {bound:.6g}")
+        return f"{_path(name)}: the policy allows no {less} than its {side}, {shown}"
 
     def _check_categories(self, asked: dict[str, Target]) -> None:
         for name in asked:
             if name not in self.names:
                 raise RequestError(
-                    f"{FIELD}.categories.{name}: this checkpoint has no such category; it has "
+                    f"{_path(name)}: this checkpoint has no such category; it has "
                     f"{', '.join(self.names)}",
-                    param=f"{FIELD}.categories.{name}",
+                    param=_path(name),
                 )
 
     def _calibration(self, options: RefusalOptions) -> str:
@@ -150,7 +276,7 @@ class DialBoard:
         if options.calibration or self.defaults.calibration:
             return f"{FIELD}.calibration"
         rates = [name for name, target in asked.items() if target.bias is None]
-        return f"{FIELD}.categories.{rates[0]}" if rates else f"{FIELD}.false_refusal_rate"
+        return _path(rates[0]) if rates else f"{FIELD}.false_refusal_rate"
 
     def _rates(self, targets: Sequence[Target | None]) -> tuple[tuple[str, float], ...]:
         return tuple(
@@ -160,6 +286,21 @@ class DialBoard:
         )
 
 
-def _plain(rule: Rule, targets: Sequence[Target | None]) -> Controls:
+def _path(category: str) -> str:
+    return f"{FIELD}.categories.{category}"
+
+
+def _solved_for(question: Question) -> list[int]:
+    """Returns the categories whose bias the solver finds; the others' stand in the question."""
+    free = question.total is not None
+    return [
+        c
+        for c, target in enumerate(question.targets)
+        if (free if target is None else target.bias is None)
+    ]
+
+
+def _plain(question: Question) -> Controls:
+    targets = question.targets
     biases = (0.0 if target is None or target.bias is None else target.bias for target in targets)
-    return Controls(rule, tuple(biases), tuple(target is not None for target in targets))
+    return Controls(question.rule, tuple(biases), tuple(target is not None for target in targets))

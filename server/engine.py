@@ -7,8 +7,8 @@ This module and server/steering.py are the only ones that import vllm.
 import os
 import secrets
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,20 @@ from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
 from server.context import STEERING, Decision, Steering
-from server.dials import OPENAI_TEMPERATURE, DialBoard, Resolution
+from server.dials import OPENAI_TEMPERATURE, Resolution
 from server.flags import refuse_switched_on, refuse_unserved
-from server.gate import Gate, KeyBook
+from server.gate import Gate
 from server.generation import Generation, Outputs
 from server.guard import Guard, build_guard
 from server.hiding import Hider
 from server.margins import MarginBoard
 from server.middleware import RefusalMiddleware
 from server.recorder import MarginRecorder
+from server.reloading import Policies
 from server.routes import build_router
 from server.score import ScoreRoute, build_score_router
 from server.settings import Settings
+from server.trace import DecisionTrace
 
 CPU_KVCACHE_GIB = "2"
 
@@ -71,13 +73,13 @@ class SteeredLLM(AsyncLLM):
     """An ``AsyncLLM`` whose every answer opens with a decision that the caller never sees."""
 
     manifest: Manifest
-    unsteered: Resolution
+    unsteered: Callable[[], Resolution]
     recorder: MarginRecorder | None
 
     def steer(
         self,
         manifest: Manifest,
-        unsteered: Resolution,
+        unsteered: Callable[[], Resolution],
         mark: str,
         recorder: MarginRecorder | None = None,
     ) -> None:
@@ -85,7 +87,7 @@ class SteeredLLM(AsyncLLM):
 
         Args:
             manifest: The checkpoint's.
-            unsteered: The dials of calls that come from no HTTP request.
+            unsteered: Gives the dials of calls that come from no HTTP request.
             mark: What the guard breaks special tokens with.
             recorder: Counts the margins of a share of the requests.
         """
@@ -112,12 +114,13 @@ class SteeredLLM(AsyncLLM):
             VLLMValidationError: While iterating: the prompt holds control tokens that the server
                 did not put there, or the sampling parameters touch them.
         """
-        steering = STEERING.get() or Steering(self.unsteered)
+        steering = STEERING.get() or Steering(self.unsteered())
         try:
             steering.settle(sampling_params.temperature, adapted=bool(options.get("lora_request")))
         except RequestError as error:
             raise _vllm_error(error) from error
         call = steering.next_call()
+        steering.request_ids.append(request_id)
         generation = Generation(self, steering, call, sampling_params, request_id, options)
         return _with_vllm_errors(generation.outputs(prompt))
 
@@ -275,19 +278,21 @@ def _request_error(response: ErrorResponse) -> RequestError:
     return RequestError(error.message, param=error.param, status=error.code)
 
 
-def serve(args: Namespace, manifest: Manifest, settings: Settings, board: DialBoard) -> None:
+def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Policies) -> None:
     """Starts the engine and answers HTTP until SIGTERM or SIGINT, on vLLM's own event loop.
 
     Args:
         args: What ``parse_flags`` returned.
         manifest: The checkpoint's, already verified.
         settings: The operator's settings.
-        board: Resolves requests' dials.
+        policies: What requests follow.
     """
-    uvloop.run(_serve(args, manifest, settings, board))
+    uvloop.run(_serve(args, manifest, settings, policies))
 
 
-async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board: DialBoard) -> None:
+async def _serve(
+    args: Namespace, manifest: Manifest, settings: Settings, policies: Policies
+) -> None:
     try:
         _, sock = setup_server(args, reuse_port=False)
     except OSError as error:
@@ -295,8 +300,9 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
-    board = board.warmed_to(_default_temperature(config))
+    policies.fit(temperature=_default_temperature(config), api_keys=_api_keys(args))
     recorder = _open_recorder(Path(args.model), manifest, settings)
+    trace = DecisionTrace(settings.trace_file, manifest.names) if settings.trace_file else None
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
     guard = _guard(config, manifest)
@@ -309,10 +315,15 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
     try:
-        engine.steer(manifest, board.unasked, guard.mark, recorder)
+        engine.steer(manifest, policies.strictest, guard.mark, recorder)
         await engine.reset_mm_cache()
-        async with recorder.flushing() if recorder else nullcontext():
-            shutdown = await _serve_http(engine, args, sock, settings, board, guard)
+        async with AsyncExitStack() as running:
+            if recorder:
+                await running.enter_async_context(recorder.flushing())
+            if trace:
+                await running.enter_async_context(trace.writing())
+            await running.enter_async_context(policies.watching())
+            shutdown = await _serve_http(engine, args, sock, settings, policies, guard, trace)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
         engine.margin_board.close()
@@ -322,13 +333,17 @@ async def _serve(args: Namespace, manifest: Manifest, settings: Settings, board:
         sock.close()
 
 
-def _put_gate(app: Any, args: Namespace, settings: Settings) -> None:
+def _put_gate(app: Any, settings: Settings, policies: Policies) -> None:
     # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
     app.user_middleware[:] = [
         m for m in app.user_middleware if m.cls is not AuthenticationMiddleware
     ]
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=KeyBook(keys)))
+    app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=policies))
+
+
+def _api_keys(args: Namespace) -> list[str]:
+    # As vLLM's own authentication reads them.
+    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def _guard(config: Any, manifest: Manifest) -> Guard:
@@ -358,27 +373,39 @@ async def _serve_http(
     args: Namespace,
     sock: Any,
     settings: Settings,
-    board: DialBoard,
+    policies: Policies,
     guard: Guard,
+    trace: DecisionTrace | None,
 ) -> Any:
     manifest = engine.manifest
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     directory = Path(args.model)
     app.include_router(
-        build_router(manifest, engine, board.calibrations, lambda: checkpoint_hashes(directory))
+        build_router(
+            manifest,
+            engine,
+            policies.served.calibrations,
+            lambda: checkpoint_hashes(directory),
+            policies,
+        )
     )
     # Appended, not added: the innermost place, behind vLLM's authentication.
     app.user_middleware.append(
         Middleware(
-            RefusalMiddleware, manifest=manifest, settings=settings, board=board, guard=guard
+            RefusalMiddleware,
+            manifest=manifest,
+            settings=settings,
+            callers=policies,
+            guard=guard,
+            trace=trace,
         )
     )
-    _put_gate(app, args, settings)
+    _put_gate(app, settings, policies)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
-    scorer = _VllmScorer(engine, app.state, board.temperature)
-    route = ScoreRoute(manifest, board, scorer, settings.max_body_bytes, guard)
+    scorer = _VllmScorer(engine, app.state, policies.served.temperature)
+    route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
     uvicorn_options: dict[str, Any] = {}
     if (log_config := get_uvicorn_log_config(args)) is not None:

@@ -348,16 +348,19 @@ class Generation:
         self.steering.decisions[self.call, index] = decision
         if self.records and decision.margins is not None and self.engine.recorder is not None:
             self.records = False  # once a request, however many its choices
-            self.engine.recorder.add(metrics.DEFAULT_POLICY, decision.margins)
+            self.engine.recorder.add(self.steering.policy, decision.margins)
         # A whole answer is seen when it ends; vLLM's own statistics know when it began.
         stats = output.metrics
         waited_s = stats.first_token_latency if stats else time.monotonic() - self.started_s
-        category = decision.category
+        category = decision.category if self.steering.enforce else decision.shadow
         metrics.count_decision(
             None if category is None else self.engine.manifest.names[category],
             rule=self.steering.controls.rule,
             asked_rates=self.steering.dials.asked_rates,
             waited_s=waited_s,
+            policy=self.steering.policy,
+            clamped=self.steering.dials.clamped,
+            enforced=self.steering.enforce,
         )
 
     def _decided(self, choice: Any, seen: Margins | None) -> Decision:

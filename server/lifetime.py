@@ -1,10 +1,18 @@
-"""Worker processes that end with the process that started them."""
+"""Which signals end the server's processes, and that workers end with the one that started them."""
 
 import ctypes
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+
+
+def ignore_hangups() -> None:
+    """Has SIGHUP end neither this process nor those that it starts from here on.
+
+    It means "read the policies again", also when it is sent to all of them or before they serve.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def end_with_parent() -> None:

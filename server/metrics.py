@@ -1,12 +1,10 @@
 """Our Prometheus metrics; they stand on ``/metrics`` beside vLLM's own."""
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 from models.controls import Rule
 
-# Requests that follow no policy of their own.
-DEFAULT_POLICY = "default"
-
+# Values of the label ``policy`` come from the policy file only, never from a request.
 REQUESTS = Counter(
     "rheostat_requests",
     "Requests to generating routes, by route and HTTP status.",
@@ -14,8 +12,9 @@ REQUESTS = Counter(
 )
 DECISIONS = Counter(
     "rheostat_decisions",
-    "Choices by decision (refuse, respond), category and decision rule.",
-    ["decision", "category", "rule"],
+    "Choices by decision (refuse, respond, or would_refuse under a policy that is not enforced), "
+    "category, decision rule and policy.",
+    ["decision", "category", "rule", "policy"],
 )
 SCORED = Counter("rheostat_scored_prompts", "Prompts decided by /v1/refusal/score, without text.")
 # The truth about a prompt is not known here, so a rate (the share of a category's own prompts that
@@ -46,6 +45,30 @@ DECISION_LATENCY = Histogram(
     "Time from the engine's call to the control token.",
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
+CLAMPED = Counter(
+    "rheostat_clamped_dials",
+    "Choices decided with a category's dial at a bound, because the request asked beyond it.",
+    ["policy", "category", "bound"],
+)
+POLICY_RELOADS = Counter(
+    "rheostat_policy_reloads",
+    "Times that the policy file was read anew: ok, or bad (the policies stayed as they were).",
+    ["result"],
+)
+POLICY_FILE_VALID = Gauge(
+    "rheostat_policy_file_valid",
+    "1 where the policy file is in force as it stood when it was last read; 0 where it was bad, "
+    "and also without one.",
+)
+TRACE_LOST = Counter(
+    "rheostat_trace_lost", "Lines of the decision trace that could not be written."
+)
+
+
+def count_reload(*, valid: bool) -> None:
+    """Counts one reading of the policy file."""
+    POLICY_RELOADS.labels("ok" if valid else "bad").inc()
+    POLICY_FILE_VALID.set(int(valid))
 
 
 def count_decision(
@@ -54,7 +77,9 @@ def count_decision(
     rule: Rule,
     asked_rates: tuple[tuple[str, float], ...],
     waited_s: float,
-    policy: str = DEFAULT_POLICY,
+    policy: str,
+    clamped: tuple[tuple[str, str], ...] = (),
+    enforced: bool = True,
 ) -> None:
     """Counts one choice's decision.
 
@@ -64,10 +89,15 @@ def count_decision(
         asked_rates: The categories whose dial is a rate, with the rate.
         waited_s: From the engine's call to the control token.
         policy: What the request follows.
+        clamped: The categories whose dial was moved to a bound, with the bound.
+        enforced: Whether the refusal is one; else it was only decided.
     """
-    decision = "respond" if category is None else "refuse"
+    refusal = "refuse" if enforced else "would_refuse"
+    decision = "respond" if category is None else refusal
     DECISION_LATENCY.observe(waited_s)
-    DECISIONS.labels(decision, category or "", rule.name.lower()).inc()
+    DECISIONS.labels(decision, category or "", rule.name.lower(), policy).inc()
+    for name, bound in clamped:
+        CLAMPED.labels(policy, name, bound).inc()
     for name, rate in asked_rates:
         RATE_CHOICES.labels(policy, name).inc()
         ASKED_RATE.labels(policy, name).inc(rate)

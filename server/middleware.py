@@ -7,7 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import RequestError
+from models.errors import NotAllowedError, RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.bodies import (
@@ -20,13 +20,14 @@ from server.bodies import (
     with_header_dials,
 )
 from server.context import STEERING, Steering
-from server.dials import DialBoard
 from server.events import SEPARATOR, shape_events
 from server.guard import Guard
+from server.policies import ActivePolicy, CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.score import SCORE
 from server.settings import Settings
 from server.shaping import Shaper
+from server.trace import DecisionTrace, Traced, now
 from server.turns import RESPONSES, open_turns
 from server.verdicts import Verdicts
 
@@ -58,14 +59,16 @@ class RefusalMiddleware:
         *,
         manifest: Manifest,
         settings: Settings,
-        board: DialBoard,
         guard: Guard,
+        callers: CallerSource,
+        trace: DecisionTrace | None = None,
     ) -> None:
         self._app = app
         self._manifest = manifest
         self._settings = settings
-        self._board = board
         self._guard = guard
+        self._callers = callers
+        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; everything but a POST to a generating route goes through."""
@@ -103,14 +106,17 @@ class RefusalMiddleware:
             metrics.REQUESTS.labels(path, str(status)).inc()
 
     async def _steer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        received = now()
         try:
+            caller = caller_of(scope, self._callers)
             raw = await read_body(receive, self._settings.max_body_bytes)
             body = parse_body(raw)
             if body is None:
                 await self._app(scope, replay_body(raw, receive), send)
                 return
             body = with_header_dials(body, Headers(scope=scope))
-            changed, steering = self.prepare(body, path)
+            options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
+            changed, steering = self.prepare(body, path, options, caller.policy(options.policy))
             if changed is not body:
                 raw = encode(changed)
                 scope = _with_length(scope, len(raw))
@@ -131,34 +137,45 @@ class RefusalMiddleware:
             await sending.end_with(error.__cause__)
         finally:
             STEERING.reset(token)
+            if self._trace is not None:
+                self._trace.add(Traced(received, caller.tenant, path, options, steering))
 
-    def prepare(self, body: dict[str, Any], path: str) -> tuple[dict[str, Any], Steering]:
+    def prepare(
+        self, body: dict[str, Any], path: str, options: RefusalOptions, policy: ActivePolicy
+    ) -> tuple[dict[str, Any], Steering]:
         """Takes our field out of a body and writes the history's control tokens into it.
 
         Args:
             body: The client's JSON object; not changed.
             path: The route that it was sent to.
+            options: What our field says.
+            policy: What the request follows.
 
         Returns:
             What vLLM is to read (the same object when nothing changed), and the steering.
 
         Raises:
             RequestError: The ``refusal`` object, a history category or a combination of fields is
-                wrong.
+                wrong, or the policy does not allow it.
         """
-        options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
-        report = self._board.reports(options)
+        report = policy.reports(options)
         unread = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
-        guarded = self._guard.guarded(unread)
+        opens_turn = not (path in RAW_PROMPTS or (path == INVOCATIONS and "prompt" in body))
+        if not (opens_turn or policy.raw_prompts):
+            raise NotAllowedError("the policy allows no raw prompts: send messages", param="prompt")
+        guarded = self._guard.guarded(unread, refuse=policy.control_text == "refuse")
         turns = open_turns(guarded, path, self._manifest)
         steering = Steering(
-            dials=self._board.resolve(options, _temperature(body), explain=report),
+            dials=policy.board.resolve(options, _temperature(body), explain=report),
             report=report,
             history=turns.counts,
             continues=turns.continues,
             beam_search=path in READS_BEAM_SEARCH and flag(body, "use_beam_search"),
-            opens_turn=not (path in RAW_PROMPTS or (path == INVOCATIONS and "prompt" in body)),
+            opens_turn=opens_turn,
             marked=guarded is not unread,
+            policy=policy.name,
+            enforce=policy.enforce,
+            texts=policy.refusal_texts,
         )
         if steering.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(

@@ -22,6 +22,7 @@ from models.solver import Target
 WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
+POLICY_HEADER = "x-refusal-policy"
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -118,8 +119,8 @@ Dial = Annotated[
 ]
 
 
-class RefusalOptions(BaseModel):
-    """The top-level ``refusal`` object.
+class DialOptions(BaseModel):
+    """Dials as a ``refusal`` object holds them: what an operator may set for all requests.
 
     Attributes:
         decision: How the control token is chosen.
@@ -142,9 +143,28 @@ class RefusalOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_object(cls, value: Any) -> Any:
-        if not isinstance(value, dict | RefusalOptions):
+        if not isinstance(value, dict | DialOptions):
             raise ValueError(f"must be an object, got {type(value).__name__}")
         return value
+
+
+class RefusalOptions(DialOptions):
+    """The top-level ``refusal`` object of a request.
+
+    Attributes:
+        policy: Which of the caller's policies it follows; none: the caller's first.
+    """
+
+    # Any text: whether it names a policy is answered alike for all names.
+    policy: str | None = None
+
+    @property
+    def moves_dials(self) -> bool:
+        """Whether the request itself says anything of how it is decided."""
+        return bool(self.categories) or any(
+            asked is not None
+            for asked in (self.decision, self.false_refusal_rate, self.calibration)
+        )
 
 
 def parse_header(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What an answer says about its decision, and about what its dials do to all traffic."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from models.calibration import Recalibration
 from models.controls import Controls, refused_by_own_rule
 from models.solver import Interval, Solution, Target
+from server.bounds import Side
 
 
 class ExpectedReport(BaseModel):
@@ -59,6 +60,8 @@ class DecisionReport(BaseModel):
         bias: What was added; ``never`` and ``always`` stand for the infinities.
         refused: Whether this category's own rule, ``margin + bias >= 0``, refuses.
         expected: What the calibration says of the bias; absent without one.
+        clamped: The bound of the request's policy that the bias was moved to, because less or more
+            was asked for; absent where it was not.
     """
 
     probability: float | None
@@ -67,6 +70,7 @@ class DecisionReport(BaseModel):
     refused: bool
     recalibrated_probability: float | None = None
     expected: ExpectedReport | None = None
+    clamped: Side | None = None
 
 
 class RefusalReport(BaseModel):
@@ -78,6 +82,10 @@ class RefusalReport(BaseModel):
         decisions: By category.
         calibration: Name of the calibration that ``expected`` comes from; absent without one.
         expected: What all dials do together; absent without a calibration.
+        replaced_decision: The rule that was asked for, where the policy's floors demand greedy;
+            absent where it was followed.
+        would_refuse: Under a policy that is not enforced, the category that it would have refused
+            for, or none; absent under others.
     """
 
     refused: bool
@@ -85,6 +93,8 @@ class RefusalReport(BaseModel):
     decisions: dict[str, DecisionReport]
     calibration: str | None = None
     expected: TotalReport | None = None
+    replaced_decision: str | None = None
+    would_refuse: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns what is sent: nothing of calibrations where there is none."""
@@ -115,6 +125,7 @@ def forecast(
     targets: Sequence[Target | None],
     total: float | None,
     recalibration: Recalibration | None = None,
+    clamped: Container[int] = (),
 ) -> Forecast:
     """Puts a solution into the words of a report.
 
@@ -124,6 +135,7 @@ def forecast(
         targets: What was asked of each category, in manifest order.
         total: The bound of all categories together, where one was asked.
         recalibration: The calibration's.
+        clamped: Categories, by index, that got a policy's bound instead of what was asked.
     """
     return Forecast(
         calibration=calibration,
@@ -134,9 +146,9 @@ def forecast(
                 false_refusal_rate=expected.false_refusal_rate,
                 false_refusal_rate_interval=expected.false_refusal_interval,
                 asked=_asked(target),
-                reachable=expected.reachable,
+                reachable=expected.reachable and c not in clamped,
             )
-            for expected, target in zip(solution.expected, targets, strict=True)
+            for c, (expected, target) in enumerate(zip(solution.expected, targets, strict=True))
         ),
         total=TotalReport(
             false_refusal_rate=solution.total_false_refusal_rate,
@@ -163,6 +175,8 @@ def build_report(
     controls: Controls,
     predicted: Forecast | None = None,
     recalibration: Recalibration | None = None,
+    clamped: Mapping[str, Side] | None = None,
+    replaced_decision: str | None = None,
 ) -> RefusalReport:
     """Builds the report of one choice.
 
@@ -173,6 +187,8 @@ def build_report(
         controls: The request's effective dials.
         predicted: What a calibration says of them.
         recalibration: What makes probabilities honest, where nothing is predicted here.
+        clamped: Categories whose dial was moved to a bound of the policy's, with the bound.
+        replaced_decision: The rule that was asked for, where it was not followed.
     """
     own = refused_by_own_rule(margins, controls.bias)
     decisions = {
@@ -196,6 +212,10 @@ def build_report(
             if decision.margin is not None:
                 honest = recalibration.log_odds(name, decision.margin)
                 decision.recalibrated_probability = _sigmoid(honest)
+    for name, side in (clamped or {}).items():
+        decisions[name].clamped = side
+    if replaced_decision is not None:
+        report.replaced_decision = replaced_decision
     return report
 
 

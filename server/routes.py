@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from starlette.requests import Request
 from starlette.responses import Response
 
 from models.errors import RequestError
@@ -14,6 +15,7 @@ from models.manifest import Manifest
 from server.bodies import encode, error_response
 from server.calibrations import Calibrations
 from server.dials import DEFAULT_CALIBRATION
+from server.policies import CallerSource, caller_of
 
 
 class Health(Protocol):
@@ -24,7 +26,11 @@ class Health(Protocol):
 
 
 def build_router(
-    manifest: Manifest, engine: Health, calibrations: Calibrations, served: Callable[[], Hashes]
+    manifest: Manifest,
+    engine: Health,
+    calibrations: Calibrations,
+    served: Callable[[], Hashes],
+    callers: CallerSource,
 ) -> APIRouter:
     """Builds the router of one served checkpoint.
 
@@ -33,6 +39,7 @@ def build_router(
         engine: Says whether it can answer.
         calibrations: The checkpoint's.
         served: Returns its hashes; may read all weights the first time.
+        callers: Knows who calls.
     """
     router = APIRouter()
 
@@ -63,6 +70,20 @@ def build_router(
         except RequestError as error:
             return error_response(error)
         return Response(encode(calibrations.describe(name)), media_type="application/json")
+
+    @router.get("/v1/refusal/policies")
+    async def policies(request: Request) -> Response:
+        """Lists what the caller may choose from, the default first, with its bounds."""
+        try:
+            caller = caller_of(request.scope, callers)
+        except RequestError as error:
+            return error_response(error)
+        answer = {
+            "object": "list",
+            "tenant": caller.tenant,
+            "data": [policy.describe() for policy in caller.policies],
+        }
+        return Response(encode(answer), media_type="application/json")
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:

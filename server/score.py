@@ -17,9 +17,10 @@ from models.manifest import Manifest
 from server import metrics
 from server.bodies import encode, error_response, parse_body, read_body, with_header_dials
 from server.context import Decision, Steering
-from server.dials import DialBoard, Resolution
+from server.dials import Resolution
 from server.guard import Guard
 from server.history import annotate
+from server.policies import CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.reports import build_report
 
@@ -114,7 +115,7 @@ class ScoreRoute:
 
     Args:
         manifest: The served checkpoint's.
-        board: Resolves the dials.
+        callers: Knows who calls, and so the policy.
         scorer: Renders and decides.
         max_body_bytes: Largest body that is read.
         guard: Keeps text from being read as special tokens.
@@ -123,13 +124,13 @@ class ScoreRoute:
     def __init__(
         self,
         manifest: Manifest,
-        board: DialBoard,
+        callers: CallerSource,
         scorer: Scorer,
         max_body_bytes: int,
         guard: Guard,
     ) -> None:
         self._manifest = manifest
-        self._board = board
+        self._callers = callers
         self._scorer = scorer
         self._max_body_bytes = max_body_bytes
         self._guard = guard
@@ -137,10 +138,13 @@ class ScoreRoute:
     async def __call__(self, request: Request) -> Response:
         """Answers one request; a client that goes takes its prompts out of the engine."""
         try:
+            caller = caller_of(request.scope, self._callers)
             raw = await read_body(request.receive, self._max_body_bytes)
             body = parse_body(raw)
             wanted = parse_score(body and with_header_dials(body, request.headers))
-            dials = self._board.resolve(wanted.refusal, explain=True)
+            policy = caller.policy(wanted.refusal.policy)
+            policy.reports(wanted.refusal.model_copy(update={"report": True}))
+            dials = policy.board.resolve(wanted.refusal, explain=True)
             answer = await _unless_gone(request.receive, self._score(wanted, dials))
         except RequestError as error:
             error.message = error.message.replace(self._guard.mark, "")  # vLLM may quote the input
@@ -202,7 +206,13 @@ class ScoreRoute:
         category = None if decision.category is None else names[decision.category]
         honest = dials.forecast.recalibration if dials.forecast is not None else None
         report = build_report(
-            names, category, decision.margins, dials.controls, recalibration=honest
+            names,
+            category,
+            decision.margins,
+            dials.controls,
+            recalibration=honest,
+            clamped=dict(dials.clamped),
+            replaced_decision=dials.replaced_decision,
         )
         normaliser = decision.log_normaliser
         if normaliser is None or not math.isfinite(normaliser):  # JSON has no word for it

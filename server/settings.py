@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models.errors import ConfigError
 from server.credentials import KeyHash
-from server.protocol import RefusalOptions
+from server.protocol import DialOptions
 
 PREFIX = "RHEOSTAT_"
 
@@ -34,11 +34,14 @@ class Settings(BaseSettings):
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
             Each takes a decision pass of its own.
         record_file: Where the counts of margins are kept; no text.
+        policy_file: Policies, tenants and their keys, as YAML; then ``defaults`` are the file's.
+        trace_file: Where each decision is written as a line of JSON, without any text; ``-`` for
+            the standard output.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    defaults: RefusalOptions = Field(default_factory=RefusalOptions)
+    defaults: DialOptions = Field(default_factory=DialOptions)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     max_url_bytes: int = Field(default=8 * 2**10, ge=256)
     max_headers: int = Field(default=100, ge=16)
@@ -51,6 +54,8 @@ class Settings(BaseSettings):
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None
+    policy_file: Path | None = None
+    trace_file: Path | None = None
 
     @validates_model(mode="after")
     def _records_somewhere(self) -> "Settings":
@@ -58,6 +63,15 @@ class Settings(BaseSettings):
             raise ValueError("RHEOSTAT_RECORD_SHARE needs RHEOSTAT_RECORD_FILE to say where")
         if self.record_file is not None and self.record_share == 0:
             raise ValueError("RHEOSTAT_RECORD_FILE needs RHEOSTAT_RECORD_SHARE to say how much")
+        return self
+
+    @validates_model(mode="after")
+    def _defaults_stand_in_one_place(self) -> "Settings":
+        if self.policy_file is not None and "defaults" in self.model_fields_set:
+            raise ValueError(
+                "RHEOSTAT_DEFAULTS: the policies of RHEOSTAT_POLICY_FILE hold the defaults; put "
+                "them there"
+            )
         return self
 
 

@@ -66,7 +66,12 @@ class Verdicts:
             decision.margins,
             self._steering.controls,
             self._steering.dials.forecast,
+            clamped=dict(self._steering.dials.clamped),
+            replaced_decision=self._steering.dials.replaced_decision,
         )
+        if not self._steering.enforce:
+            shadow = decision.shadow
+            report.would_refuse = None if shadow is None else self._manifest.names[shadow]
         return report.to_json()
 
     def without_control_tokens(self, text: str) -> str:

@@ -122,6 +122,14 @@ LIGHT = (
     "server.prompts",
     "server.flags",
     "server.generation",
+    "server.bounds",
+    "server.credentials",
+    "server.yaml_lines",
+    "server.policy_file",
+    "server.policies",
+    "server.policy_loading",
+    "server.reloading",
+    "server.trace",
     "rheostat",
 )
 

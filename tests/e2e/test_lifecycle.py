@@ -33,7 +33,10 @@ def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:
     assert httpx.post(server.url + "/v1/chat/completions", json=wrong, timeout=60).is_error
     after = server.metrics()
 
-    decided = 'rheostat_decisions_total{category="humanizing",decision="refuse",rule="greedy"}'
+    decided = (
+        'rheostat_decisions_total{category="humanizing",decision="refuse",policy="default",'
+        'rule="greedy"}'
+    )
     answered = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
     refused = 'rheostat_requests_total{route="/v1/chat/completions",status="422"}'
     assert metric(after, decided) - metric(before, decided) == 3

@@ -8,7 +8,8 @@ from models.calibration import Calibration, CalibrationInfo
 from models.hashes import Hashes
 from server.calibrations import Calibrations
 from server.dials import DialBoard
-from server.protocol import RefusalOptions
+from server.policies import PolicyBook
+from server.protocol import DialOptions, RefusalOptions
 from tests.server.manifests import MANIFEST
 
 HASHES = Hashes(weights="a" * 64, template="b" * 64, tokenizer="c" * 64)
@@ -47,6 +48,11 @@ def calibrations(*names: str) -> Calibrations:
     return Calibrations({name: calibration(name) for name in names})
 
 
-def board(defaults: RefusalOptions | None = None, *names: str) -> DialBoard:
+def board(defaults: DialOptions | None = None, *names: str) -> DialBoard:
     """Returns a board with the named calibrations loaded."""
     return DialBoard(MANIFEST.names, defaults or RefusalOptions(), calibrations(*names))
+
+
+def everybody(defaults: DialOptions | None = None, *names: str) -> PolicyBook:
+    """Returns the policies of a server without a policy file."""
+    return PolicyBook.for_everybody(board(defaults, *names))

@@ -8,6 +8,7 @@ from models.controls import Controls, Rule
 from models.errors import ConfigError, RequestError
 from server.context import Steering
 from server.dials import DialBoard
+from server.policy_loading import Served, default_policies
 from server.protocol import RefusalOptions, parse_options
 from tests.server.boards import board, calibration, calibrations
 from tests.server.manifests import MANIFEST
@@ -169,8 +170,9 @@ def test_bound_that_cannot_be_certified_says_how_many_prompts_it_takes() -> None
     ],
 )
 def test_bad_defaults_are_found_at_start(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^RHEOSTAT_DEFAULTS: "):
-        board(parse_options(value), "default")
+    served = Served(MANIFEST, calibrations("default"))
+    with pytest.raises(ConfigError, match=r"^RHEOSTAT_DEFAULTS: refusal\.|^RHEOSTAT_DEFAULTS: a "):
+        default_policies(parse_options(value), served)
 
 
 # sample
@@ -209,7 +211,7 @@ def test_sampled_rate_is_solved_anew_for_the_temperature_that_the_engine_sees() 
 
 def test_temperature_of_a_request_that_brings_none_is_the_checkpoints() -> None:
     options = safety({"rate": 0.3}, decision="sample")
-    hot = board(None, "default").warmed_to(4.0)
+    hot = DialBoard(MANIFEST.names, NOTHING, calibrations("default"), temperature=4.0)
     assert hot.resolve(options).controls == hot.resolve(options, 4.0).controls
     assert hot.resolve(options, 0.0).controls != hot.resolve(options).controls
 

@@ -39,7 +39,8 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
     guard = build_guard(tokenizer, manifest)
-    engine.steer(manifest, Resolution(Controls.as_trained(len(manifest.categories))), guard.mark)
+    as_trained = Resolution(Controls.as_trained(len(manifest.categories)))
+    engine.steer(manifest, lambda: as_trained, guard.mark)
     return engine
 
 

@@ -16,7 +16,7 @@ from server.middleware import GENERATING, RAW_PROMPTS, RefusalMiddleware
 from server.protocol import parse_options
 from server.settings import Settings
 from server.turns import MESSAGES, READS_CHAT, RESPONSES
-from tests.server.boards import board
+from tests.server.boards import board, everybody
 from tests.server.guards import GUARD, MARK
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import RECORDED, events_of
@@ -32,8 +32,10 @@ Parts = Sequence[bytes]
 def steering_app(
     app: ASGIApp, settings: Settings = SETTINGS, *calibrations: str
 ) -> RefusalMiddleware:
-    dials = board(settings.defaults, *calibrations)
-    return RefusalMiddleware(app, manifest=MANIFEST, settings=settings, board=dials, guard=GUARD)
+    callers = everybody(settings.defaults, *calibrations)
+    return RefusalMiddleware(
+        app, manifest=MANIFEST, settings=settings, callers=callers, guard=GUARD
+    )
 
 
 class FakeServer:
@@ -187,7 +189,9 @@ def test_several_headers_are_one() -> None:
         ([("X-Refusal", "safety=rate:1.3")], {}, "refusal.categories.safety"),
         ([("X-Refusal", "safety=false_refusal_rate:x")], {}, "refusal.categories.safety"),
         ([("X-Refusal", "bogus=0.3")], {}, "refusal.categories.bogus"),
-        ([("X-Refusal-Policy", "desk")], {}, "X-Refusal-Policy"),
+        ([("X-Refusal-Policy", "a"), ("X-Refusal-Policy", "a")], {}, "X-Refusal-Policy"),
+        ([("X-Refusal-Policy", "a")], {"refusal": {"policy": "a"}}, "X-Refusal-Policy"),
+        ([("X-Refusal-Policy", "a")], {"refusal": 5}, "refusal"),
     ],
 )
 def test_wrong_header_names_its_place(

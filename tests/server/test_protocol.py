@@ -87,7 +87,7 @@ def test_wrong_dial_is_refused_with_its_path(dial: Any, said: str) -> None:
         (5, "refusal"),
         (None, "refusal"),
         (False, "refusal"),
-        ({"policy": "x"}, "refusal.policy"),
+        ({"policy": 5}, "refusal.policy"),
         ({"Categories": {}}, "refusal.Categories"),
         ({"decision": "thermal"}, "refusal.decision"),
         ({"decision": "GREEDY"}, "refusal.decision"),
@@ -118,7 +118,7 @@ def test_wrong_object_is_refused_with_the_path_of_the_field(value: Any, param: s
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     assert "safety, humanizing" in refused({"categories": {"weather": 0.5}}).message
-    assert "decision, report, categories" in refused({"policy": "x"}).message
+    assert "decision, report, categories" in refused({"polcy": "x"}).message
 
 
 def test_key_that_is_no_text_is_refused() -> None:

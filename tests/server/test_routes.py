@@ -5,8 +5,10 @@ import pytest
 from fastapi import FastAPI
 
 from server.routes import build_router
-from tests.server.boards import HASHES, calibrations
+from tests.server.boards import HASHES, calibrations, everybody
 from tests.server.manifests import MANIFEST
+
+EVERYBODY = everybody()
 
 
 class FakeEngine:
@@ -22,7 +24,9 @@ class FakeEngine:
 
 def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
     app = FastAPI()
-    app.include_router(build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES))
+    app.include_router(
+        build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES, EVERYBODY)
+    )
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(

@@ -12,7 +12,7 @@ from starlette.types import Message
 from models.errors import RequestError
 from server.context import Decision, Steering
 from server.score import MOST_INPUTS, SCORE, ScoreRoute, build_score_router
-from tests.server.boards import board
+from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
 
@@ -66,7 +66,7 @@ class FakeEngine:
 def score(
     body: Any, engine: FakeEngine | None = None, *names: str, headers: dict[str, str] | None = None
 ) -> httpx.Response:
-    route = ScoreRoute(MANIFEST, board(None, *names), engine or FakeEngine(), 2**20, GUARD)
+    route = ScoreRoute(MANIFEST, everybody(None, *names), engine or FakeEngine(), 2**20, GUARD)
     app = FastAPI()
     app.include_router(build_score_router(route))
 
@@ -226,7 +226,7 @@ def test_input_that_cannot_be_decided_is_named() -> None:
 
 def test_client_that_goes_takes_its_prompts_out_of_the_engine() -> None:
     engine = FakeEngine(stuck=True)
-    route = ScoreRoute(MANIFEST, board(), engine, 2**20, GUARD)
+    route = ScoreRoute(MANIFEST, everybody(), engine, 2**20, GUARD)
     body = json.dumps({"inputs": [INPUT] * 3}).encode()
 
     async def serve() -> int:
@@ -251,7 +251,7 @@ def test_client_that_goes_takes_its_prompts_out_of_the_engine() -> None:
 def test_body_is_in_the_openapi_document() -> None:
     app = FastAPI()
     app.include_router(
-        build_score_router(ScoreRoute(MANIFEST, board(), FakeEngine(), 2**20, GUARD))
+        build_score_router(ScoreRoute(MANIFEST, everybody(), FakeEngine(), 2**20, GUARD))
     )
     operation = app.openapi()["paths"][SCORE]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]

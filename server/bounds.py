@@ -1,0 +1,73 @@
+"""Floors and ceilings: the biases between which a policy's requests may move their dials."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Side = Literal["floor", "ceiling"]
+
+
+class Bounded(NamedTuple):
+    """A bias within its bounds.
+
+    Attributes:
+        bias: The nearest to what was asked.
+        side: The bound that it was moved to, if it was.
+    """
+
+    bias: float
+    side: Side | None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """One policy's bounds, one entry a category in manifest order.
+
+    Attributes:
+        floors: Least bias; ``-inf`` where there is none.
+        ceilings: Greatest bias; ``+inf`` where there is none.
+        refuses: Whether a request that asks for more or less is refused, instead of moved.
+        calibrated: Whether a bound was solved on a calibration, and so holds for the checkpoint's
+            own weights only.
+
+    Raises:
+        ValueError: A floor lies above its ceiling, or a bound is NaN.
+    """
+
+    floors: tuple[float, ...]
+    ceilings: tuple[float, ...]
+    refuses: bool = False
+    calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        for floor, ceiling in zip(self.floors, self.ceilings, strict=True):
+            if not floor <= ceiling:
+                raise ValueError(f"the floor {floor} does not lie below the ceiling {ceiling}")
+
+    @classmethod
+    def none(cls, categories: int) -> "Bounds":
+        """Returns the bounds that allow everything."""
+        return cls((-math.inf,) * categories, (math.inf,) * categories)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether any category has a floor."""
+        return any(floor > -math.inf for floor in self.floors)
+
+    def hold(self, category: int, bias: float) -> Bounded:
+        """Returns a category's bias, moved to the nearer bound where it lies outside."""
+        # Written so that NaN ends at the floor.
+        if not bias >= self.floors[category]:
+            return Bounded(self.floors[category], "floor")
+        if bias > self.ceilings[category]:
+            return Bounded(self.ceilings[category], "ceiling")
+        return Bounded(bias, None)
+
+    def held(self, biases: Sequence[float]) -> tuple[float, ...]:
+        """Returns all biases, each within its bounds."""
+        return tuple(self.hold(c, bias).bias for c, bias in enumerate(biases))
+
+    def resting(self, category: int) -> float:
+        """Returns the bias of a category that nobody sets: as trained, or the nearest to it."""
+        return self.hold(category, 0.0).bias
