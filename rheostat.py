@@ -1,5 +1,6 @@
 """The ``rheostat`` command. Everything heavy is imported by the command that needs it."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from models.errors import RheostatError
 from server.lifetime import end_with_parent
+from server.policy_commands import policy as policy_commands
 
 # vLLM spawns its engine and its workers, and a spawned process imports this module again.
 end_with_parent()
@@ -19,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Serve one language model with a refusal dial per category and request.",
 )
+
+app.add_typer(policy_commands, name="policy")
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="A checkpoint folder with rheostat.json, or a hub name.")
@@ -49,6 +53,8 @@ def serve(
     from server.reloading import Policies
     from server.settings import load_settings
 
+    logging.getLogger("server").setLevel(logging.INFO)
+    logging.getLogger("server").addHandler(logging.StreamHandler())
     settings = load_settings()
     directory = resolve_checkpoint(model, revision)
     manifest, _ = load_checkpoint(directory)

@@ -130,6 +130,7 @@ LIGHT = (
     "server.policy_loading",
     "server.reloading",
     "server.trace",
+    "server.policy_commands",
     "rheostat",
 )
 

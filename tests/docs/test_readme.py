@@ -44,7 +44,10 @@ def test_rheostat_commands_and_their_options_exist(page: Path) -> None:
             assert name in known, words
             if name == "serve":  # passes vLLM's flags through
                 continue
-            options = {option for parameter in known[name].params for option in parameter.opts}
+            command = known[name]
+            while rest and rest[0] in getattr(command, "commands", {}):
+                command = command.commands[rest.pop(0)]
+            options = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= options, words
 
 
