@@ -47,6 +47,20 @@ def test_dials_without_a_rate_are_not_compared_with_one() -> None:
     assert value("decisions", **labels) == 1
 
 
+def test_refusals_that_are_not_enforced_are_counted_apart() -> None:
+    metrics.count_decision(
+        "metrics-g",
+        rule=Rule.GREEDY,
+        asked_rates=(),
+        waited_s=0.1,
+        policy="metrics-shadow",
+        enforced=False,
+    )
+    labels = {"category": "metrics-g", "rule": "greedy", "policy": "metrics-shadow"}
+    assert value("decisions", decision="would_refuse", **labels) == 1
+    assert value("decisions", decision="refuse", **labels) == 0
+
+
 def test_dials_at_a_bound_are_counted_by_policy() -> None:
     clamped: tuple[tuple[str, Side], ...] = (("metrics-e", "floor"), ("metrics-f", "ceiling"))
     count(None, policy="metrics-desk", clamped=clamped)

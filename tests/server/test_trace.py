@@ -72,6 +72,17 @@ def test_line_says_who_asked_what_and_what_became_of_it() -> None:
     ]
 
 
+def test_policy_that_is_not_enforced_tells_what_it_would_have_refused() -> None:
+    entry = traced({(0, 0): Decision(None, shadow=1), (0, 1): Decision(None)})
+    entry.steering.enforce = False
+    written = list(trace_lines(entry, NAMES))
+    assert [(line["decision"], line["category"]) for line in written] == [
+        ("would_refuse", "humanizing"),
+        ("respond", None),
+    ]
+    assert all(line["enforce"] is False for line in written)
+
+
 def test_every_choice_of_every_call_has_a_line() -> None:
     decisions = {(1, 0): Decision(None), (0, 1): Decision(1), (0, 0): Decision(0)}
     written = list(trace_lines(traced(decisions), NAMES))
