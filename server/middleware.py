@@ -19,7 +19,7 @@ from server.bodies import (
     replay_body,
     with_header_dials,
 )
-from server.context import STEERING, Steering
+from server.context import BODY, STEERING, Steering
 from server.events import SEPARATOR, shape_events
 from server.guard import Guard
 from server.policies import ActivePolicy, CallerSource, caller_of
@@ -110,7 +110,7 @@ class RefusalMiddleware:
         try:
             caller = caller_of(scope, self._callers)
             raw = await read_body(receive, self._settings.max_body_bytes)
-            body = parse_body(raw)
+            body = scope[BODY] if BODY in scope else parse_body(raw)
             if body is None:
                 await self._app(scope, replay_body(raw, receive), send)
                 return
