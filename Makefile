@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench fuzz
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+fuzz: setup
+	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest tests/e2e/test_fuzz.py
 
 bench: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses

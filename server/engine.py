@@ -57,6 +57,7 @@ from server.gate import Gate
 from server.generation import Generation, Outputs
 from server.guard import Guard, build_guard
 from server.hiding import Hider
+from server.http_head import BoundedHead
 from server.margins import MarginBoard
 from server.middleware import RefusalMiddleware
 from server.recorder import MarginRecorder
@@ -407,7 +408,7 @@ async def _serve_http(
     scorer = _VllmScorer(engine, app.state, policies.served.temperature)
     route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
-    uvicorn_options: dict[str, Any] = {}
+    uvicorn_options: dict[str, Any] = {"http": BoundedHead}
     if (log_config := get_uvicorn_log_config(args)) is not None:
         uvicorn_options["log_config"] = log_config
     return await serve_http(

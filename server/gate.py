@@ -1,8 +1,7 @@
 """Pure ASGI, the outermost of ours: what may come in at all, and who sends it."""
 
-from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,49 +11,15 @@ from server import metrics
 from server.access import WEBSOCKET, Access, AccessTable, Route, route_path
 from server.bodies import error_response, read_body, replay_body
 from server.context import BODY, CALLER
-from server.credentials import hash_key, is_any, presented_keys
+from server.credentials import is_any, presented_keys
 from server.error_shape import ErrorShape
 from server.fields import LOAD_HEADER, refuse_fields
 from server.limits import check_head, read_json
+from server.policies import CallerSource
 from server.settings import PREFIX, Settings
 
 # The label of requests that reach no route.
 NO_ROUTE = "none"
-
-
-class Callers(Protocol):
-    """Knows who may use a tenant's routes."""
-
-    def caller(self, headers: Headers) -> Any:
-        """Returns who sends a request.
-
-        Raises:
-            UnknownCallerError: Nobody that may call.
-        """
-
-
-class KeyBook:
-    """Callers of a server without policies: everybody, or whoever has one of vLLM's API keys.
-
-    Args:
-        api_keys: vLLM's ``--api-key``.
-    """
-
-    def __init__(self, api_keys: Iterable[str]) -> None:
-        self._hashes = [hash_key(key) for key in api_keys]
-
-    def caller(self, headers: Headers) -> None:
-        """Returns nobody in particular.
-
-        Raises:
-            UnknownCallerError: The server has keys, and the request shows none of them.
-        """
-        shown = [is_any(key, self._hashes) for key in presented_keys(headers)]
-        if self._hashes and not any(shown):
-            raise UnknownCallerError(
-                "no key that this server knows: send `Authorization: Bearer KEY` or `x-api-key: "
-                "KEY`"
-            )
 
 
 class Gate:
@@ -66,7 +31,7 @@ class Gate:
         callers: Knows the tenants.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, callers: Callers) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, callers: CallerSource) -> None:
         self._app = app
         self._settings = settings
         self._callers = callers

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from server.access import ROUTES, Access
+from server.middleware import GENERATING
 from server.settings import Settings
+from tests.e2e.attacks import REFUSED
 from tests.toy import save_toy
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +68,46 @@ def test_page_lists_every_bound_with_its_default() -> None:
     listed = {name.lower(): int(number) * units[unit] for name, number, unit in rows}
     fields = Settings.model_fields.items()
     assert listed == {name: field.default for name, field in fields if name.startswith("max_")}
+
+
+ROUTES_OF = {
+    "chat": "/v1/chat/completions",
+    "batch": "/v1/chat/completions/batch",
+    "text": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+    "count": "/v1/messages/count_tokens",
+}
+KINDS = {"refused", "checked", "guarded", "decision first", "bounded", "harmless"}
+
+
+def field_rows() -> dict[str, tuple[list[str], str]]:
+    """Returns the routes and the kind of each field that the page lists."""
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| \*\*([\w ]+)\*\*", PAGE, re.MULTILINE)
+    return {field: (routes.split(", "), kind) for field, routes, kind in rows}
+
+
+def test_page_knows_every_field_of_vllms_and_no_other(vllm_app: dict[str, Any]) -> None:
+    document = vllm_app["openapi"]
+    known: dict[str, list[str]] = {}
+    for name, path in ROUTES_OF.items():
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        schema = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for field in document["components"]["schemas"][schema]["properties"]:
+            known.setdefault(field, []).append(name)
+    assert {field: routes for field, (routes, _) in field_rows().items()} == known
+
+
+def test_every_generating_route_has_its_fields_on_the_page() -> None:
+    without = {"/invocations"}  # its body has no schema of its own
+    unread = {"/inference/v1/generate"}  # off
+    assert GENERATING - without - unread == set(ROUTES_OF.values()) - {ROUTES_OF["count"]}
+
+
+def test_fields_are_of_a_known_kind_and_the_refused_ones_are_tested() -> None:
+    rows = field_rows()
+    assert {kind for _, kind in rows.values()} <= KINDS
+    refused = {field for field, (_, kind) in rows.items() if kind == "refused"}
+    assert refused == set(REFUSED)
+    for field, examples in REFUSED.items():
+        assert {name for name, _ in examples} == set(rows[field][0]), field

@@ -12,8 +12,10 @@ from starlette.types import Message, Receive, Scope, Send
 from server.access import ROUTES, Access
 from server.context import BODY, CALLER
 from server.credentials import hash_key
-from server.gate import Gate, KeyBook
+from server.gate import Gate
+from server.policies import Caller, PolicyBook
 from server.settings import Settings
+from tests.server.boards import board
 
 CHAT = "/v1/chat/completions"
 OPERATOR = {"authorization": "Bearer operator"}
@@ -40,6 +42,10 @@ class Inside:
         await send({"type": "http.response.body", "body": b"in"})
 
 
+def callers(keys: Sequence[str]) -> PolicyBook:
+    return PolicyBook.for_everybody(board(), keys)
+
+
 def ask(
     method: str,
     path: str,
@@ -56,7 +62,7 @@ def ask(
             yield (content or b"")[start : start + chunks]
 
     async def send() -> httpx.Response:
-        gate = Gate(inside, settings=settings, callers=KeyBook(keys))
+        gate = Gate(inside, settings=settings, callers=callers(keys))
         transport = httpx.ASGITransport(gate)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = in_chunks() if chunks else content
@@ -140,7 +146,7 @@ def test_caller_and_body_are_handed_on() -> None:
     raw = b'{"a": [1, 2], "a": 3}'
     assert ask("POST", CHAT, inside, content=raw, chunks=3).status_code == 200
     (scope,) = inside.scopes
-    assert scope[CALLER] is None
+    assert isinstance(scope[CALLER], Caller)
     assert scope[BODY] == {"a": 3}
     assert inside.raw == raw
 
@@ -237,7 +243,7 @@ def connect(path: str, extensions: dict[str, Any]) -> list[Message]:
 
     inside = Inside()
     scope = {"type": "websocket", "path": path, "query_string": b"", "headers": []}
-    gate = Gate(inside, settings=SETTINGS, callers=KeyBook([]))
+    gate = Gate(inside, settings=SETTINGS, callers=callers([]))
     asyncio.run(gate({**scope, "extensions": extensions}, receive, send))
     assert inside.scopes == []
     return sent
@@ -269,7 +275,7 @@ def test_lifespan_passes() -> None:
     async def nowhere(message: Message) -> None:
         raise AssertionError(message)
 
-    gate = Gate(inside, settings=SETTINGS, callers=KeyBook(["tenant"]))
+    gate = Gate(inside, settings=SETTINGS, callers=callers(["tenant"]))
     asyncio.run(gate({"type": "lifespan"}, nothing, nowhere))
     assert [scope["type"] for scope in inside.scopes] == ["lifespan"]
 
