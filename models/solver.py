@@ -29,6 +29,9 @@ _ROUNDS = 12
 # In log-odds: it moves no probability by more than 0.025 points.
 _STANDSTILL = 1e-3
 _ROUNDING = 1e-9
+# Any colder, only prompts within a hundredth of a nat of a threshold are not decided as by greedy,
+# and exponentials overflow. vLLM itself goes no lower than ten times this.
+_COLDEST = 1e-3
 
 _Solver = ThresholdRule | SampleRule
 
@@ -157,7 +160,7 @@ def solve(
         targets: By category name. A missing category keeps the bias 0, or takes part in the common
             shift where a total is asked for.
         rule: How the token is chosen.
-        temperature: Of the request; only ``SAMPLE`` reads it, 0 means greedy.
+        temperature: Of the request, finite; only ``SAMPLE`` reads it, 0 means greedy.
         total_false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
             refused by whichever token. The categories without a target share one bias, the
             largest that keeps it.
@@ -165,7 +168,8 @@ def solve(
     Raises:
         RequestError: A bound cannot be certified from so few benign prompts, or by the categories
             that are free to move.
-        ValueError: A target names a category that the calibration does not know.
+        ValueError: A target names a category that the calibration does not know, or the
+            temperature is not finite.
     """
     for name in sorted(targets):
         _column(calibration, name)
@@ -292,12 +296,14 @@ def _check_limit(limit: float) -> None:
 def _solver(
     calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
 ) -> _Solver:
+    if not math.isfinite(temperature):
+        raise ValueError(f"a temperature is a finite number, got {temperature}")
     # Only what the rule reads may split the cache.
     cold = rule is not Rule.SAMPLE or temperature <= 0
     return _cached_solver(
         calibration,
         Rule.GREEDY if rule is Rule.SAMPLE and cold else rule,
-        0.0 if cold else temperature,
+        0.0 if cold else max(temperature, _COLDEST),
         selected if rule is Rule.PAPER else frozenset(),
     )
 

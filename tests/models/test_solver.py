@@ -127,7 +127,7 @@ def test_expected_shares_of_sample_are_the_engines_own(temperature: float) -> No
     )
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 0.01, 0.2, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.001, 0.01, 0.2, 1.0, 10.0, 100.0])
 def test_every_temperature_meets_rates_and_keeps_bounds(temperature: float) -> None:
     calibration = random_calibration(32, prompts=200, benign=400)
     targets = {
@@ -150,6 +150,21 @@ def test_every_temperature_meets_rates_and_keeps_bounds(temperature: float) -> N
             assert solution.biases[c] == -INF
             assert slow > targets[NAMES[c]].rate
     assert 0.02 < (solution.expected[3].false_refusal_rate or 0.0) <= 0.05
+
+
+@pytest.mark.filterwarnings("error")
+def test_temperature_next_to_nothing_is_nearly_greedy() -> None:
+    calibration = random_calibration(1)
+    targets = {"humanizing": Target(rate=0.3), "incomplete": Target(false_refusal_rate=0.05)}
+    cold = solve(calibration, targets, rule=Rule.SAMPLE, temperature=5e-324)
+    for ours, greedys in zip(cold.expected, greedy(calibration, targets).expected, strict=True):
+        assert ours.rate == pytest.approx(greedys.rate, abs=1.5 / 120)
+
+
+@pytest.mark.parametrize("temperature", [math.nan, math.inf, -math.inf])
+def test_temperature_that_is_no_number_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="a temperature is a finite number"):
+        solve(random_calibration(1), rates(0.3), rule=Rule.SAMPLE, temperature=temperature)
 
 
 def test_sample_at_temperature_0_is_greedy() -> None:
