@@ -163,8 +163,8 @@ def bound_holds(
         category: The one that the bound is for; None for all in total.
 
     Returns:
-        How many splits kept the bound on the other half, how likely one does, and mean and largest
-        share there.
+        How many splits kept the bound on the other half, how likely one does at least, and mean
+        and largest share there.
     """
     rng = np.random.default_rng(seed)
     shares = []
@@ -190,12 +190,13 @@ def bound_holds(
 
 
 def chance_kept(prompts: Calibration, bound: float) -> float:
-    """Returns how likely a random halving keeps a bound on the other half, exactly.
+    """Returns how likely a random halving keeps a bound on the other half, at least.
 
-    Where no margins tie this is the same for every distribution and every category. A half has n1
-    of the N benign prompts with hypergeometric chances. Of all N, falling, more than the bound lie
-    above the threshold exactly if among the first r + x at most r are of that half, r the number
-    that may be refused and x the number that the other half must not reach.
+    The same for every distribution and every category. A half has n1 of the N benign prompts with
+    hypergeometric chances. Of all N, falling, more than the bound lie above the half's (r + 1)-th
+    exactly if among the first r + x at most r are of that half, r the number that may be refused
+    and x the number that the other half must not reach. The threshold lies midway to the r-th, and
+    ties are not refused: so fewer may be above it.
     """
     from scipy.stats import hypergeom
 

@@ -102,7 +102,7 @@ def as_markdown(results: dict[str, Any], cases: Sequence[Case], names: Sequence[
     lines += ["", "What the prompts in between explain:", "", *matrix(results["shared"], names)]
     lines += ["", f"## False refusals, bound {BOUND:.0%}, random halves", ""]
     lines += [
-        "| bound on | splits | kept on the other half | to be expected, exactly | mean share there "
+        "| bound on | splits | kept on the other half | chance, at least | mean share there "
         "| largest |",
         "|---|---|---|---|---|---|",
     ]

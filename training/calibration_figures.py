@@ -56,7 +56,9 @@ def save_figures(calibration: Calibration, folder: Path) -> list[Path]:
     written = []
     for name, figure in figures(calibration).items():
         written.append(folder / f"{calibration.info.name}-{name}.png")
-        figure.savefig(written[-1], dpi=DPI)
+        partial = written[-1].with_suffix(".partial")
+        figure.savefig(partial, dpi=DPI, format="png")
+        partial.replace(written[-1])
     return written
 
 

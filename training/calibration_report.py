@@ -91,9 +91,14 @@ def save_report(calibration: Calibration, path: Path) -> None:
     Raises:
         ConfigError: The file cannot be written.
     """
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        path.write_text(report(calibration), encoding="utf-8")
+        # Opened first: what cannot be written need not be drawn.
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(report(calibration))
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from models.calibration import Calibration, calibration_path, load_calibration, save_calibration
+from models.errors import ConfigError
 from models.hashes import checkpoint_hashes
+from rheostat import app
 from tests.e2e.calibrating import CalibratedServer, Prompt, calibration_prompts
 from tests.e2e.servers import ENGINE_FLAGS, Server
 
@@ -61,9 +64,9 @@ def test_command_starts_a_server_of_its_own_beside_a_stale_calibration(
     )
     common = ("--model", str(copied), "--data", str(data))
 
-    refused = rheostat_calibrate(*common)
-    assert refused.returncode == 1
-    assert "--force replaces it" in refused.stderr
+    refused = CliRunner().invoke(app, ["calibrate", *common])
+    assert isinstance(refused.exception, ConfigError)
+    assert "--force replaces it" in refused.exception.message
     done = rheostat_calibrate(
         *(*common, "--force", "--", *ENGINE_FLAGS[1:]),
         # Dials that need a calibration: no setting of the operator's reaches that server.
@@ -91,13 +94,16 @@ def test_table_is_calibrated_through_a_running_server(
     maps = [f"{name.upper()}={name}" for name in {p.category for p in prompts} if name]
     options = [word for text in (*maps, "FINE=null") for word in ("--map", text)]
 
-    done = rheostat_calibrate(
-        *("--model", str(checkpoint), "--data", str(data), "--url", server.url, "--name", "kiosk"),
-        *("--column", "prompt=question", "--column", "category=label", *options),
-        *("--out", str(tmp_path)),
+    done = CliRunner().invoke(
+        app,
+        [
+            *("calibrate", "--model", str(checkpoint), "--data", str(data), "--url", server.url),
+            *("--column", "prompt=question", "--column", "category=label", *options),
+            *("--name", "kiosk", "--out", str(tmp_path)),
+        ],
     )
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     measured = load_calibration(calibration_path(tmp_path, "kiosk"))
     assert set(measured.prompts.values()) == {40}
     assert measured.benign == 120

@@ -120,7 +120,13 @@ def test_single_token_checkpoint_is_drawn(tmp_path: Path) -> None:
         "default-margins.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    assert "All categories asked" not in report(calibration)
+
+
+def test_page_of_a_single_token_with_few_benign_prompts_leaves_out_what_it_cannot_say() -> None:
+    page = report(_calibration(names=("refuse",), benign=5))
+
+    assert "All categories asked" not in page
+    assert "needs at least 20 rows to refuse and 20 to answer" in page
 
 
 def test_curve_passes_through_what_the_margins_say() -> None:
@@ -147,7 +153,7 @@ def test_summary_counts_as_trained() -> None:
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent/report.html: cannot be written"):
         save_report(_calibration(), tmp_path / "absent" / "report.html")
-
-
-def test_recalibration_needs_prompts_of_both_sorts() -> None:
-    assert "needs at least 20 rows to refuse and 20 to answer" in report(_calibration(benign=5))
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ConfigError, match=r"folder.html: cannot be written"):
+        save_report(_calibration(own=20, benign=0), tmp_path / "folder.html")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder.html"]
