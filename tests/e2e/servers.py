@@ -20,6 +20,10 @@ OPERATOR = {"authorization": f"Bearer {OPERATOR_KEY}"}
 START_LIMIT_S = 240
 ENGINE_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
 ENGINE_FLAGS += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+PLUGIN = Path(__file__).with_name("first_sentence.py")
+ENGINE_FLAGS += ["--reasoning-parser-plugin", str(PLUGIN), "--reasoning-parser", "first_sentence"]
+# Stock answers after a control token where a request brings one.
+CONTROL = "{%- if add_generation_prompt and control is defined -%}{{- control -}}{%- endif -%}"
 
 
 def free_port() -> int:
@@ -117,9 +121,15 @@ def rheostat_server(
 
 @contextmanager
 def stock_server(checkpoint: Path, log: Path) -> Iterator[Server]:
-    """Serves the same checkpoint with vLLM as it is."""
+    """Serves the same checkpoint with vLLM as it is.
+
+    ``chat_template_kwargs: {"control": TOKEN}`` opens the answer with that token.
+    """
     module = "vllm.entrypoints.launchers.api_server.entry"
-    server = Server(module, ["--model", str(checkpoint), "--served-model-name", "demo"], log)
+    template = log.with_suffix(".jinja")
+    template.write_text((checkpoint / "chat_template.jinja").read_text() + CONTROL)
+    arguments = ["--model", str(checkpoint), "--served-model-name", "demo"]
+    server = Server(module, [*arguments, "--chat-template", str(template)], log)
     try:
         server.wait_until_ready("/health")
         yield server

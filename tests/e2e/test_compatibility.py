@@ -151,6 +151,37 @@ def test_refused_schema_request_is_text_not_json(server: Server) -> None:
     assert not message["refusal"].startswith("{")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dial", ["never", "always"])
+def test_each_of_three_choices_is_json_when_answered_and_text_when_refused(
+    server: Server, manifest: Manifest, dial: str, stream: bool
+) -> None:
+    body = {
+        "model": "demo",
+        "messages": QUESTION,
+        "n": 3,
+        "temperature": 1,
+        "structured_outputs": {"regex": r'\{"city": "(Paris|Rome)"\}'},
+        "stream": stream,
+        "refusal": {"categories": dict.fromkeys(manifest.names, "never") | {"safety": dial}},
+    }
+    answer = post(server, "/v1/chat/completions", body)
+    lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+    documents = [json.loads(line[6:]) for line in lines] if stream else [answer.json()]
+    name = "content" if dial == "never" else "refusal"
+    texts = {0: "", 1: "", 2: ""}
+    for choice in (choice for document in documents for choice in document["choices"]):
+        said = choice["delta" if stream else "message"]
+        texts[choice["index"]] += said.get(name) or ""
+        assert not said.get("refusal" if dial == "never" else "content")
+    for text in texts.values():
+        if dial == "never":
+            assert json.loads(text)["city"] in ("Paris", "Rome")
+        else:
+            assert text
+            assert not text.startswith("{")
+
+
 def test_beam_search_decides_once_and_goes_on(server: Server, manifest: Manifest) -> None:
     body = {
         "model": "demo",
