@@ -75,10 +75,10 @@ def owner_of(key: bytes, owners: Mapping[str, Owner]) -> Owner | None:
         key: As it was presented.
         owners: By hash, as ``hash_key`` writes it.
     """
-    digest = hash_key(key).encode()
+    shown = hash_key(key)
     found = None
     for known, owner in owners.items():  # all of them, also after the one that fits
-        if hmac.compare_digest(digest, known.encode()):
+        if hmac.compare_digest(shown, known):
             found = owner
     return found
 

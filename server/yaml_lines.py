@@ -9,7 +9,6 @@ import yaml
 from models.errors import ConfigError
 
 FieldPath = tuple[str | int, ...]
-_MERGE = "<<"
 
 
 class Problem(NamedTuple):
@@ -59,9 +58,11 @@ class YamlFile:
         except UnicodeDecodeError as error:
             raise FileError([f"{path}: it is no UTF-8: {error.reason}"]) from error
         try:
-            self._root = yaml.compose(text, Loader=yaml.SafeLoader)
+            loader = yaml.SafeLoader(text)  # not the one in C: deep nesting crashes the process
+            self._root = loader.get_single_node()
             repeated = _repeated(self._root)
-            self.value: Any = yaml.safe_load(text)
+            empty = self._root is None
+            self.value: Any = None if empty else loader.construct_document(self._root)
         except yaml.MarkedYAMLError as error:
             raise FileError([f"{self._at_mark(error)}: {error.problem}"]) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -110,13 +111,8 @@ def _child(node: Any, part: str | int) -> tuple[Any, Any] | None:
         return (node.value[part], node.value[part]) if inside else None
     if not isinstance(node, yaml.MappingNode):
         return None
-    merged: list[Any] = []
-    for key, value in node.value:
-        if key.value == str(part):
-            return key, value
-        if key.value == _MERGE:
-            merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
-    return next((found for other in merged if (found := _child(other, part))), None)
+    # Construction has put what is merged (`<<`) in front of the mapping's own fields.
+    return next((pair for pair in reversed(node.value) if pair[0].value == str(part)), None)
 
 
 def _repeated(root: Any) -> list[tuple[int, str]]:

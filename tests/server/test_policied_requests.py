@@ -18,6 +18,7 @@ from server.routes import build_router
 from server.score import SCORE, ScoreRoute, build_score_router
 from server.settings import Settings
 from server.trace import DecisionTrace
+from server.verdicts import Verdicts
 from tests.server.boards import HASHES, calibrations
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
@@ -217,6 +218,20 @@ def test_control_tokens_that_a_client_writes_are_refused_where_the_policy_says_s
         )
         answer = call(refusal_middleware(FakeServer(), policies), "POST", CHAT, typed)
         assert answer.status_code == status
+
+
+@pytest.mark.parametrize(("shadow", "told"), [(1, "humanizing"), (None, None)])
+def test_report_says_what_a_policy_that_is_not_enforced_would_refuse(
+    policies: PolicyBook, shadow: int | None, told: str | None
+) -> None:
+    _, steering = steered(policies, {"x_api_key": SHOP_KEY}, {"report": True})
+    assert steering is not None
+    steering.decisions[0, 0] = Decision(None, (0.0, 0.0), 0.5, shadow)
+    report = Verdicts(MANIFEST, steering).report()
+    assert report is not None
+    assert (report["refused"], report["would_refuse"]) == (False, told)
+    steering.enforce = True
+    assert "would_refuse" not in (Verdicts(MANIFEST, steering).report() or {})
 
 
 def test_every_decision_of_a_request_is_traced(policies: PolicyBook, tmp_path: Path) -> None:
