@@ -1,0 +1,120 @@
+"""What the refusal experiment measures and tells: one small training, the arithmetic by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.refusal import FLEXIBLE, GRID, Runs, measured, tuned
+from benchmarks.refusal_report import (
+    CROSS_ENTROPY,
+    Result,
+    Setting,
+    as_markdown,
+    as_record,
+    draw,
+    summary,
+)
+from benchmarks.refusal_training import METRICS, PARTS, Search, Training, train_once
+from tests.training.conftest import small_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in small_rows())
+    for name in PARTS.values():
+        (tmp_path / name).write_text(lines)
+    return tmp_path
+
+
+def test_training_is_measured_on_the_way_and_at_the_end(folder: Path) -> None:
+    asked = Training(0.3, 1.0, 1e-3, 5, "report")
+
+    found = train_once(asked, folder, epochs=3)
+
+    assert [entry["step"] for entry in found["history"]] == [0, 1, 2, 3]
+    assert set(found["final"]) == set(METRICS)
+    # 32 rows are fewer than the sample on the way: both are measured on the same.
+    last = {name: found["history"][-1][name] for name in METRICS}
+    assert last == pytest.approx(found["final"])
+    assert found == train_once(asked, folder, epochs=3)
+
+
+def _result(loss: str, seed: int, areas: list[float], q: float = 0.0) -> Result:
+    final = dict.fromkeys(METRICS, 0.5) | {"auc": areas[-1]}
+    history = [{"step": 10 * at, "auc": area} for at, area in enumerate(areas)]
+    return Result(loss, Training(q, 0.0, 1e-3, seed, "report"), history, final)
+
+
+def test_summary_by_hand() -> None:
+    settings = {
+        CROSS_ENTROPY: Setting(0.0, 0.0, 1e-3),
+        FLEXIBLE: Setting(None, None, 1e-3),
+        "MAE": Setting(1.0, 0.0, 1e-3),
+    }
+    results = [
+        _result(CROSS_ENTROPY, 0, [0.5, 0.6, 0.8]),
+        _result(CROSS_ENTROPY, 1, [0.5, 0.7, 0.8]),
+        _result(FLEXIBLE, 0, [0.5, 0.9, 0.9], q=-0.3),
+        _result(FLEXIBLE, 1, [0.5, 0.9, 0.9]),
+        _result("MAE", 0, [0.5, 0.6, 0.7]),
+        _result("MAE", 1, [0.5, 0.6, 0.7]),
+    ]
+
+    plain, flexible, mae = summary(settings, results)
+
+    assert plain.pace.ratio == 1
+    assert plain.gain["auc"].mean == 0
+    # Cross-entropy's best, .8, is reached at three quarters of 10 steps of 20.
+    assert flexible.pace.ratio == pytest.approx(0.375, abs=0.01)
+    assert flexible.gain["auc"] == pytest.approx((0.1, 0.0))
+    assert flexible.members == {"(-0.3, 0)": 1, "(0, 0)": 1}
+    text = as_markdown([plain, flexible, mae])
+    assert "| flexible, auto | 0.001 | 2 | 0.900 ± 0.000 |" in text
+    assert "| MAE | -0.100 ± 0.000 |" in text
+    assert "never (never to never)" in text
+    json.dumps([as_record(row) for row in (plain, flexible, mae)], allow_nan=False)
+
+
+def test_loss_with_less_than_two_seeds_has_no_row() -> None:
+    settings = {CROSS_ENTROPY: Setting(0.0, 0.0, 1e-3), "MAE": Setting(1.0, 0.0, 1e-3)}
+    results = [_result(CROSS_ENTROPY, seed, [0.5, 0.8]) for seed in (0, 1)]
+    results.append(_result("MAE", 0, [0.5, 0.8]))
+
+    assert [row.loss for row in summary(settings, results)] == [CROSS_ENTROPY]
+
+
+def _keep(path: Path, asked: Training | Search, result: dict[str, Any]) -> None:
+    line = {"asked": asked._asdict(), "epochs": 1.0, "result": result}
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_what_is_on_disk_is_not_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for number, setting in enumerate(GRID["MAE"]):
+        area = {1e-3: 0.9}.get(setting.learning_rate, 0.5 + number / 100)
+        training = Training(1.0, 0.0, setting.learning_rate, 1000, "tune")
+        _keep(path, training, {"history": [], "final": {"auc": area}})
+    chosen = {FLEXIBLE: Setting(None, None, 1e-3)}
+    for seed, q in enumerate((-0.3, 0.0)):
+        _keep(path, Search(1e-3, seed), {"q": q, "gamma": 0.0})
+        final = {"auc": 0.6 + seed / 10}
+        _keep(path, Training(q, 0.0, 1e-3, seed, "report"), {"history": [], "final": final})
+    before = path.read_bytes()
+
+    # There are no data: whatever had to be trained would fail.
+    with Runs(tmp_path / "none", tmp_path, epochs=1, jobs=1) as runs:
+        assert tuned(runs, ["MAE"]) == {"MAE": Setting(1.0, 0.0, 1e-3)}
+        found = measured(runs, chosen, 2)
+
+    assert [result.training.q for result in found] == [-0.3, 0.0]
+    assert [result.final["auc"] for result in found] == pytest.approx([0.6, 0.7])
+    assert path.read_bytes() == before
+
+
+def test_figure_is_drawn(tmp_path: Path) -> None:
+    draw([_result(CROSS_ENTROPY, 0, [0.5, 0.8])], tmp_path / "figure.png")
+
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
