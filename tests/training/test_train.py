@@ -1,8 +1,9 @@
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,10 +26,27 @@ def config(write_rows: WriteRows) -> TrainConfig:
     return tiny_config(write_rows(small_rows()), refusal_texts={"safety": "No."})
 
 
-def test_training_from_scratch_writes_a_servable_checkpoint(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    out = train(config, tmp_path / "out")
+class Trained(NamedTuple):
+    """A run that several tests look at, and its recipe; nobody changes either."""
+
+    config: TrainConfig
+    folder: Path
+
+    def copy(self, out: Path) -> Path:
+        shutil.copytree(self.folder, out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in small_rows()))
+    config = tiny_config(data, refusal_texts={"safety": "No."})
+    return Trained(config, train(config, tmp_path_factory.mktemp("runs") / "out"))
+
+
+def test_training_from_scratch_writes_a_servable_checkpoint(trained: Trained) -> None:
+    config, out = trained
 
     manifest, tokenizer = load_checkpoint(out)
     assert manifest.names == ["safety", "humanizing"]
@@ -42,35 +60,36 @@ def test_training_from_scratch_writes_a_servable_checkpoint(
         tokenizer.eos_token_id
     )
     assert not list(out.glob("*.bin"))
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
+    assert [path.name for path in out.parent.iterdir() if path.is_dir()] == ["out"]
 
 
-def test_training_lowers_both_parts_of_the_loss(config: TrainConfig, tmp_path: Path) -> None:
-    parts = [entry for entry in log_of(train(config, tmp_path / "out")) if "text_loss" in entry]
+def test_training_lowers_both_parts_of_the_loss(trained: Trained) -> None:
+    parts = [entry for entry in log_of(trained.folder) if "text_loss" in entry]
 
     assert parts[-1]["text_loss"] < 0.8 * parts[0]["text_loss"]
     assert parts[-1]["decision_loss"] < parts[0]["decision_loss"]
 
 
-def test_training_twice_gives_the_same_weights(config: TrainConfig, tmp_path: Path) -> None:
-    first = weights_of(train(config, tmp_path / "first"))
-    second = weights_of(train(config, tmp_path / "second"))
+def test_training_twice_gives_the_same_weights(trained: Trained, tmp_path: Path) -> None:
+    first = weights_of(trained.folder)
+    second = weights_of(train(trained.config, tmp_path / "second"))
 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_another_seed_gives_other_weights(config: TrainConfig, tmp_path: Path) -> None:
-    first = weights_of(train(config, tmp_path / "first"))
-    second = weights_of(train(config.model_copy(update={"seed": 2}), tmp_path / "second"))
+def test_another_seed_gives_other_weights(trained: Trained, tmp_path: Path) -> None:
+    other = trained.config.model_copy(update={"seed": 2})
+    first = weights_of(trained.folder)
+    second = weights_of(train(other, tmp_path / "second"))
 
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_training_from_a_checkpoint_adds_the_control_tokens(
-    config: TrainConfig, tmp_path: Path
+    trained: Trained, tmp_path: Path
 ) -> None:
-    base = train(config, tmp_path / "base")
+    config, base = trained
     known = load_checkpoint(base)[1].get_vocab()
     again = config.model_copy(
         update={"categories": {**config.categories, "medical": "asks for a diagnosis"}}
@@ -89,8 +108,8 @@ def test_training_from_a_checkpoint_adds_the_control_tokens(
     assert first["text_loss"] < 1.2 * last["text_loss"]
 
 
-def test_finished_checkpoint_is_kept_unless_forced(config: TrainConfig, tmp_path: Path) -> None:
-    out = train(config, tmp_path / "out")
+def test_finished_checkpoint_is_kept_unless_forced(trained: Trained, tmp_path: Path) -> None:
+    config, out = trained.config, trained.copy(tmp_path / "out")
     written = (out / "model.safetensors").stat().st_mtime_ns
 
     train(config, out)
@@ -102,10 +121,10 @@ def test_finished_checkpoint_is_kept_unless_forced(config: TrainConfig, tmp_path
 
 
 def test_checkpoint_of_another_recipe_is_not_replaced_unless_forced(
-    config: TrainConfig, tmp_path: Path
+    trained: Trained, tmp_path: Path
 ) -> None:
-    out = train(config, tmp_path / "out")
-    other = config.model_copy(update={"seed": 7})
+    out = trained.copy(tmp_path / "out")
+    other = trained.config.model_copy(update={"seed": 7})
 
     with pytest.raises(ConfigError, match="another recipe"):
         train(other, out)
@@ -201,8 +220,8 @@ def test_missing_data_file_is_named(tmp_path: Path) -> None:
         train(config, tmp_path / "out")
 
 
-def test_checkpoint_without_weights_is_named(config: TrainConfig, tmp_path: Path) -> None:
-    base = train(config, tmp_path / "base")
+def test_checkpoint_without_weights_is_named(trained: Trained, tmp_path: Path) -> None:
+    config, base = trained.config, trained.copy(tmp_path / "base")
     (base / "model.safetensors").unlink()
     values = config.model_dump() | {"model": {"checkpoint": str(base)}}
 
@@ -211,9 +230,9 @@ def test_checkpoint_without_weights_is_named(config: TrainConfig, tmp_path: Path
 
 
 def test_stale_checkpoint_is_replaced_where_that_is_asked_for(
-    config: TrainConfig, tmp_path: Path
+    trained: Trained, tmp_path: Path
 ) -> None:
-    out = train(config, tmp_path / "checkpoint")
+    config, out = trained.config, trained.copy(tmp_path / "checkpoint")
     other = config.model_copy(update={"seed": config.seed + 1})
     made = load_checkpoint(train(other, out, replace_stale=True))[0].recipe
     assert made is not None
@@ -233,9 +252,9 @@ def _measured(config: TrainConfig, **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(config.model_dump(mode="json") | {"evaluation": evaluation})
 
 
-def test_measuring_on_the_way_changes_no_weight(config: TrainConfig, tmp_path: Path) -> None:
-    plain = weights_of(train(config, tmp_path / "plain"))
-    out = train(_measured(config, best="last", flip_sample=6), tmp_path / "measured")
+def test_measuring_on_the_way_changes_no_weight(trained: Trained, tmp_path: Path) -> None:
+    plain = weights_of(trained.folder)
+    out = train(_measured(trained.config, best="last", flip_sample=6), tmp_path / "measured")
 
     measured = weights_of(out)
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
