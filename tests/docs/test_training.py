@@ -308,9 +308,11 @@ def test_calibrate_reads_the_table_with_the_page_s_options(folder: Path) -> None
     (folder / "held-out.csv").write_text(
         _table(
             [
-                {**row, "question": f"{n}: {row['question']}", "twin": ""}
+                {**row, "question": f"{n}.{place}: {row['question']}", "twin": ""}
                 for n in range(20)
-                for row in [*rows, *({**rows[0], "label": name} for name in CATEGORIES[1:5])]
+                for place, row in enumerate(
+                    [*rows, *({**rows[0], "label": name} for name in CATEGORIES[1:5])]
+                )
             ]
         )
     )
