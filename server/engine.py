@@ -218,7 +218,20 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     validate_parsed_serve_args(args)
     if args.gpu_memory_utilization == parser.get_default("gpu_memory_utilization"):
         _bound_cpu_cache()
+    _prefill_whole(args)
     return args
+
+
+def _prefill_whole(args: Namespace) -> None:
+    # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two, and a CPU's
+    # generators cannot be rewound: the engine would end, and with it every client's requests.
+    if not current_platform.is_cpu():
+        return
+    if args.enable_chunked_prefill:
+        raise ConfigError(
+            "--enable-chunked-prefill: on a CPU a request with a seed would end vLLM's engine"
+        )
+    args.enable_chunked_prefill = False
 
 
 def _bound_cpu_cache() -> None:

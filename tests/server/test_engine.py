@@ -105,6 +105,7 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
         ["--enable-prompt-embeds"],
         ["--logprobs-mode", "processed_logprobs"],
         ["--tokenizer-mode", "slow"],
+        ["--enable-chunked-prefill"],
         ["--tool-server", "demo"],
     ],
     ids=lambda flags: flags[0],
@@ -130,6 +131,10 @@ def test_switches_that_are_not_served_are_refused_in_one_line(
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=f"^{name} must not be set: .*[^\n]$"):
         parse_flags(["--model", "somewhere"])
+
+
+def test_prefills_of_a_cpu_are_never_cut() -> None:
+    assert parse_flags(["--model", "somewhere"]).enable_chunked_prefill is False
 
 
 def test_flags_of_vllm_are_kept() -> None:
