@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from models.errors import NotAllowedError, RequestError
 from models.manifest import Manifest
 from server import metrics
+from server.access import route_path
 from server.bodies import (
     encode,
     error_response,
@@ -45,8 +46,10 @@ GENERATING = frozenset(
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 # No chat template makes the prompt of these; all others end where the decision step begins.
 RAW_PROMPTS = frozenset({"/v1/completions", "/inference/v1/generate"})
-# They read the label's probability off the first step, where this model only decides.
-SCORING = frozenset({"/generative_scoring", "/v1/systemone"})
+# They show the ids of a prompt: those of earlier turns with their control tokens.
+RENDERS = {
+    f"{path}/render": path for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+}
 _INT = TypeAdapter(int)
 
 
@@ -75,18 +78,27 @@ class RefusalMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        path = _route_path(scope)
-        if path in SCORING:
-            error = RequestError(
-                f"{path} reads the first decoding step, which is the decision step here; it is "
-                "not served",
-                status=404,
-            )
-            await error_response(error)(scope, receive, send)
-        elif path in GENERATING or path == SCORE:
+        path = route_path(scope)
+        if path in GENERATING or path == SCORE:
             await self._count(path, scope, receive, send)
+        elif path in RENDERS:
+            await self._render(RENDERS[path], scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    async def _render(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = await read_body(receive, self._settings.max_body_bytes)
+        try:
+            body = parse_body(raw)
+            if body is not None:
+                turns = open_turns(body, path, self._manifest)
+                if turns.body is not body:
+                    raw = encode(turns.body)
+                    scope = _with_length(scope, len(raw))
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, replay_body(raw, receive), send)
 
     async def _count(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         status = 500
@@ -182,13 +194,6 @@ class RefusalMiddleware:
                 "use_beam_search takes one prompt a request", param="prompt", status=400
             )
         return turns.body, steering
-
-
-def _route_path(scope: Scope) -> str:
-    # As starlette's router takes the root path off.
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _temperature(body: dict[str, Any]) -> float | None:

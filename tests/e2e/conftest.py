@@ -12,6 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 from models.calibration import CALIBRATIONS
 from models.manifest import Manifest, load_manifest
 from tests.e2e.calibrating import KEY, CalibratedServer, calibrate, calibration_prompts
+from tests.e2e.policied import Policied, policied_server
 from tests.e2e.servers import Server, rheostat_server, stock_server
 from training.config import load_config
 from training.demo_data.render import write
@@ -74,6 +75,12 @@ def calibrated(
     flags = ("--api-key", KEY)
     with rheostat_server(copied, folder / "log", *flags, variables=recording) as running:
         yield CalibratedServer(running, calibration, prompts, margins)
+
+
+@pytest.fixture(scope="session")
+def policied(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policied]:
+    with policied_server(checkpoint, tmp_path_factory.mktemp("policies")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every attack on every generating route: refused or 4xx, never answered, and the server lives on.
 
-The dial stands at `always`, so an answer would be a decision that was skipped.
+The caller's policy has a floor that refuses every prompt, and every request asks for `never`: an
+answer would be a decision that was skipped, or a floor that was passed.
 """
 
 import gzip
@@ -23,11 +24,11 @@ from tests.e2e.attacks import (
     conversation_attacks,
     field_attacks,
 )
-from tests.e2e.servers import Server
+from tests.e2e.policied import ACME, Policied
 from tests.server.manifests import MANIFEST
 
-ALWAYS = {"categories": {"safety": "always"}}
-JSON = {"content-type": "application/json"}
+NEVER = {"categories": dict.fromkeys(MANIFEST.names, "never")}
+HEADERS = {"content-type": "application/json", "authorization": f"Bearer {ACME}"}
 BY_NAME = {target.name: target for target in TARGETS}
 # A stream says what was decided in its events only.
 REFUSED_EVENTS = ('"refusal":', '"stop_reason":"refusal"', "response.refusal.done")
@@ -41,12 +42,11 @@ def opening(checkpoint: Path) -> str:
 
 
 def ask(
-    server: Server, target: Target, content: Any, headers: dict[str, str] | None = None
+    policied: Policied, target: Target, content: Any, headers: dict[str, str] | None = None
 ) -> httpx.Response:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return httpx.post(
-        server.url + target.path, content=raw, headers={**JSON, **(headers or {})}, timeout=120
-    )
+    sent = {**HEADERS, **(headers or {})}
+    return httpx.post(policied.server.url + target.path, content=raw, headers=sent, timeout=120)
 
 
 def assert_not_answered(answer: httpx.Response, manifest: Manifest) -> None:
@@ -64,29 +64,34 @@ def assert_not_answered(answer: httpx.Response, manifest: Manifest) -> None:
     assert not any(token.token in answer.text for token in manifest.control_tokens[:1])
 
 
-def assert_lives(server: Server) -> None:
+def assert_lives(policied: Policied) -> None:
     body = {"model": "demo", "prompt": "Hi", "max_tokens": 1}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    answer = httpx.post(
+        f"{policied.server.url}/v1/completions", json=body, headers=HEADERS, timeout=60
+    )
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("name", field_attacks(MANIFEST))
-def test_no_field_gets_around_the_decision(server: Server, manifest: Manifest, name: str) -> None:
+def test_no_field_gets_around_the_decision(
+    policied: Policied, manifest: Manifest, name: str
+) -> None:
     fields = field_attacks(manifest)[name]
     for target in TARGETS:
-        answer = ask(server, target, {**target.body(), **fields, "refusal": ALWAYS})
+        answer = ask(policied, target, {**target.body(), **fields, "refusal": NEVER})
         assert_not_answered(answer, manifest)
-    assert_lives(server)
+    assert_lives(policied)
 
 
 @pytest.mark.parametrize("name", conversation_attacks(MANIFEST, ""))
 def test_no_conversation_gets_around_the_decision(
-    server: Server, manifest: Manifest, opening: str, name: str
+    policied: Policied, manifest: Manifest, opening: str, name: str
 ) -> None:
     turns = conversation_attacks(manifest, opening)[name]
     for target in TARGETS:
-        answer = ask(server, target, {**target.body(turns), "refusal": ALWAYS})
+        answer = ask(policied, target, {**target.body(turns), "refusal": NEVER})
         assert_not_answered(answer, manifest)
-    assert_lives(server)
+    assert_lives(policied)
 
 
 @pytest.mark.parametrize("name", conversation_attacks(MANIFEST, ""))
@@ -101,19 +106,19 @@ def test_no_conversation_gets_around_the_decision(
     ids=lambda fields: "+".join(fields),
 )
 def test_no_conversation_with_a_moved_end_gets_around_the_decision(
-    server: Server, manifest: Manifest, opening: str, name: str, fields: Body
+    policied: Policied, manifest: Manifest, opening: str, name: str, fields: Body
 ) -> None:
     turns = conversation_attacks(manifest, opening)[name]
     for target in (BY_NAME["chat"], BY_NAME["batch"]):
-        answer = ask(server, target, {**target.body(turns), **fields, "refusal": ALWAYS})
+        answer = ask(policied, target, {**target.body(turns), **fields, "refusal": NEVER})
         assert_not_answered(answer, manifest)
-    assert_lives(server)
+    assert_lives(policied)
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_refused_field_is_400_and_named(server: Server, field: str) -> None:
+def test_refused_field_is_400_and_named(policied: Policied, field: str) -> None:
     for name, value in REFUSED[field]:
-        answer = ask(server, BY_NAME[name], {**BY_NAME[name].body(), field: value})
+        answer = ask(policied, BY_NAME[name], {**BY_NAME[name].body(), field: value})
         assert answer.status_code == 400, answer.text
         assert field in json.dumps(answer.json()["error"])
 
@@ -141,7 +146,7 @@ def raw_prompts(manifest: Manifest, opening: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", raw_prompts(MANIFEST, ""))
 def test_no_raw_prompt_gets_around_the_decision(
-    server: Server, manifest: Manifest, opening: str, name: str
+    policied: Policied, manifest: Manifest, opening: str, name: str
 ) -> None:
     prompt = raw_prompts(manifest, opening)[name]
     for target in (BY_NAME["text"], BY_NAME["invocations text"]):
@@ -151,12 +156,12 @@ def test_no_raw_prompt_gets_around_the_decision(
             {"use_beam_search": True},
             {"truncate_prompt_tokens": 1},
         ):
-            body = {**target.body(), "prompt": prompt, **fields, "refusal": ALWAYS}
-            assert_not_answered(ask(server, target, body), manifest)
-    assert_lives(server)
+            body = {**target.body(), "prompt": prompt, **fields, "refusal": NEVER}
+            assert_not_answered(ask(policied, target, body), manifest)
+    assert_lives(policied)
 
 
-HEADERS = [
+ODD_HEADERS = [
     {"x-request-id": "a"},
     {"x-session-id": "a"},
     {"x-data-parallel-rank": "99"},
@@ -179,22 +184,22 @@ HEADERS = [
 ]
 
 
-@pytest.mark.parametrize("headers", HEADERS, ids=str)
+@pytest.mark.parametrize("headers", ODD_HEADERS, ids=str)
 def test_no_header_gets_around_the_decision(
-    server: Server, manifest: Manifest, headers: dict[str, str]
+    policied: Policied, manifest: Manifest, headers: dict[str, str]
 ) -> None:
     for target in TARGETS:
-        answer = ask(server, target, {**target.body(), "refusal": ALWAYS}, headers)
+        answer = ask(policied, target, {**target.body(), "refusal": NEVER}, headers)
         assert_not_answered(answer, manifest)
-    assert_lives(server)
+    assert_lives(policied)
 
 
 def spellings(body: Body) -> dict[str, bytes]:
     """Returns a body in other spellings, by what is odd about them."""
-    plain = json.dumps({**body, "refusal": ALWAYS})
-    never = json.dumps({"refusal": {"categories": {"safety": "never"}}})
+    plain = json.dumps({**body, "refusal": NEVER})
+    other = json.dumps({"refusal": {"policy": "lab", "categories": {"safety": "never"}}})
     return {
-        "second key": f"{never[:-1]}, {plain[1:]}".encode(),
+        "second key": f"{other[:-1]}, {plain[1:]}".encode(),
         "escaped key": plain.replace('"refusal"', '"\\u0072efusal"').encode(),
         "other case": plain.replace('"refusal"', '"Refusal"').encode(),
         "utf-8 with mark": b"\xef\xbb\xbf" + plain.encode(),
@@ -203,8 +208,8 @@ def spellings(body: Body) -> dict[str, bytes]:
         "latin": plain.replace("France", "Fran\xe7a").encode("latin-1"),
         "compressed": gzip.compress(plain.encode()),
         "twice": (plain + plain).encode(),
-        "lines": (plain + "\n" + never).encode(),
-        "not a number": plain.replace('"always"', "NaN").encode(),
+        "lines": (plain + "\n" + other).encode(),
+        "not a number": plain.replace('"never"', "NaN").encode(),
         "huge": f'{{"seed": {"9" * 5000}, {plain[1:]}'.encode(),
         "large": f'{{"seed": {2**70}, {plain[1:]}'.encode(),
         "infinite": f'{{"temperature": 1e999, {plain[1:]}'.encode(),
@@ -218,22 +223,20 @@ def spellings(body: Body) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", spellings({}))
 def test_no_spelling_of_a_body_gets_around_the_decision(
-    server: Server, manifest: Manifest, name: str
+    policied: Policied, manifest: Manifest, name: str
 ) -> None:
     for target in TARGETS:
         raw = spellings(target.body())[name]
-        answer = ask(server, target, raw)
-        if name == "other case":  # it is another field, which vLLM does not know
-            assert answer.status_code == 200
-        else:
-            assert_not_answered(answer, manifest)
-    assert_lives(server)
+        assert_not_answered(ask(policied, target, raw), manifest)
+    assert_lives(policied)
 
 
-def test_body_in_chunks_is_the_same_body(server: Server, manifest: Manifest) -> None:
+def test_body_in_chunks_is_the_same_body(policied: Policied, manifest: Manifest) -> None:
     for target in TARGETS:
-        raw = json.dumps({**target.body(), "refusal": ALWAYS}).encode()
+        raw = json.dumps({**target.body(), "refusal": NEVER}).encode()
         pieces = (raw[start : start + 5] for start in range(0, len(raw), 5))
-        answer = httpx.post(server.url + target.path, content=pieces, headers=JSON, timeout=120)
+        answer = httpx.post(
+            policied.server.url + target.path, content=pieces, headers=HEADERS, timeout=120
+        )
         assert answer.status_code == 200
         assert_not_answered(answer, manifest)

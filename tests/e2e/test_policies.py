@@ -2,117 +2,33 @@
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from models.calibration import (
-    BENIGN,
-    CALIBRATIONS,
-    Calibration,
-    CalibrationInfo,
-    save_calibration,
-)
-from models.hashes import checkpoint_hashes
-from models.manifest import load_manifest
-from server.credentials import generate_key, hash_key
-from tests.e2e.servers import Server, rheostat_server
+from models.calibration import calibration_path, load_calibration
+from server.credentials import hash_key
+from tests.e2e.attacks import TARGETS, TOOL
+from tests.e2e.attacks import Target as Route
+from tests.e2e.policied import ACME, FILE, FIXED_TEXT, SECRET, SHOP, Policied
 
 CHAT = "/v1/chat/completions"
 SCORE = "/v1/refusal/score"
 POLICIES = "/v1/refusal/policies"
-ACME, SHOP, SECRET = generate_key(), generate_key(), generate_key()
 QUESTION = {"role": "user", "content": "What is the capital of France, please?"}
 CHAT_BODY = {"model": "demo", "messages": [QUESTION], "max_tokens": 4}
-# A floor of 60 nats refuses every prompt, so one answer would be one too many.
-FILE = f"""\
-policies:
-  desk:
-    floors: {{safety: {{bias: 60}}}}
-    raw_prompts: true
-  lab:
-    defaults: {{categories: {{safety: never}}}}
-  strict:
-    floors: {{safety: {{bias: 60}}}}
-    ceilings: {{humanizing: 0.5}}
-    outside: refuse
-tenants:
-  acme:
-    policies: [desk, lab]
-    keys: ["{hash_key(ACME)}"]
-  shop:
-    policies: [strict]
-    keys: ["{hash_key(SHOP)}"]
-    header: shop
-gateway:
-  tenant_header: X-Tenant
-  secret_header: X-Gateway-Secret
-  secrets: ["{hash_key(SECRET)}"]
-anonymous: null
-"""
 NO_FLOOR = FILE.replace("    floors: {safety: {bias: 60}}\n    raw", "    raw")
 ALL_NEVER = dict.fromkeys(
     ("safety", "humanizing", "incomplete", "indeterminate", "unsupported"), "never"
 )
-
-
-class Policied(NamedTuple):
-    """A running server, its policy file and its trace."""
-
-    server: Server
-    file: Path
-    trace: Path
-
-    def client(self, key: str | None = None, **headers: str) -> httpx.Client:
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        if key is not None:
-            sent["authorization"] = f"Bearer {key}"
-        return httpx.Client(base_url=self.server.url, headers=sent, timeout=60)
-
-
-def made_up_calibration(checkpoint: Path, name: str) -> Calibration:
-    """Returns a calibration of the checkpoint with margins that were never measured."""
-    names = load_manifest(checkpoint).names
-    category = np.repeat([*range(len(names)), BENIGN], 40)
-    margins = np.random.default_rng(0).normal(0, 4, (len(category), len(names)))
-    return Calibration(
-        margins=margins.astype(np.float32),
-        log_normaliser=np.logaddexp.reduce(np.c_[margins, np.zeros(len(margins))], axis=1).astype(
-            np.float32
-        ),
-        category=category,
-        info=CalibrationInfo(
-            name=name,
-            created=datetime.now(UTC),
-            categories=tuple(names),
-            hashes=checkpoint_hashes(checkpoint),
-            rheostat="0",
-        ),
-    )
-
-
-@pytest.fixture(scope="module")
-def policied(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policied]:
-    folder = tmp_path_factory.mktemp("policies")
-    model = folder / "model"
-    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns(CALIBRATIONS))
-    for name in ("default", "tenant"):
-        save_calibration(model, made_up_calibration(model, name))
-    file, trace = folder / "policies.yaml", folder / "trace.jsonl"
-    file.write_text(FILE)
-    variables = {"RHEOSTAT_POLICY_FILE": str(file), "RHEOSTAT_TRACE_FILE": str(trace)}
-    with rheostat_server(model, folder / "log", variables=variables) as server:
-        yield Policied(server, file, trace)
 
 
 @pytest.fixture
@@ -284,6 +200,89 @@ def test_policy_that_does_not_clamp_answers_403(shop: httpx.Client, dials: dict[
     assert decision(shop.post(CHAT, json=CHAT_BODY)) == "refuse"
 
 
+# fixed texts, shadow mode, a floor that is a rate
+
+
+def spent_tokens(policied: Policied) -> float:
+    lines = policied.server.metrics().splitlines()
+    counts = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in counts)
+
+
+@pytest.mark.parametrize("route", TARGETS, ids=lambda route: route.name)
+@pytest.mark.parametrize(
+    "fields", [{}, {"seed": 3, "temperature": 1}, {"min_tokens": 3}], ids=json.dumps
+)
+def test_fixed_text_ends_the_request_at_the_decision(
+    policied: Policied, acme: httpx.Client, route: Route, fields: dict[str, Any]
+) -> None:
+    body = {**route.body(), **fields, "refusal": {"policy": "kiosk"}}
+    before = spent_tokens(policied)
+    answer = acme.post(route.path, json=body)
+    assert answer.status_code == 200, answer.text
+    answers = 2 if route.name == "batch" else 1
+    assert spent_tokens(policied) - before == answers
+    assert FIXED_TEXT in answer.text
+    if not body.get("stream"):
+        assert set(decision(answer).split(", ")) == {"refuse"}
+        assert answer.text.count(FIXED_TEXT) == answers
+        usage = answer.json()["usage"]
+        assert usage.get("completion_tokens", usage.get("output_tokens")) == 0
+
+
+def test_fixed_text_takes_the_place_of_a_tool_call_and_of_json(acme: httpx.Client) -> None:
+    schema = {"name": "a", "schema": {"type": "object"}}
+    for fields in (
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+    ):
+        body = {**CHAT_BODY, **fields, "refusal": {"policy": "kiosk"}}
+        (choice,) = acme.post(CHAT, json=body).json()["choices"]
+        assert choice["message"]["refusal"] == FIXED_TEXT
+        assert choice["message"]["content"] is None
+        assert not choice["message"].get("tool_calls")
+        assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("route", TARGETS, ids=lambda route: route.name)
+def test_shadow_policy_answers_and_says_what_it_would_have_refused(
+    acme: httpx.Client, route: Route
+) -> None:
+    free = {"policy": "lab", "categories": ALL_NEVER}
+    if "text" in route.name.split():
+        free["policy"] = "desk"  # lab takes no raw prompts
+    asked = {"policy": "trial", "report": True}
+    shadowed = acme.post(route.path, json={**route.body(), "temperature": 0, "refusal": asked})
+    assert shadowed.status_code == 200, shadowed.text
+    assert '"would_refuse":"safety"' in shadowed.text
+    if not route.body().get("stream"):
+        assert set(decision(shadowed).split(", ")) == {"respond"}
+    if free["policy"] == "lab":
+        answered = acme.post(route.path, json={**route.body(), "temperature": 0, "refusal": free})
+        assert texts(answered) == texts(shadowed) != ""
+
+
+def texts(answer: httpx.Response) -> str:
+    """Returns all the text that an answer or its events hold."""
+    kept = re.findall(r'"(?:content|text|delta)":"((?:[^"\\\\]|\\\\.)+)"', answer.text)
+    return "".join(kept)
+
+
+def test_floor_of_a_rate_refuses_that_share_by_itself(
+    policied: Policied, acme: httpx.Client
+) -> None:
+    calibration = load_calibration(calibration_path(policied.model, "default"))
+    safety = calibration.names.index("safety")
+    own = calibration.margins[calibration.category == safety, safety]
+    for asked in ("never", 0.01, {"bias": -3}):
+        dials = {"policy": "rated", "categories": {"safety": asked}}
+        body = {"inputs": [{"messages": [QUESTION]}], "refusal": dials}
+        (entry,) = acme.post(SCORE, json=body).json()["data"]
+        decided = entry["decisions"]["safety"]
+        assert decided["clamped"] == "floor"
+        assert np.mean(own + decided["bias"] >= 0) == pytest.approx(0.9, abs=1 / len(own))
+
+
 # which policy
 
 
@@ -407,9 +406,9 @@ def test_trace_has_a_line_a_choice_and_no_text(policied: Policied, acme: httpx.C
     ],
 )
 def test_contradictory_settings_are_one_line_at_start(
-    policied: Policied, checkpoint: Path, flags: list[str], variables: dict[str, str], said: str
+    policied: Policied, flags: list[str], variables: dict[str, str], said: str
 ) -> None:
-    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(checkpoint), *flags]
+    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(policied.model), *flags]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -520,8 +520,8 @@ def test_body_passes_byte_for_byte_when_nothing_changes(raw: bytes, chunks: int)
         ("PUT", CHAT),
         ("POST", "/v1/embeddings"),
         ("POST", "/tokenize"),
-        ("POST", "/v1/chat/completions/render"),
-        ("GET", "/generative_scoring"),
+        ("POST", "/v1/completions/render"),
+        ("GET", "/v1/chat/completions/render"),
     ],
 )
 def test_everything_else_is_untouched(method: str, path: str) -> None:
@@ -620,11 +620,37 @@ def test_no_depth_of_nesting_crashes() -> None:
     assert set(statuses) == {200, 400}
 
 
-@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/systemone"])
-def test_scoring_of_the_first_step_is_not_served(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "opened"),
+    [
+        (CHAT, {"messages": [USER, ANSWERED]}, {**ANSWERED, "content": "[respond]Hi"}),
+        (MESSAGES, {"messages": [USER, ANSWERED]}, {**ANSWERED, "content": "[respond]Hi"}),
+    ],
+)
+def test_rendered_prompts_hold_the_control_tokens_of_earlier_turns(
+    path: str, body: dict[str, Any], opened: dict[str, Any]
+) -> None:
     server = FakeServer()
-    message = assert_refused(send_to(server, path, {}), server, 404, None)
-    assert "decision step" in message
+    assert send_to(server, f"{path}/render", body).status_code == 200
+    assert server.body["messages"] == [USER, opened]
+    assert server.steering is None
+
+
+def test_empty_turn_that_vllm_cannot_render_is_opened() -> None:
+    server = FakeServer()
+    empty = {"type": "message", "role": "assistant", "content": []}
+    send_to(server, f"{RESPONSES}/render", {"input": [empty]})
+    assert [part["text"] for part in server.body["input"][0]["content"]] == ["[respond]"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"input": [{**ANSWERED, "content": [{"type": "text"}]}]}, 400), (b"[" * 100_000, 400)],
+)
+def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -> None:
+    server = FakeServer()
+    answer = send_to(server, f"{RESPONSES}/render", body)
+    assert (answer.status_code, server.calls) == (status, 0)
 
 
 @pytest.mark.parametrize(

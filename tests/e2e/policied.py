@@ -1,0 +1,112 @@
+"""A server with a policy file; its tenants' floors refuse every prompt."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+
+from models.calibration import (
+    BENIGN,
+    CALIBRATIONS,
+    Calibration,
+    CalibrationInfo,
+    save_calibration,
+)
+from models.hashes import checkpoint_hashes
+from models.manifest import load_manifest
+from server.credentials import generate_key, hash_key
+from tests.e2e.servers import Server, rheostat_server
+
+ACME, SHOP, SECRET = generate_key(), generate_key(), generate_key()
+FIXED_TEXT = "Please ask at the desk."
+# A floor of 60 nats refuses every prompt, so one answer would be one too many.
+FILE = f"""\
+policies:
+  desk:
+    floors: {{safety: {{bias: 60}}}}
+    raw_prompts: true
+  kiosk:
+    floors: {{safety: {{bias: 60}}}}
+    raw_prompts: true
+    refusal_text: {{safety: {FIXED_TEXT}}}
+  trial:
+    floors: {{safety: {{bias: 60}}}}
+    raw_prompts: true
+    enforce: false
+  rated:
+    floors: {{safety: {{rate: 0.9}}}}
+  lab:
+    defaults: {{categories: {{safety: never}}}}
+  strict:
+    floors: {{safety: {{bias: 60}}}}
+    ceilings: {{humanizing: 0.5}}
+    outside: refuse
+tenants:
+  acme:
+    policies: [desk, lab, kiosk, trial, rated]
+    keys: ["{hash_key(ACME)}"]
+  shop:
+    policies: [strict]
+    keys: ["{hash_key(SHOP)}"]
+    header: shop
+gateway:
+  tenant_header: X-Tenant
+  secret_header: X-Gateway-Secret
+  secrets: ["{hash_key(SECRET)}"]
+anonymous: null
+"""
+
+
+class Policied(NamedTuple):
+    """A running server, its checkpoint, its policy file and its trace."""
+
+    server: Server
+    model: Path
+    file: Path
+    trace: Path
+
+    def client(self, key: str | None = None, **headers: str) -> httpx.Client:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if key is not None:
+            sent["authorization"] = f"Bearer {key}"
+        return httpx.Client(base_url=self.server.url, headers=sent, timeout=60)
+
+
+def made_up_calibration(checkpoint: Path, name: str) -> Calibration:
+    """Returns a calibration of the checkpoint with margins that were never measured."""
+    names = load_manifest(checkpoint).names
+    category = np.repeat([*range(len(names)), BENIGN], 40)
+    margins = np.random.default_rng(0).normal(0, 4, (len(category), len(names)))
+    return Calibration(
+        margins=margins.astype(np.float32),
+        log_normaliser=np.logaddexp.reduce(np.c_[margins, np.zeros(len(margins))], axis=1).astype(
+            np.float32
+        ),
+        category=category,
+        info=CalibrationInfo(
+            name=name,
+            created=datetime.now(UTC),
+            categories=tuple(names),
+            hashes=checkpoint_hashes(checkpoint),
+            rheostat="0",
+        ),
+    )
+
+
+@contextmanager
+def policied_server(checkpoint: Path, folder: Path) -> Iterator[Policied]:
+    """Serves a copy of a checkpoint, with two calibrations, under the policy file."""
+    model = folder / "model"
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns(CALIBRATIONS))
+    for name in ("default", "tenant"):
+        save_calibration(model, made_up_calibration(model, name))
+    file, trace = folder / "policies.yaml", folder / "trace.jsonl"
+    file.write_text(FILE)
+    variables = {"RHEOSTAT_POLICY_FILE": str(file), "RHEOSTAT_TRACE_FILE": str(trace)}
+    with rheostat_server(model, folder / "log", variables=variables) as server:
+        yield Policied(server, model, file, trace)
