@@ -18,9 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scipy.stats import bootstrap
 
 from models.manifest import load_manifest
 from tests.e2e.servers import rheostat_server, stock_server
@@ -39,6 +41,14 @@ class Round(NamedTuple):
 
     per_s: float
     median_s: float
+
+
+class Estimate(NamedTuple):
+    """A median over the rounds, with its 95 % interval (BCa bootstrap)."""
+
+    median: float
+    low: float
+    high: float
 
 
 def bodies(checkpoint: Path, tokens: int) -> dict[str, list[Body]]:
@@ -98,29 +108,35 @@ def cycle(requests: list[Body]) -> Iterator[Body]:
         yield from requests
 
 
-def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str, float]]:
+def _estimate(values: list[float]) -> Estimate:
+    interval = bootstrap((values,), np.median, rng=0).confidence_interval
+    return Estimate(statistics.median(values), float(interval.low), float(interval.high))
+
+
+def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str, Any]]:
     """Prints and returns medians, and the medians of the rounds' ratios to stock."""
-    table = Table(title="against stock vLLM, same run, interleaved rounds")
-    for column in ("contender", "requests/s", "ratio", "one at a time, ms", "added", "ratio"):
+    table = Table(title="against stock vLLM, same run, interleaved rounds; 95 % intervals")
+    for column in ("contender", "requests/s", "ratio", "one at a time, ms", "added, ms"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     results = {}
     for name, own in rounds.items():
         pairs = list(zip(own, rounds["stock"], strict=True))
-        result = {
-            "requests_per_s": statistics.median(r.per_s for r in own),
-            "throughput_ratio": statistics.median(r.per_s / s.per_s for r, s in pairs),
-            "latency_ms": 1000 * statistics.median(r.median_s for r in own),
-            "added_ms": 1000 * statistics.median(r.median_s - s.median_s for r, s in pairs),
-            "latency_ratio": statistics.median(r.median_s / s.median_s for r, s in pairs),
+        ratio = _estimate([r.per_s / s.per_s for r, s in pairs])
+        added = _estimate([1000 * (r.median_s - s.median_s) for r, s in pairs])
+        per_s = statistics.median(r.per_s for r in own)
+        latency_ms = 1000 * statistics.median(r.median_s for r in own)
+        results[name] = {
+            "requests_per_s": per_s,
+            "throughput_ratio": ratio,
+            "latency_ms": latency_ms,
+            "added_ms": added,
         }
-        results[name] = result
         table.add_row(
             name,
-            f"{result['requests_per_s']:.0f}",
-            f"{result['throughput_ratio']:.3f}",
-            f"{result['latency_ms']:.2f}",
-            f"{result['added_ms']:+.2f}",
-            f"{result['latency_ratio']:.3f}",
+            f"{per_s:.0f}",
+            "{:.3f} ({:.3f} to {:.3f})".format(*ratio),
+            f"{latency_ms:.2f}",
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(*added),
         )
     console.print(table)
     return results
@@ -130,15 +146,16 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--requests", type=int, default=256, help="a round and contender")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=128, help="a round and contender")
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
     arguments = parser.parse_args()
     console = Console()
     requests = {k: cycle(v) for k, v in bodies(arguments.checkpoint, arguments.tokens).items()}
-    rounds: dict[str, list[Round]] = {name: [] for name in requests}
+    names = list(requests)
+    rounds: dict[str, list[Round]] = {name: [] for name in names}
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
         with console.status("starting two servers"):
@@ -146,9 +163,12 @@ def main() -> None:
             stock = stack.enter_context(stock_server(arguments.checkpoint, logs / "stock.log"))
         size = (arguments.requests, arguments.at_once)
         for turn in track(range(-1, arguments.rounds), "measuring", console=console):
-            for name, own in requests.items():
+            # Each contender is first, second, … equally often: what a round leaves to the next one
+            # is nobody's alone.
+            first = turn % len(requests)
+            for name in [*names[first:], *names[:first]]:
                 url = stock.url if name.startswith("stock") else ours.url
-                measured = asyncio.run(run_round(url, own, *size))
+                measured = asyncio.run(run_round(url, requests[name], *size))
                 if turn >= 0:  # the first turn warms up
                     rounds[name].append(measured)
     results = show(console, rounds)

@@ -13,6 +13,8 @@ from models.errors import RequestError
 from server.protocol import FIELD, HEADER, POLICY_HEADER, parse_header
 
 _BOOL = TypeAdapter(bool)
+# In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 async def read_body(receive: Receive, limit_bytes: int) -> bytes:
@@ -53,8 +55,11 @@ def parse_body(raw: bytes) -> dict[str, Any] | None:
 
 def flag(body: dict[str, Any], name: str) -> bool:
     """Returns a flag as vLLM's models read it: 1 and "true" are true; what they refuse is false."""
+    value = body.get(name, False)
+    if isinstance(value, bool):
+        return value
     try:
-        return _BOOL.validate_python(body.get(name, False))
+        return _BOOL.validate_python(value)
     except ValidationError:
         return False
 
@@ -65,9 +70,8 @@ def encode(value: Any) -> bytes:
     Raises:
         RequestError: It nests deeper than the writer goes.
     """
-    # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
     try:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _ENCODER.encode(value).encode()
     except RecursionError as error:  # what could just be read may be too deep to write again
         raise RequestError("the body nests too deeply", status=400) from error
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from models.controls import Controls, Rule
@@ -16,6 +17,7 @@ from server.reports import Forecast, forecast
 DEFAULT_CALIBRATION = "default"
 # What vLLM's routes take where neither the request nor generation_config.json says one.
 OPENAI_TEMPERATURE = 1.0
+_MOST_KEPT = 1024
 
 # Which categories were moved to a bound, by index.
 Sides = Mapping[int, Side]
@@ -97,6 +99,7 @@ class DialBoard:
         self.calibrations = calibrations
         self.temperature = temperature
         self.bounds = bounds or Bounds.none(len(self.names))
+        self._lately = lru_cache(_MOST_KEPT)(self._resolve)
         self.unasked = self.resolve(RefusalOptions())
 
     def reports(self, options: RefusalOptions) -> bool:
@@ -106,7 +109,7 @@ class DialBoard:
     def resolve(
         self, options: RefusalOptions, temperature: float | None = None, *, explain: bool = False
     ) -> Resolution:
-        """Resolves one request.
+        """Resolves one request; what was asked lately is not resolved again.
 
         Args:
             options: The request's.
@@ -118,6 +121,11 @@ class DialBoard:
             NotAllowedError: The request asks for more or less than the policy allows, and the
                 policy does not clamp.
         """
+        return self._lately(options, temperature, explain)
+
+    def _resolve(
+        self, options: RefusalOptions, temperature: float | None, explain: bool
+    ) -> Resolution:
         wanted = self._wanted(options, explain)
         if wanted.question.rule is not Rule.SAMPLE:
             return self._resolved(wanted)

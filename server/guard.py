@@ -126,7 +126,7 @@ class SpecialText:
         return self._without_spans(self._found.sub(self._split, text))
 
     def _may_spell(self, text: str) -> bool:
-        return any(first in text for first in self._firsts)
+        return any(map(text.__contains__, self._firsts))
 
     def _split(self, match: "re.Match[str]") -> str:
         return match[0][0] + self.mark + match[0][1:]
@@ -195,6 +195,8 @@ class Guard:
 
     def _field(self, name: str, value: Any, refuse: bool) -> Any:
         special = self._control if name in RAW else self._special
+        if isinstance(value, int | float | None):
+            return value
         if isinstance(value, str) and name not in TEXTS and not refuse:
             return special.unspelt(value)
         return _Walk(special, refuse).walked(value, name, schema=name in TOOLS)

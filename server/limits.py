@@ -1,7 +1,6 @@
 """What a request's head and its JSON may hold at most, before anything is made of them."""
 
 import json
-import re
 from http import HTTPStatus
 from typing import Any, NoReturn
 
@@ -11,9 +10,8 @@ from starlette.types import Scope
 from models.errors import RequestError
 from server.settings import PREFIX, Settings
 
-# Beyond these, a number may be none that the engine's own types hold.
+# Beyond it, a number may be none that the engine's own types hold.
 _BIGGEST_INTEGER = 2**64
-_BIG_NUMBER = re.compile(rb"[0-9]{19}|[eE][+]?[0-9]{3}")
 _INT = TypeAdapter(int)
 
 
@@ -60,14 +58,9 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
 
 
 def _parsed(raw: bytes) -> Any:
-    # The parser that vLLM's routes use, so that both read the same: the last of equal keys, the
-    # same encodings.
+    # As vLLM's routes parse, so that both read the same: the last of equal keys, the encodings.
     try:
-        if _BIG_NUMBER.search(raw):
-            return json.loads(
-                raw, parse_constant=_no_number, parse_int=_integer, parse_float=_finite
-            )
-        return json.loads(raw, parse_constant=_no_number)
+        return _JSON.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
     except RecursionError as error:
         raise RequestError("the body nests too deeply", status=HTTPStatus.BAD_REQUEST) from error
     except ValueError as error:
@@ -95,6 +88,9 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         _no_number(text)
     return value
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
 
 
 def _check_depth(body: dict[str, Any], settings: Settings) -> None:
@@ -154,6 +150,8 @@ def _prompts(value: Any) -> int:
 
 def _number(value: Any) -> int:
     # As vLLM's models read it: "2" and 2.0 are 2. What they refuse is no number here.
+    if value is None:
+        return 0
     try:
         return _INT.validate_python(value)
     except ValidationError:

@@ -205,8 +205,10 @@ def _temperature(body: dict[str, Any]) -> float | None:
 
 
 def _choices_per_prompt(body: dict[str, Any]) -> int:
+    if "n" not in body:
+        return 1
     try:
-        return max(1, _INT.validate_python(body.get("n", 1)))
+        return max(1, _INT.validate_python(body["n"]))
     except ValidationError:
         return 1
 

@@ -158,6 +158,9 @@ class RefusalOptions(DialOptions):
     # Any text: whether it names a policy is answered alike for all names.
     policy: str | None = None
 
+    def __hash__(self) -> int:
+        return hash((*self.categories.items(), self.decision, self.calibration))
+
     @property
     def moves_dials(self) -> bool:
         """Whether the request itself says anything of how it is decided."""

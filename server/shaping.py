@@ -4,7 +4,7 @@ Each API has a module of its own that knows its objects; this one finds the righ
 are pure functions on JSON, with the state of a stream in one small object.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from server.shaping_choices import ChoicesShape
@@ -36,11 +36,7 @@ class Shaper:
     def __init__(self, verdicts: Verdicts, *, echo: bool = False) -> None:
         self._verdicts = verdicts
         self._echo = echo
-        self._shapes: dict[type[Shape], Shape] = {
-            ChoicesShape: ChoicesShape(verdicts, echo=echo),
-            ResponseShape: ResponseShape(verdicts),
-            MessageShape: MessageShape(verdicts),
-        }
+        self._shapes: dict[Callable[..., Shape], Shape] = {}
 
     @property
     def needed(self) -> bool:
@@ -63,17 +59,26 @@ class Shaper:
 
     def shape_answer(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Shapes a whole answer in place and returns it; what no API knows passes."""
-        if (kind := _kind(answer)) is not None:
-            self._shapes[kind].answer(answer)
+        if (shape := self._shape_of(answer)) is not None:
+            shape.answer(answer)
         return answer
 
     def shape_event(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns what stands for one event of a stream; what no API knows passes."""
-        kind = _kind(event)
-        return [event] if kind is None else list(self._shapes[kind].event(event))
+        shape = self._shape_of(event)
+        return [event] if shape is None else list(shape.event(event))
+
+    def _shape_of(self, body: dict[str, Any]) -> Shape | None:
+        kind = _kind(body)
+        if kind is None:
+            return None
+        if kind not in self._shapes:
+            echoes = {"echo": self._echo} if kind is ChoicesShape else {}
+            self._shapes[kind] = kind(self._verdicts, **echoes)
+        return self._shapes[kind]
 
 
-def _kind(body: dict[str, Any]) -> type[Shape] | None:
+def _kind(body: dict[str, Any]) -> Callable[..., Shape] | None:
     if "choices" in body:
         return ChoicesShape
     named = str(body.get("type", ""))
