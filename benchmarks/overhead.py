@@ -1,34 +1,38 @@
 """Throughput and latency against stock vLLM: interleaved rounds on one machine, as ratios.
 
 Both servers hold the same checkpoint, whose every answer opens with a control token. Stock decodes
-it like any other and is given one token more, so both run as many decoding steps: that is the
-measure. "stock, token given" finds the control token in its prompt and saves that step; it is shown
-for what the step costs.
+it like any other and is given one token more, so both run as many decoding steps. Rounds are short
+and follow each other in turn, for the machine's own speed changes within seconds. While one server
+is measured, the other one's processes are stopped: vLLM's engine and worker go on spinning for a
+second after their last request, and would take the cores from it.
 """
 
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from scipy.stats import bootstrap
 
 from models.manifest import load_manifest
-from tests.e2e.servers import rheostat_server, stock_server
+from tests.e2e.servers import Server, rheostat_server, stock_server
 from training.demo_data.render import render
 
 Body = dict[str, Any]
+STOCK, OURS, REPORTED = "stock", "rheostat", "rheostat, report"
 
 
 class Round(NamedTuple):
@@ -36,109 +40,138 @@ class Round(NamedTuple):
 
     Attributes:
         per_s: Requests a second at the given concurrency.
-        median_s: Median seconds of a request, one at a time.
+        alone_s: Median seconds of a request of one token, one at a time.
     """
 
     per_s: float
-    median_s: float
+    alone_s: float
 
 
 class Estimate(NamedTuple):
-    """A median over the rounds, with its 95 % interval (BCa bootstrap)."""
+    """A median over the rounds, with its 95 % interval (bootstrap)."""
 
     median: float
     low: float
     high: float
 
 
-def bodies(checkpoint: Path, tokens: int) -> dict[str, list[Body]]:
-    """Returns each contender's requests: stock twice, ours, ours with a report."""
+def bodies(checkpoint: Path) -> dict[str, Iterator[Body]]:
+    """Returns each contender's requests, without end and without ``max_tokens``."""
     manifest = load_manifest(checkpoint)
-    prompts = [row["prompt"] for row in render(0)["evaluation"] if row["category"] is None]
     never = {"categories": dict.fromkeys(manifest.names, "never")}
-    common = {"model": "demo", "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-    prefilled = {"add_generation_prompt": False, "continue_final_message": True}
-
-    def stock(prompt: str) -> Body:
-        turns = [{"role": "user", "content": prompt}]
-        return {**common, "messages": turns, "max_tokens": tokens + 1}
-
-    def given(prompt: str) -> Body:
-        turns = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": manifest.respond.token},
-        ]
-        return {**common, **prefilled, "messages": turns}
-
-    def ours(prompt: str, **refusal: Any) -> Body:
-        turns = [{"role": "user", "content": prompt}]
-        return {**common, "messages": turns, "refusal": {**never, **refusal}}
-
-    return {
-        "stock": [stock(prompt) for prompt in prompts],
-        "stock, token given": [given(prompt) for prompt in prompts],
-        "rheostat": [ours(prompt) for prompt in prompts],
-        "rheostat, report": [ours(prompt, report=True) for prompt in prompts],
+    refusals = {
+        STOCK: {},
+        OURS: {"refusal": never},
+        REPORTED: {"refusal": never | {"report": True}},
     }
+    return {name: _requests(fields) for name, fields in refusals.items()}
 
 
-async def run_round(url: str, requests: Iterator[Body], count: int, at_once: int) -> Round:
-    """Measures one contender once."""
-    gate = asyncio.Semaphore(at_once)
+def _requests(fields: Body) -> Iterator[Body]:
+    prompts = [row["prompt"] for row in render(0)["evaluation"] if row["category"] is None]
+    while True:
+        for prompt in prompts:
+            turns = [{"role": "user", "content": prompt}]
+            yield {
+                "model": "demo",
+                "messages": turns,
+                "temperature": 0,
+                "ignore_eos": True,
+                **fields,
+            }
+
+
+class Sizes(NamedTuple):
+    """How large a round is.
+
+    Attributes:
+        requests: Together.
+        at_once: How many of them at a time.
+        alone: Requests after that, one at a time.
+        tokens: Of each request's answer, as a client of ours sees them.
+    """
+
+    requests: int
+    at_once: int
+    alone: int
+    tokens: int
+
+
+async def run_round(url: str, requests: Iterator[Body], sizes: Sizes, more_tokens: int) -> Round:
+    """Measures one contender once; ``more_tokens`` is what its answers need for the decision."""
+    gate = asyncio.Semaphore(sizes.at_once)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
-        async def post() -> float:
+        async def post(tokens: int) -> float:
             async with gate:
+                body = {**next(requests), "max_tokens": tokens + more_tokens}
                 start = time.perf_counter()
-                answer = await client.post("/v1/chat/completions", json=next(requests))
+                answer = await client.post("/v1/chat/completions", json=body)
                 answer.raise_for_status()
                 return time.perf_counter() - start
 
+        await post(1)  # wakes the engine up
         start = time.perf_counter()
-        await asyncio.gather(*(post() for _ in range(count)))
-        per_s = count / (time.perf_counter() - start)
-        gate = asyncio.Semaphore(1)
-        alone = [await post() for _ in range(max(10, count // 8))]
+        await asyncio.gather(*(post(sizes.tokens) for _ in range(sizes.requests)))
+        per_s = sizes.requests / (time.perf_counter() - start)
+        alone = [await post(1) for _ in range(sizes.alone)]
     return Round(per_s, statistics.median(alone))
 
 
-def cycle(requests: list[Body]) -> Iterator[Body]:
-    """Repeats the requests for ever."""
-    while True:
-        yield from requests
+@contextmanager
+def running(server: Server) -> Iterator[None]:
+    """Lets a stopped server run."""
+    _signal(server, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        _signal(server, signal.SIGSTOP)
 
 
-def _estimate(values: list[float]) -> Estimate:
-    interval = bootstrap((values,), np.median, rng=0).confidence_interval
-    return Estimate(statistics.median(values), float(interval.low), float(interval.high))
+def _signal(server: Server, number: signal.Signals) -> None:
+    process = psutil.Process(server.process.pid)
+    for one in [process, *process.children(recursive=True)]:
+        one.send_signal(number)
 
 
-def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, dict[str, Any]]:
-    """Prints and returns medians, and the medians of the rounds' ratios to stock."""
-    table = Table(title="against stock vLLM, same run, interleaved rounds; 95 % intervals")
-    for column in ("contender", "requests/s", "ratio", "one at a time, ms", "added, ms"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
-    results = {}
+def estimate(values: list[float]) -> Estimate:
+    """Returns a median and its interval."""
+    told = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
+    return Estimate(statistics.median(values), float(told.low), float(told.high))
+
+
+def compare(own: list[Round], other: list[Round]) -> dict[str, Estimate]:
+    """Compares what was measured in turn: throughput as a ratio, latency as what is added."""
+    pairs = list(zip(own, other, strict=True))
+    return {
+        "throughput_ratio": estimate([a.per_s / b.per_s for a, b in pairs]),
+        "added_ms": estimate([1000 * (a.alone_s - b.alone_s) for a, b in pairs]),
+    }
+
+
+def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, Any]:
+    """Prints and returns medians over the rounds, and comparisons with 95 % intervals."""
+    levels = Table(title="medians over the rounds")
+    for column in ("", "requests/s", "one token alone, ms"):
+        levels.add_column(column)
+    results: dict[str, Any] = {}
     for name, own in rounds.items():
-        pairs = list(zip(own, rounds["stock"], strict=True))
-        ratio = _estimate([r.per_s / s.per_s for r, s in pairs])
-        added = _estimate([1000 * (r.median_s - s.median_s) for r, s in pairs])
         per_s = statistics.median(r.per_s for r in own)
-        latency_ms = 1000 * statistics.median(r.median_s for r in own)
-        results[name] = {
-            "requests_per_s": per_s,
-            "throughput_ratio": ratio,
-            "latency_ms": latency_ms,
-            "added_ms": added,
-        }
-        table.add_row(
-            name,
-            f"{per_s:.0f}",
-            "{:.3f} ({:.3f} to {:.3f})".format(*ratio),
-            f"{latency_ms:.2f}",
-            "{:+.2f} ({:+.2f} to {:+.2f})".format(*added),
+        alone_ms = 1000 * statistics.median(r.alone_s for r in own)
+        results[name] = {"requests_per_s": per_s, "alone_ms": alone_ms}
+        levels.add_row(name, f"{per_s:.0f}", f"{alone_ms:.2f}")
+    pairs = Table(title="compared round by round, with 95 % intervals")
+    for column in ("", "throughput", "added latency, ms"):
+        pairs.add_column(column)
+    for own_name, other in ((OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS)):
+        compared = compare(rounds[own_name], rounds[other])
+        results[f"{own_name} / {other}"] = {k: v._asdict() for k, v in compared.items()}
+        pairs.add_row(
+            f"{own_name} / {other}",
+            "{:.3f} [{:.3f}, {:.3f}]".format(*compared["throughput_ratio"]),
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*compared["added_ms"]),
         )
-    console.print(table)
+    console.print(levels, pairs)
     return results
 
 
@@ -146,14 +179,16 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--requests", type=int, default=128, help="a round and contender")
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--requests", type=int, default=96, help="a round and contender")
     parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=16, help="requests one at a time")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
     arguments = parser.parse_args()
     console = Console()
-    requests = {k: cycle(v) for k, v in bodies(arguments.checkpoint, arguments.tokens).items()}
+    sizes = Sizes(arguments.requests, arguments.at_once, arguments.alone, arguments.tokens)
+    requests = bodies(arguments.checkpoint)
     names = list(requests)
     rounds: dict[str, list[Round]] = {name: [] for name in names}
     with ExitStack() as stack:
@@ -161,15 +196,19 @@ def main() -> None:
         with console.status("starting two servers"):
             ours = stack.enter_context(rheostat_server(arguments.checkpoint, logs / "ours.log"))
             stock = stack.enter_context(stock_server(arguments.checkpoint, logs / "stock.log"))
-        size = (arguments.requests, arguments.at_once)
-        for turn in track(range(-1, arguments.rounds), "measuring", console=console):
-            # Each contender is first, second, … equally often: what a round leaves to the next one
-            # is nobody's alone.
-            first = turn % len(requests)
+        servers = {STOCK: stock, OURS: ours, REPORTED: ours}
+        for server in (ours, stock):
+            _signal(server, signal.SIGSTOP)
+            stack.callback(_signal, server, signal.SIGCONT)  # a stopped one could not end
+        for turn in track(range(-3, arguments.rounds), "measuring", console=console):
+            first = turn % len(names)
             for name in [*names[first:], *names[:first]]:
-                url = stock.url if name.startswith("stock") else ours.url
-                measured = asyncio.run(run_round(url, requests[name], *size))
-                if turn >= 0:  # the first turn warms up
+                with running(servers[name]):
+                    more = int(name == STOCK)
+                    measured = asyncio.run(
+                        run_round(servers[name].url, requests[name], sizes, more)
+                    )
+                if turn >= 0:  # the first turns warm up
                     rounds[name].append(measured)
     results = show(console, rounds)
     if arguments.out is not None:
