@@ -27,7 +27,7 @@ from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
 from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration, save_calibration
 from models.controls import Rule
-from models.decision import Dials, decide
+from models.decision import Dials, decide, dial_row
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
 from training.calibrate import Job, calibrate
@@ -54,13 +54,8 @@ def refused(calibration: Calibration, solution: Solution) -> Flags:
     """Returns which prompts the served decision refuses with a solution's biases, `[n]`."""
     margins = torch.tensor(calibration.margins)
     rows, k = margins.shape
-    dials = Dials(
-        bias=torch.tensor([solution.biases] * rows, dtype=torch.float32),
-        rule=torch.full((rows,), int(Rule.GREEDY)),
-        selected=torch.ones((rows, k), dtype=torch.bool),
-        temperature=torch.zeros(rows),
-        uniform=torch.zeros(rows),
-    )
+    row = dial_row(solution.biases, [True] * k, Rule.GREEDY, 0.0, 0.0)
+    dials = Dials(torch.tensor([row]), k)
     logits = torch.cat((margins, torch.zeros((rows, 1))), dim=1)
     chosen: Flags = (decide(logits, dials, [Rule.GREEDY]) < k).numpy()
     return chosen

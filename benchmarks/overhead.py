@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
 def bodies(checkpoint: Path) -> dict[str, Iterator[Body]]:
     """Returns each contender's requests, without end and without ``max_tokens``."""
     manifest = load_manifest(checkpoint)
-    never = {"categories": dict.fromkeys(manifest.names, "never")}
+    never: Body = {"categories": dict.fromkeys(manifest.names, "never")}
     refusals = {
         STOCK: {},
         OURS: {"refusal": never},

@@ -15,21 +15,72 @@ from models.controls import Controls, Rule
 
 
 class Dials(NamedTuple):
-    """What a batch of requests asks of the decision.
+    """What a batch of requests asks of the decision, as rows of one matrix.
+
+    The columns are sliced where a rule reads them, for every view costs as much as a sum.
 
     Attributes:
-        bias: ``[rows, k]`` fp32, added to each refusal logit; ``-inf`` never, ``+inf`` always.
-        rule: ``[rows]`` int, a ``Rule``.
-        selected: ``[rows, k]`` bool, the categories a request named; only ``PAPER`` reads it.
-        temperature: ``[rows]`` fp32; only ``SAMPLE`` reads it, 0 means greedy.
-        uniform: ``[rows]`` fp32, the random draw of ``uniform_draw``; only ``SAMPLE`` reads it.
+        rows: ``[rows, 3 k + 4]`` fp32, each made by ``dial_row``; more columns are ignored.
+        categories: k.
     """
 
-    bias: torch.Tensor
-    rule: torch.Tensor
-    selected: torch.Tensor
-    temperature: torch.Tensor
-    uniform: torch.Tensor
+    rows: torch.Tensor
+    categories: int
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """``[rows, k + 1]`` added to each token's margin; ``-inf`` where it is out of the race."""
+        return self.rows[:, : self.categories + 1]
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """``[rows, k]`` as asked for; only ``PAPER`` reads it."""
+        return self.rows[:, self.categories + 1 : 2 * self.categories + 1]
+
+    @property
+    def selected(self) -> torch.Tensor:
+        """``[rows, k]`` bool, the categories a request named; only ``PAPER`` reads it."""
+        return self.rows[:, 2 * self.categories + 1 : 3 * self.categories + 1] > 0
+
+    @property
+    def rule(self) -> torch.Tensor:
+        """``[rows]``, a ``Rule``."""
+        return self.rows[:, 3 * self.categories + 1]
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """``[rows]``; only ``SAMPLE`` reads it, 0 means greedy."""
+        return self.rows[:, 3 * self.categories + 2]
+
+    @property
+    def uniform(self) -> torch.Tensor:
+        """``[rows]``, the draw of ``uniform_draw``; only ``SAMPLE`` reads it."""
+        return self.rows[:, 3 * self.categories + 3]
+
+
+def dial_row(
+    bias: Sequence[float],
+    selected: Sequence[bool],
+    rule: int,
+    temperature: float,
+    uniform: float,
+) -> list[float]:
+    """Returns one row of ``Dials``.
+
+    Where a bias is ``+inf`` only such categories stay in the race, and the largest margin among
+    them wins; adding the infinity itself would make them tie.
+
+    Args:
+        bias: One a category; ``-inf`` never, ``+inf`` always.
+        selected: One a category.
+        rule: A ``Rule``.
+        temperature: The request's.
+        uniform: Its draw.
+    """
+    shift = [*bias, 0.0]
+    if math.inf in bias:
+        shift = [0.0 if b == math.inf else -math.inf for b in shift]
+    return [*shift, *bias, *map(float, selected), float(rule), temperature, uniform]
 
 
 def uniform_draw(seed: int) -> float:
@@ -63,7 +114,7 @@ def decide(
     Raises:
         ValueError: ``PAPER`` is asked for without the normaliser.
     """
-    scores = biased_scores(logits, dials.bias)
+    scores = logits - logits[:, -1:] + dials.shift
     choice = scores.argmax(dim=-1)
     if Rule.SAMPLE in rules:
         sampled = _sample(scores, choice, dials.temperature, dials.uniform)
@@ -96,38 +147,12 @@ def refused_category(
         A category's index, or None for an answer.
     """
     uniform = random.random() if seed is None else uniform_draw(seed)
-    dials = Dials(
-        bias=torch.tensor([controls.bias], dtype=torch.float32),
-        rule=torch.tensor([int(controls.rule)]),
-        selected=torch.tensor([controls.selected]),
-        temperature=torch.tensor([temperature], dtype=torch.float32),
-        uniform=torch.tensor([uniform], dtype=torch.float32),
-    )
+    row = dial_row(controls.bias, controls.selected, controls.rule, temperature, uniform)
+    dials = Dials(torch.tensor([row], dtype=torch.float32), len(margins))
     logits = torch.tensor([[*margins, 0.0]], dtype=torch.float32)
     normaliser = torch.tensor([log_normaliser], dtype=torch.float32)
     choice = int(decide(logits, dials, {controls.rule}, normaliser)[0])
     return None if choice == len(margins) else choice
-
-
-def biased_scores(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Returns the log-odds of each control token against the respond token, after the bias.
-
-    Where a bias is ``+inf`` only such categories stay in the race, and the largest margin among
-    them wins; adding the infinity itself would make them tie.
-
-    Args:
-        logits: ``[rows, k + 1]`` fp32.
-        bias: ``[rows, k]`` fp32.
-
-    Returns:
-        ``[rows, k + 1]`` fp32, the last column 0 or ``-inf``.
-    """
-    margins = logits[:, :-1] - logits[:, -1:]
-    always = bias == math.inf
-    forced = always.any(dim=-1, keepdim=True)
-    refusals = torch.where(always, margins, (margins + bias).masked_fill(forced, -math.inf))
-    respond = torch.zeros_like(refusals[:, :1]).masked_fill(forced, -math.inf)
-    return torch.cat((refusals, respond), dim=-1)
 
 
 def _sample(

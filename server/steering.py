@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from models.controls import EXTRA_ARGS_KEY, Rule, WireControls
-from models.decision import Dials, decide, uniform_draw
+from models.decision import Dials, decide, dial_row, uniform_draw
 from models.manifest import load_manifest
 from server.margin_rows import write_rows
 from server.margins import Ticket
@@ -59,32 +59,12 @@ class _Asking:
         write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
 
 
-class _DialTable:
-    """Rows of dials as one float matrix: k biases, k selected flags, rule, temperature, draw."""
-
-    def __init__(self, categories: int) -> None:
-        self.categories = categories
-        self.width = 2 * categories + 3
-
-    def row(self, controls: WireControls, params: SamplingParams) -> list[float]:
-        draws = controls["rule"] == Rule.SAMPLE and params.seed is not None
-        return [
-            *controls["bias"],
-            *map(float, controls["selected"]),
-            float(controls["rule"]),
-            params.temperature,
-            uniform_draw(params.seed) if draws and params.seed is not None else 0.0,
-        ]
-
-    def dials(self, rows: torch.Tensor) -> Dials:
-        k = self.categories
-        return Dials(
-            bias=rows[:, :k],
-            rule=rows[:, 2 * k],
-            selected=rows[:, k : 2 * k] > 0,
-            temperature=rows[:, 2 * k + 1],
-            uniform=rows[:, 2 * k + 2],
-        )
+def _row(controls: WireControls, params: SamplingParams) -> list[float]:
+    draws = controls["rule"] == Rule.SAMPLE and params.seed is not None
+    uniform = uniform_draw(params.seed) if draws and params.seed is not None else 0.0
+    return dial_row(
+        controls["bias"], controls["selected"], controls["rule"], params.temperature, uniform
+    )
 
 
 def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
@@ -96,6 +76,7 @@ class _Undecided(NamedTuple):
     """A request of V1's batch before its decision."""
 
     row: list[float]
+    rule: Rule
     output_ids: list[int]
     ticket: Ticket | None
 
@@ -109,7 +90,7 @@ class SteeringV1(V1LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._ids = _control_ids(vllm_config, device)
-        self._table = _DialTable(len(self._ids) - 1)
+        self._categories = len(self._ids) - 1
         self._pin = is_pin_memory
         self._undecided: dict[int, _Undecided] = {}
         self._rows: torch.Tensor | None = None
@@ -135,7 +116,7 @@ class SteeringV1(V1LogitsProcessor):
         if self._rows is None or self._dials is None:
             return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         rows = self._rows
-        own = logits[rows.unsqueeze(1), self._ids]
+        own = logits.index_select(1, self._ids).index_select(0, rows)
         normaliser = None
         if self._asking is not None or Rule.PAPER in self._rules:
             normaliser = logits[rows].logsumexp(dim=-1)
@@ -155,8 +136,8 @@ class SteeringV1(V1LogitsProcessor):
             self._undecided.pop(index, None)
             controls = controls_of(params)
             if controls is not None and not output_ids:
-                row = self._table.row(controls, params)
-                self._undecided[index] = _Undecided(row, output_ids, ticket_of(controls))
+                row, rule = _row(controls, params), Rule(controls["rule"])
+                self._undecided[index] = _Undecided(row, rule, output_ids, ticket_of(controls))
         for source, target, direction in update.moved:
             self._move(source, target, direction)
         return bool(before or self._undecided)
@@ -180,8 +161,8 @@ class SteeringV1(V1LogitsProcessor):
         self._asking = _Asking(tickets, self._ids.device) if tickets else None
         block = torch.tensor(values, dtype=torch.float32, pin_memory=self._pin)
         self._rows = rows.to(self._ids.device, non_blocking=True)
-        self._dials = self._table.dials(block.to(self._ids.device, non_blocking=True))
-        self._rules = {Rule(int(row[2 * self._table.categories])) for row in values}
+        self._dials = Dials(block.to(self._ids.device, non_blocking=True), self._categories)
+        self._rules = {request.rule for request in self._undecided.values()}
 
 
 class SteeringV2(V2LogitsProcessor):
@@ -196,9 +177,10 @@ class SteeringV2(V2LogitsProcessor):
         speculative = vllm_config.speculative_config
         self._drafts = speculative.num_speculative_tokens if speculative else 0
         self._ids = _control_ids(vllm_config, device)
-        self._table = _DialTable(len(self._ids) - 1)
+        self._categories = len(self._ids) - 1
         self._prompt_len = req_states.prompt_len
-        self._values = torch.zeros(req_states.max_num_reqs, self._table.width + 1, device=device)
+        self._width = len(dial_row([0.0] * self._categories, [False] * self._categories, 0, 0, 0))
+        self._values = torch.zeros(req_states.max_num_reqs, self._width + 1, device=device)
         self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
         self._staged: dict[int, list[float]] = {}
@@ -208,7 +190,7 @@ class SteeringV2(V2LogitsProcessor):
         """Overwrites everything that the slot's last request left."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
-        row = [0.0] * self._table.width
+        row = [0.0] * self._width
         self._tickets.pop(req_idx, None)
         if controls is not None:
             ticket = ticket_of(controls)
@@ -217,7 +199,7 @@ class SteeringV2(V2LogitsProcessor):
             if ticket is not None and not self._drafts:
                 self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
-            row = self._table.row(controls, sampling_params)
+            row = _row(controls, sampling_params)
         self._staged[req_idx] = [*row, float(controls is not None)]
         return True
 
@@ -247,7 +229,7 @@ class SteeringV2(V2LogitsProcessor):
         normaliser = None
         if asking is not None or Rule.PAPER in rules:
             normaliser = logits.logsumexp(dim=-1)
-        choice = decide(own, self._table.dials(values), rules, normaliser)
+        choice = decide(own, Dials(values, self._categories), rules, normaliser)
         if asking is not None and normaliser is not None:
             asking.write(normaliser, own)
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.controls import Rule, bias_of_sensitivity, refused_by_own_rule
-from models.decision import Dials, biased_scores, decide, uniform_draw
+from models.decision import Dials, decide, dial_row, uniform_draw
 
 INF = math.inf
 K = 3
@@ -41,18 +41,13 @@ def dials(
 ) -> Dials:
     rows = len(bias)
 
-    def column(value: float | Sequence[float]) -> torch.Tensor:
-        values = [value] * rows if isinstance(value, int | float) else list(value)
-        return torch.tensor(values, dtype=torch.float32)
+    def column(value: float | Sequence[float]) -> list[float]:
+        return [value] * rows if isinstance(value, int | float) else list(value)
 
-    rules = [rule] * rows if isinstance(rule, Rule) else list(rule)
-    return Dials(
-        bias=torch.tensor(bias, dtype=torch.float32),
-        rule=torch.tensor([int(r) for r in rules]),
-        selected=torch.tensor(selected or [[True] * len(bias[0])] * rows),
-        temperature=column(temperature),
-        uniform=column(uniform),
-    )
+    named = selected or [[True] * len(bias[0])] * rows
+    columns = (bias, named, column(rule), column(temperature), column(uniform))
+    table = [dial_row(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
+    return Dials(torch.tensor(table, dtype=torch.float32), len(bias[0]))
 
 
 def greedy_of(logits: Sequence[Sequence[float]], bias: Sequence[Sequence[float]]) -> list[int]:
@@ -148,10 +143,8 @@ def test_a_dial_takes_no_refusal_of_another_category_but_for_its_own() -> None:
         assert set(changed) == {c}
 
 
-def test_scores_of_the_other_categories_do_not_move_with_a_dial() -> None:
-    logits = torch.tensor(random_logits(50, seed=4))
-    base = biased_scores(logits, torch.zeros(50, K))
-    moved = biased_scores(logits, torch.tensor([[0.0, 3.0, 0.0]] * 50))
+def test_shift_of_the_other_categories_does_not_move_with_a_dial() -> None:
+    base, moved = dials([(0.0, 0.0, 0.0)]).shift, dials([(0.0, 3.0, 0.0)]).shift
     assert torch.equal(moved[:, [0, 2, 3]], base[:, [0, 2, 3]])
     assert bool((base[:, -1] == 0).all())
 
@@ -426,27 +419,23 @@ def test_mixed_rules_in_one_batch_decide_as_each_does_alone_in_any_order() -> No
     )
     together = decide(logits, block, set(Rule), normaliser)
     for i, rule in enumerate(rules):
-        row = Dials(*(part[i : i + 1] for part in block))
+        row = Dials(block.rows[i : i + 1], K)
         alone = decide(logits[i : i + 1], row, {rule}, normaliser[i : i + 1])
         assert alone.item() == together[i].item()
     order = torch.tensor(rng.sample(range(n), n))
-    shuffled = decide(
-        logits[order], Dials(*(part[order] for part in block)), set(Rule), normaliser[order]
-    )
+    shuffled = decide(logits[order], Dials(block.rows[order], K), set(Rule), normaliser[order])
     assert torch.equal(shuffled, together[order])
 
 
 def test_no_rows_is_no_decision() -> None:
     empty = dials([(0.0,) * K])
-    chosen = decide(
-        torch.zeros(0, K + 1), Dials(*(part[:0] for part in empty)), set(Rule), torch.zeros(0)
-    )
+    chosen = decide(torch.zeros(0, K + 1), Dials(empty.rows[:0], K), set(Rule), torch.zeros(0))
     assert chosen.tolist() == []
 
 
 def test_inputs_are_not_changed() -> None:
     logits = torch.tensor(random_logits(4, seed=10))
     block = dials([(INF, 0.0, -INF)] * 4, Rule.SAMPLE, temperature=[0.0, 0.5, 1.0, 2.0])
-    before = [logits.clone(), *(part.clone() for part in block)]
+    before = [logits.clone(), block.rows.clone()]
     decide(logits, block, set(Rule), logits.logsumexp(dim=-1))
-    assert all(torch.equal(a, b) for a, b in zip(before, [logits, *block], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, [logits, block.rows], strict=True))

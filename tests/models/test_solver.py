@@ -11,7 +11,7 @@ import torch
 from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration
 from models.controls import Rule, bias_of_sensitivity
-from models.decision import Dials, decide
+from models.decision import Dials, decide, dial_row
 from models.errors import RequestError
 from models.solver import Solution, Target, bias_alone, curve, solve
 from tests.models.margins import NAMES, calibration_of, random_calibration
@@ -35,13 +35,8 @@ def refused_by_engine(
     """Which prompts models/decision.py refuses; the respond logit is put at 0."""
     n, k = calibration.margins.shape
     logits = torch.cat((torch.tensor(calibration.margins), torch.zeros(n, 1)), dim=1)
-    dials = Dials(
-        bias=torch.tensor([solution.biases] * n, dtype=torch.float32),
-        rule=torch.full((n,), int(rule)),
-        selected=torch.tensor([solution.selected] * n),
-        temperature=torch.full((n,), temperature),
-        uniform=torch.full((n,), uniform),
-    )
+    row = dial_row(solution.biases, solution.selected, rule, temperature, uniform)
+    dials = Dials(torch.tensor([row] * n), k)
     choice = decide(logits, dials, {rule}, torch.tensor(calibration.log_normaliser))
     refused: np.ndarray = (choice != k).numpy()
     return refused
