@@ -148,7 +148,7 @@ def choose_loss(
     search = successive_halving(
         candidates,
         lambda member, share: fit_and_score(member.q, member.gamma, share),
-        Plan(tuple(budgets), tuple(keep), CROSS_ENTROPY.__eq__, least_gain),
+        Plan(tuple(budgets), tuple(keep), (CROSS_ENTROPY.__eq__,), least_gain=least_gain),
     )
     counts = {"train": len(split.train), "refused": refused, "answered": answered}
     standard = next(t.score for t in search.rungs[-1] if t.candidate == CROSS_ENTROPY)

@@ -11,6 +11,10 @@ def _nothing(_: float) -> float:
     return 0.0
 
 
+def _first(_: float) -> int:
+    return 0
+
+
 class Trial(NamedTuple, Generic[C]):
     """One candidate tried with one budget.
 
@@ -52,15 +56,17 @@ class Plan(NamedTuple, Generic[C]):
     Attributes:
         budgets: Of each rung; rising, above 0.
         keep: How many candidates go on after each rung but the last.
-        is_standard: Which candidates one would take without any search; None: no candidate. The
-            best of them goes on from every rung, beyond `keep` if need be, and wins the last one
-            unless another gains more than `least_gain` on it.
+        standards: Kinds of candidates that one would take without any search. The best of each kind
+            goes on from every rung, beyond `keep` if need be.
+        standing: Which of the standards wins the last rung unless another candidate gains more than
+            `least_gain` on it, given the best score there; the first one by default.
         least_gain: What that gain must exceed, at least 0, given the standard's score.
     """
 
     budgets: tuple[float, ...]
     keep: tuple[int, ...]
-    is_standard: Callable[[C], bool] | None = None
+    standards: tuple[Callable[[C], bool], ...] = ()
+    standing: Callable[[float], int] = _first
     least_gain: Callable[[float], float] = _nothing
 
 
@@ -117,10 +123,11 @@ def halving(
         if len(scores) != len(left):
             raise ValueError(f"{len(left)} candidates need as many scores, not {len(scores)}")
         ranked = sorted(range(len(left)), key=scores.__getitem__, reverse=True)
-        standard = _best_standard(left, ranked, plan)
+        bests = [_best(kind, left, ranked) for kind in plan.standards]
         if rung < len(plan.keep):
-            kept = {*ranked[: plan.keep[rung]], *([] if standard is None else [standard])}
+            kept = {*ranked[: plan.keep[rung]], *(at for at in bests if at is not None)}
         else:
+            standard = bests[plan.standing(scores[ranked[0]])] if bests else None
             winner, reason = _winner(scores, ranked, standard, plan)
             kept = {winner}
         rungs.append(tuple(Trial(c, budget, scores[at], at in kept) for at, c in enumerate(left)))
@@ -128,10 +135,8 @@ def halving(
     return Choice(left[0], tuple(rungs), reason)
 
 
-def _best_standard(left: Sequence[C], ranked: Sequence[int], plan: Plan[C]) -> int | None:
-    if plan.is_standard is None:
-        return None
-    return next((at for at in ranked if plan.is_standard(left[at])), None)
+def _best(kind: Callable[[C], bool], left: Sequence[C], ranked: Sequence[int]) -> int | None:
+    return next((at for at in ranked if kind(left[at])), None)
 
 
 def _winner(

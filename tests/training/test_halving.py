@@ -50,7 +50,7 @@ def test_no_candidate_is_tried_with_more_than_it_earned() -> None:
 
 def test_the_standard_stays_to_the_end() -> None:
     scores = {**SCORES, "e": {1.0: 0.1, 3.0: 0.1, 9.0: 0.1}}
-    plan = PLAN._replace(is_standard="e".__eq__)
+    plan = PLAN._replace(standards=("e".__eq__,))
     choice = successive_halving(list("abcde"), lambda c, b: scores[c][b], plan)
     assert [len(rung) for rung in choice.rungs] == [5, 4, 3]
     assert choice.best == "a"
@@ -61,9 +61,27 @@ def test_the_standard_stays_to_the_end() -> None:
 
 def test_the_best_of_several_standards_stays() -> None:
     scores = {**SCORES, "d": {1.0: 0.4, 3.0: 0.0, 9.0: 0.0}}
-    plan = PLAN._replace(is_standard=lambda candidate: candidate in "de")
+    plan = PLAN._replace(standards=(lambda candidate: candidate in "de",))
     choice = successive_halving(list("abcde"), lambda c, b: scores[c][b], plan)
     assert [t.candidate for t in choice.rungs[-1]] == ["a", "c", "d"]
+
+
+def test_the_best_of_each_kind_stays_and_the_best_score_says_which_one_stands() -> None:
+    scores = {**SCORES, "d": {1.0: 0.3, 3.0: 0.1, 9.0: 0.2}}
+    for stands, best in ((0, "c"), (1, "d")):
+        asked: list[float] = []
+
+        def standing(score: float, stands: int = stands, asked: list[float] = asked) -> int:
+            asked.append(score)
+            return stands
+
+        plan = PLAN._replace(
+            standards=("c".__eq__, "d".__eq__), standing=standing, least_gain=lambda score: 9.0
+        )
+        choice = successive_halving(list("abcd"), lambda c, b: scores[c][b], plan)
+        assert {"c", "d"} <= {t.candidate for t in choice.rungs[-1]}
+        assert choice.best == best
+        assert asked == [0.7]
 
 
 @pytest.mark.parametrize(("least", "best"), [(0.09, "a"), (0.11, "c"), (math.inf, "c")])
@@ -74,14 +92,14 @@ def test_a_small_gain_leaves_the_standard(least: float, best: str) -> None:
         asked.append(standard)
         return least
 
-    plan = PLAN._replace(is_standard="c".__eq__, least_gain=least_gain)
+    plan = PLAN._replace(standards=("c".__eq__,), least_gain=least_gain)
     choice = successive_halving(list("abcde"), table, plan)
     assert choice.best == best
     assert asked == [0.6]
 
 
 def test_a_standard_that_is_best_needs_no_gain() -> None:
-    plan = PLAN._replace(is_standard="a".__eq__)
+    plan = PLAN._replace(standards=("a".__eq__,))
     choice = successive_halving(list("abcde"), table, plan)
     assert choice.best == "a"
     assert "the standard's score is 0.7" in choice.reason
@@ -102,12 +120,12 @@ def test_what_is_no_number_is_the_worst() -> None:
 
 def test_a_standard_that_failed_does_not_win() -> None:
     scores = {"a": math.nan, "b": 0.5}
-    plan: Plan[str] = Plan((1.0,), (), "a".__eq__, lambda score: 9.0)
+    plan: Plan[str] = Plan((1.0,), (), ("a".__eq__,), least_gain=lambda score: 9.0)
     assert successive_halving(list("ab"), lambda c, b: scores[c], plan).best == "b"
 
 
 def test_if_nothing_worked_the_standard_wins() -> None:
-    plan: Plan[str] = Plan((1.0,), (), "b".__eq__)
+    plan: Plan[str] = Plan((1.0,), (), ("b".__eq__,))
     choice = successive_halving(list("ab"), lambda c, b: math.nan, plan)
     assert choice.best == "b"
     assert choice.reason == "no candidate gave a score"
