@@ -1,6 +1,7 @@
 """What a request's head and its JSON may hold at most, before anything is made of them."""
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NoReturn
 
@@ -115,16 +116,8 @@ def _check_depth(body: dict[str, Any], settings: Settings) -> None:
 
 
 def _check_counts(body: dict[str, Any], settings: Settings) -> None:
-    for name, bound, count in (
-        ("messages", "max_messages", _messages(body.get("messages"))),
-        ("input", "max_messages", _messages(body.get("input"))),
-        ("messages", "max_inputs", _conversations(body.get("messages"))),
-        ("prompt", "max_inputs", _prompts(body.get("prompt"))),
-        ("documents", "max_inputs", _length(body.get("documents"))),
-        ("tools", "max_tools", _length(body.get("tools"))),
-        ("n", "max_choices", _number(body.get("n"))),
-    ):
-        if count > getattr(settings, bound):
+    for name, bound, counted in _COUNTS:
+        if name in body and (count := counted(body[name])) > getattr(settings, bound):
             raise _beyond(name, count, bound, settings, HTTPStatus.UNPROCESSABLE_ENTITY, name)
 
 
@@ -150,12 +143,21 @@ def _prompts(value: Any) -> int:
 
 def _number(value: Any) -> int:
     # As vLLM's models read it: "2" and 2.0 are 2. What they refuse is no number here.
-    if value is None:
-        return 0
     try:
         return _INT.validate_python(value)
     except ValidationError:
         return 0
+
+
+_COUNTS: tuple[tuple[str, str, Callable[[Any], int]], ...] = (
+    ("messages", "max_messages", _messages),
+    ("input", "max_messages", _messages),
+    ("messages", "max_inputs", _conversations),
+    ("prompt", "max_inputs", _prompts),
+    ("documents", "max_inputs", _length),
+    ("tools", "max_tools", _length),
+    ("n", "max_choices", _number),
+)
 
 
 def _beyond(
