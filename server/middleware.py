@@ -87,8 +87,8 @@ class RefusalMiddleware:
             await self._app(scope, receive, send)
 
     async def _render(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = await read_body(receive, self._settings.max_body_bytes)
         try:
+            raw = await read_body(receive, self._settings.max_body_bytes)
             body = parse_body(raw)
             if body is not None:
                 turns = open_turns(body, path, self._manifest)

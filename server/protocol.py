@@ -159,7 +159,7 @@ class RefusalOptions(DialOptions):
     policy: str | None = None
 
     def __hash__(self) -> int:
-        return hash((*self.categories.items(), self.decision, self.calibration))
+        return hash((frozenset(self.categories.items()), self.decision, self.calibration))
 
     @property
     def moves_dials(self) -> bool:
