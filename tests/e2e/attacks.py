@@ -59,12 +59,14 @@ TARGETS = [
     Target("chat streamed", "/v1/chat/completions", STREAM, _messages),
     Target("batch", "/v1/chat/completions/batch", {}, _batch),
     Target("text", "/v1/completions", {}, _prompt),
+    Target("text streamed", "/v1/completions", STREAM, _prompt),
     Target("responses", "/v1/responses", {}, _input, "max_output_tokens"),
     Target("responses text", "/v1/responses", {}, _input_text, "max_output_tokens"),
     Target("responses streamed", "/v1/responses", STREAM, _input, "max_output_tokens"),
     Target("messages", "/v1/messages", {}, _messages),
     Target("messages streamed", "/v1/messages", STREAM, _messages),
     Target("invocations chat", "/invocations", {}, _messages),
+    Target("invocations streamed", "/invocations", STREAM, _messages),
     Target("invocations text", "/invocations", {}, _prompt),
 ]
 

@@ -27,11 +27,16 @@ from tests.e2e.attacks import (
 from tests.e2e.policied import ACME, Policied
 from tests.server.manifests import MANIFEST
 
-NEVER = {"categories": dict.fromkeys(MANIFEST.names, "never")}
+NEVER = {"categories": dict.fromkeys(MANIFEST.names, "never"), "report": True}
 HEADERS = {"content-type": "application/json", "authorization": f"Bearer {ACME}"}
 BY_NAME = {target.name: target for target in TARGETS}
 # A stream says what was decided in its events only.
-REFUSED_EVENTS = ('"refusal":', '"stop_reason":"refusal"', "response.refusal.done")
+REFUSED_EVENTS = (
+    '"refusal":',
+    '"stop_reason":"refusal"',
+    "response.refusal.done",
+    '"refusal_report":{"refused":true',
+)
 
 
 @pytest.fixture(scope="module")
