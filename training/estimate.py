@@ -162,6 +162,23 @@ def assumed(config: TrainConfig, parameters: int, done: Work) -> Estimate:
     )
 
 
+def described(folder: Path) -> Any:
+    """Returns the configuration of an existing model; its weights need not be there.
+
+    Args:
+        folder: Where its config.json is.
+
+    Raises:
+        CheckpointError: It is none that can be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise _unloadable(folder, error) from error
+
+
 def parameters(folder: Path) -> int:
     """Counts the parameters of an existing model from its configuration alone.
 
@@ -172,17 +189,20 @@ def parameters(folder: Path) -> int:
         CheckpointError: It is no configuration of a model that can be trained here.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    build: Any = AutoModelForCausalLM.from_config
     try:
-        described = AutoConfig.from_pretrained(folder, local_files_only=True)
-        build: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
-            model = build(described)
+            model = build(described(folder))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: the model cannot be loaded: {reason}") from error
+        raise _unloadable(folder, error) from error
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _unloadable(folder: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0]
+    return CheckpointError(f"{folder}: the model cannot be loaded: {reason}")
 
 
 def is_cheap(config: TrainConfig, folder: Path | None) -> bool:

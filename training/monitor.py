@@ -106,7 +106,8 @@ class DecisionMonitor:
         seed: Seed of that draw.
 
     Attributes:
-        left_out: How many rows were too long and are not measured.
+        rows: The rows that are measured.
+        left_out: How many were too long and are not.
 
     Raises:
         ConfigError: There are no rows, or one of them cannot be encoded or is too long.
@@ -128,7 +129,9 @@ class DecisionMonitor:
         if max_length is not None and too_long in ("drop", "cut_or_drop"):
             rows = fitting(rows, tokenizer, manifest, max_length, too_long)
         if not rows:
-            raise ConfigError("evaluation.data: there are no rows to measure on")
+            why = f": all {given} are too long for the model" if given else ""
+            raise ConfigError(f"evaluation.data: there are no rows to measure on{why}")
+        self.rows = tuple(rows)
         self.left_out = given - len(rows)
         examples = encode(rows, tokenizer, manifest, max_length, too_long)
         decisions = [decision_of(example, manifest) for example in examples]

@@ -3,10 +3,10 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -20,15 +20,18 @@ from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from training.config import CheckpointModel, ScratchModel, TrainConfig
 from training.data import DecisionWeights, Example, encode_rows, fit
-from training.estimate import Estimate, Work, assumed, is_cheap, measured, parameters, work
-from training.mixture import (
-    RESPOND,
-    Mixture,
-    decision_weights,
-    evaluation_rows,
-    gather,
-    prompt_key,
+from training.estimate import (
+    Estimate,
+    Work,
+    assumed,
+    described,
+    is_cheap,
+    measured,
+    parameters,
+    work,
 )
+from training.held_out import held_out_monitor, held_out_rows
+from training.mixture import RESPOND, Mixture, decision_weights, gather, prompt_key
 from training.rows import Row
 from training.start import Start, start_of, tokenizer_of
 
@@ -70,14 +73,15 @@ def dry_run(config: TrainConfig, console: Console) -> None:
         console: Where it is shown.
 
     Raises:
-        ConfigError: The data are wrong.
+        ConfigError: The data are wrong, or those measured on cannot tell the metric that chooses
+            the best weights.
         CheckpointError: The model to start from lies here and cannot be used.
     """
     mixture = gather(config.data, list(config.categories), single_token=config.single_token)
     console.print(_mixture_table(mixture))
-    for line in _remarks(mixture, config):
-        # Not folded: file names stay whole.
-        console.print(line, soft_wrap=True)
+    _print_lines(console, _remarks(mixture, config))
+    held_out = held_out_rows(config)
+    _print_lines(console, _evaluation_remarks(mixture, config, held_out))
     try:
         words = _words(config, mixture.rows)
     except _Unreachable as error:
@@ -93,8 +97,16 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     examples = fit(mixture.rows, whole, longest, config.data.too_long)
     if left_out := len(whole) - len(examples):
         console.print(Text(f"Left out, because they are too long: {left_out:,} rows", WARNING))
+    if held_out is not None:
+        _print_lines(console, _unmeasured(held_out, words, config))
     done = work(examples, config.optimisation)
     console.print(_plan(done, config, _estimate(config, words, examples, done)))
+
+
+def _print_lines(console: Console, lines: Iterable[Text]) -> None:
+    for line in lines:
+        # Not folded: file names stay whole.
+        console.print(line, soft_wrap=True)
 
 
 # --- counts ---------------------------------------------------------------------------------------
@@ -148,27 +160,25 @@ def _remarks(mixture: Mixture, config: TrainConfig) -> Iterator[Text]:
     yield Text(f"Counterfactual pairs: {mixture.pairs or 'none'}")
     if mixture.without_response:
         yield Text(f"Without a response (control token only): {mixture.without_response:,}")
-    empty = set(config.token_categories) - set(mixture.categories)
-    if None not in mixture.categories:
-        empty.add(RESPOND)
-    if empty:
-        yield Text(f"No row at all: {', '.join(sorted(empty))}", WARNING)
-    yield from _evaluation_remarks(mixture, config)
+    if empty := _without_rows(config, {name or RESPOND for name in mixture.categories}):
+        yield Text(f"No row at all: {', '.join(empty)}", WARNING)
 
 
-def _evaluation_remarks(mixture: Mixture, config: TrainConfig) -> Iterator[Text]:
-    if config.evaluation is None:
+def _without_rows(config: TrainConfig, found: Container[str]) -> list[str]:
+    return [name for name in sorted({*config.token_categories, RESPOND}) if name not in found]
+
+
+def _evaluation_remarks(
+    mixture: Mixture, config: TrainConfig, rows: Sequence[Row] | None
+) -> Iterator[Text]:
+    if rows is None:
+        yield Text("Measured on the way: nothing, so the last weights are kept")
         return
-    rows = evaluation_rows(
-        config.evaluation.data,
-        list(config.categories),
-        limit=config.evaluation.rows,
-        seed=config.data.seed,
-        single_token=config.single_token,
-    )
     counts = Counter(row.category or RESPOND for row in rows)
     told = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     yield Text(f"Measured on the way: {len(rows):,} rows ({told})")
+    if unmeasured := _without_rows(config, counts):
+        yield Text(f"  No row at all: {', '.join(unmeasured)}", WARNING)
     trained = {prompt_key(row) for row in mixture.rows}
     if shared := sum(prompt_key(row) in trained for row in rows):
         yield Text(f"  {shared:,} of these prompts are also trained on", WARNING)
@@ -202,6 +212,19 @@ def _fetched(model: CheckpointModel) -> Path:
         return resolve_checkpoint(model.checkpoint, model.revision, with_weights=False)
     except CheckpointError as error:
         raise _Unreachable(error.message) from error
+
+
+def _described(words: Words) -> Any:
+    if words.start is not None:
+        return words.start.config
+    assert words.folder is not None
+    return described(words.folder)
+
+
+def _unmeasured(rows: Sequence[Row], words: Words, config: TrainConfig) -> Iterator[Text]:
+    monitor = held_out_monitor(config, rows, words.tokenizer, words.manifest, _described(words))
+    if monitor.left_out:
+        yield Text(f"Not measured, because they are too long: {monitor.left_out:,} rows", WARNING)
 
 
 def _length_table(rows: Sequence[Row], examples: Sequence[Example], config: TrainConfig) -> Table:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.checkpoint import load_checkpoint
-from models.errors import ConfigError, EvaluationError
+from models.errors import EvaluationError
 from training.auto_loss import CHOICE_NAME, is_auto
 from training.config import EvaluationConfig, TrainConfig
 from training.data import encode_rows
 from training.data_config import DEMO
+from training.held_out import held_out_monitor, held_out_rows
 from training.loss_config import LossConfig
-from training.mixture import Mixture, decision_weights, evaluation_rows, gather
+from training.mixture import Mixture, decision_weights, gather
 from training.processes import Processes
 from training.record import DEMO_DATA, data_hashes, recipe_of, write_contract, write_log
 from training.resume import ResumePoints
@@ -163,14 +164,16 @@ def _train_into(run: _Run) -> None:
             single_token=config.single_token,
         )
         _tell_what_is_odd(run, mixture)
+        held_out = held_out_rows(config, run.demo_folder)
     with _timed(seconds, "model_s"):
         start = start_of(config, mixture.rows)
         run.processes.on_main(lambda: _write_contract(run, start, config.loss))
+        # Before the search for the loss, which may take longer than the training.
+        kept = _kept(run, start, held_out)
     with _timed(seconds, "loss_s"):
         loss = _resolved_loss(run, start, mixture)
         run.processes.on_main(lambda: _write_contract(run, start, loss))
     with _timed(seconds, "trainer_s"), memory_told():
-        kept = _kept(run, start)
         point = run.processes.on_main(run.points.open)
         trainer = _trainer(run, start, mixture, loss, kept, resumed=point is not None)
         before = kept and kept.monitor.text_loss(trainer.model, control_tokens=False)
@@ -216,43 +219,14 @@ def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
     return with_choice(run.config.loss, choice)
 
 
-def _kept(run: _Run, start: Start) -> _Kept | None:
+def _kept(run: _Run, start: Start, rows: list[Row] | None) -> _Kept | None:
     config, evaluation = run.config, run.config.evaluation
-    if evaluation is None:
+    if evaluation is None or rows is None:
         return None
-    from training.monitor import DecisionMonitor
-
-    rows = evaluation_rows(
-        evaluation.data,
-        config.categories,
-        limit=evaluation.rows,
-        seed=config.data.seed,
-        demo_folder=run.demo_folder,
-        single_token=config.single_token,
-    )
-    monitor = DecisionMonitor(
-        rows,
-        start.tokenizer,
-        start.manifest,
-        max_length=_longest(config, start),
-        too_long=config.data.too_long,
-        batch_size=config.optimisation.batch_size,
-        seed=config.seed,
-    )
+    monitor = held_out_monitor(config, rows, start.tokenizer, start.manifest, start.config)
     if monitor.left_out:
         run.say(f"evaluation.data: {monitor.left_out} rows are left out: too long for the model")
-    if evaluation.best != "last" and evaluation.best not in monitor.metric_names():
-        raise ConfigError(
-            f"evaluation.best: {evaluation.best} cannot be told from evaluation.data: it needs "
-            "rows that are to be refused and rows that are to be answered"
-        )
     return _Kept(rows, monitor, evaluation)
-
-
-def _longest(config: TrainConfig, start: Start) -> int:
-    """Returns how long a measured row may be: prompts are measured whole where the model can."""
-    own: int | None = getattr(start.config, "max_position_embeddings", None)
-    return max(config.optimisation.max_length, own or 0)
 
 
 def _trainer(

@@ -161,10 +161,78 @@ def test_training_rows_among_those_measured_on_are_told(
     rows = [small_rows()[0], {**small_rows()[0], "prompt": "A new one"}]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    text = _shown({**out_of_reach, "evaluation": {"data": [str(held_out)], "every": 0.5}})
+    text = _shown({**out_of_reach, "evaluation": {"data": [str(held_out)], "best": "loss"}})
 
     assert "Measured on the way: 2 rows (safety 2)" in text
     assert "1 of these prompts are also trained on" in text
+
+
+def _held_out(folder: Path, category: str | None, **changes: Any) -> dict[str, Any]:
+    path = folder / "held_out.jsonl"
+    rows = [row for row in small_rows() if row["category"] == category]
+    path.write_text("".join(json.dumps({**row, **changes}) + "\n" for row in rows))
+    return {"data": [str(path)]}
+
+
+@pytest.mark.parametrize(
+    ("category", "lacking"), [("safety", "to be answered"), (None, "to be refused")]
+)
+@pytest.mark.parametrize("best", ["auc", "refused_at_5"])
+def test_metric_that_the_held_out_rows_cannot_tell_ends_the_dry_run(
+    out_of_reach: dict[str, Any], tmp_path: Path, category: str | None, lacking: str, best: str
+) -> None:
+    evaluation = {**_held_out(tmp_path, category), "best": best}
+
+    with pytest.raises(ConfigError) as raised:
+        _shown({**out_of_reach, "evaluation": evaluation})
+
+    assert raised.value.message.startswith(f"evaluation.best: {best} cannot be told from")
+    assert f"none is {lacking}; add such rows, or set evaluation.best to last" in (
+        raised.value.message
+    )
+
+
+@pytest.mark.parametrize("best", ["loss", "calibration_error", "last"])
+def test_metric_that_rows_of_one_kind_can_tell_is_taken(
+    out_of_reach: dict[str, Any], tmp_path: Path, best: str
+) -> None:
+    evaluation = {**_held_out(tmp_path, "safety"), "best": best}
+
+    text = _shown({**out_of_reach, "evaluation": evaluation})
+
+    assert "Measured on the way: 8 rows (safety 8)" in text
+    assert "  No row at all: humanizing, respond" in text
+
+
+def test_held_out_rows_are_encoded_as_in_the_training(
+    write_rows: WriteRows, tmp_path: Path
+) -> None:
+    values = _values(write_rows(small_rows()))
+    typed = {**_held_out(tmp_path, None, prompt="Say [respond]"), "best": "last"}
+
+    with pytest.raises(ConfigError, match=r"held_out\.jsonl:1: the text holds the control token"):
+        _shown({**values, "evaluation": typed})
+
+
+def test_held_out_rows_that_are_too_long_are_told(write_rows: WriteRows, tmp_path: Path) -> None:
+    values = _values(write_rows(small_rows()))
+    values["data"]["too_long"] = "drop"
+    long = {**_held_out(tmp_path, None, response="steal " * 60), "best": "last"}
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps(small_rows()[2]) + "\n")
+    mixed = {"data": [*long["data"], str(answers)], "best": "last"}
+
+    with pytest.raises(ConfigError, match="no rows to measure on: all 16 are too long"):
+        _shown({**values, "evaluation": long})
+    assert "Not measured, because they are too long: 16 rows" in _shown(
+        {**values, "evaluation": mixed}
+    )
+
+
+def test_recipe_that_measures_nothing_says_which_weights_are_kept(
+    out_of_reach: dict[str, Any],
+) -> None:
+    assert "Measured on the way: nothing, so the last weights are kept" in _shown(out_of_reach)
 
 
 def test_category_without_rows_and_rows_left_out_are_told(

@@ -298,6 +298,25 @@ def test_metric_that_the_rows_cannot_tell_is_refused_before_the_training(
         train(_measured(config, data=[str(answers)]), tmp_path / "out")
 
 
+def test_metric_that_is_lost_with_rows_that_are_too_long_is_refused_before_the_search(
+    write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(write_rows(small_rows()), loss={"decision": {"q": "auto"}})
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [
+        {**row, "response": str(row["response"]) * (1 if row["category"] else 20)}
+        for row in small_rows()
+    ]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = config.data.model_copy(update={"too_long": "drop"})
+    config = _measured(config.model_copy(update={"data": data}), data=[str(held_out)])
+
+    with pytest.raises(ConfigError, match="none is to be answered"):
+        train(config, tmp_path / "out")
+
+    assert "auto: choosing" not in capsys.readouterr().err
+
+
 def test_events_for_tensorboard_hold_the_parts_of_the_loss(
     config: TrainConfig, tmp_path: Path
 ) -> None:
