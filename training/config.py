@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +40,7 @@ DEFAULT_REFUSAL_TEXT = "I can't help with that."
 # What settings of one number a category, and the judge of texts, call the answers.
 RESPOND = "respond"
 ANSWERS = (RESPOND, "answer")
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class ScratchModel(Frozen):
@@ -54,7 +56,7 @@ class ScratchModel(Frozen):
         max_length: Longest sequence in tokens that the model is made for.
     """
 
-    vocab_size: Annotated[int, Field(ge=300)] = 2048
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 2048
     hidden_size: PositiveInt = 128
     layers: Annotated[int, Field(ge=1, le=1000)] = 2
     heads: PositiveInt = 2
@@ -262,6 +264,21 @@ class TrainConfig(Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class _EachFieldOnce(yaml.SafeLoader):
+    """Refuses a field that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in seen and key.tag != MERGE_TAG:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the field {name!r} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path) -> TrainConfig:
     """Reads a recipe.
 
@@ -273,7 +290,7 @@ def load_config(path: str | Path) -> TrainConfig:
     """
     text, origin = _read_recipe(str(path))
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _EachFieldOnce)
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{origin}: is no YAML: {reason}") from error
@@ -331,4 +348,12 @@ def _reason(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return message
-    return f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{message[0].lower()}{message[1:]}, got {_shown(detail['input'])}"
+
+
+def _shown(value: object) -> str:
+    # A wrong value may be a whole table, or hold itself.
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 100
+    shortened.maxlevel = 2
+    return shortened.repr(value)

@@ -182,6 +182,51 @@ def test_missing_recipe_lists_those_of_the_package() -> None:
         load_config("no_such.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [("seed: 1\nseed: 2\n", "seed"), ("optimisation: {epochs: 1, epochs: 2}\n", "epochs")],
+)
+def test_field_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
+    (line,) = _complaints(tmp_path, RECIPE + text)
+
+    assert f"the field {twice!r} stands there twice" in line
+
+
+def test_merged_field_may_be_overwritten(tmp_path: Path) -> None:
+    text = "optimisation: &o {epochs: 2}\nevaluation: {data: demo, rows: 3}\n"
+    assert load_config(_write(tmp_path, RECIPE + text)).optimisation.epochs == 2
+    merged = "data: {train: [{<<: &s {path: a.csv, weight: 2}, weight: 3}, {<<: *s}]}\n"
+    recipe = RECIPE.replace("data: {train: [rows.jsonl]}\n", merged)
+
+    train = load_config(_write(tmp_path, recipe)).data.train
+
+    assert not isinstance(train, str)
+    assert [source.weight for source in train] == [3, 2]
+
+
+def test_name_with_a_nul_character_is_refused(tmp_path: Path) -> None:
+    (line,) = _complaints(tmp_path, RECIPE.replace("rows.jsonl", '"rows\\0.jsonl"'))
+
+    assert line.endswith("data.train.0.path: must hold no NUL character, got 'rows\\x00.jsonl'")
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10_000, "1" * 2_000, "[" + "a," * 10_000 + "]", "&l [*l, *l, *l]"]
+)
+def test_wrong_value_is_told_in_brief(tmp_path: Path, value: str) -> None:
+    (line,) = _complaints(tmp_path, f"{RECIPE}report_to: {{a: {value}}}\n")
+
+    assert len(line.removeprefix(str(tmp_path))) < 300
+
+
+def test_vocabulary_that_no_trainer_could_hold_is_refused(tmp_path: Path) -> None:
+    (line,) = _complaints(
+        tmp_path, RECIPE.replace("vocab_size: 400", "vocab_size: 1000000000000000")
+    )
+
+    assert "model.vocab_size: input should be less than or equal to 1000000" in line
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "[" * 3000], ids=range(4))
 def test_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
     assert len(_complaints(tmp_path, text)) == 1
