@@ -191,6 +191,10 @@ def _reason(detail: ErrorDetails) -> str:
         return f"{where}: is empty{hint}"
     if detail["type"] == "too_short":
         return f"{where}: must be a question and what follows, the assistant's turn last"
+    if detail["type"] == "tuple_type":
+        return f"{where}: must be a list of turns"
+    if detail["type"] == "model_type":
+        return f"{where}: must be an object with role and content"
     message = detail["msg"]
     return f"{where}: {message[0].lower()}{message[1:]}"
 

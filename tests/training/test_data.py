@@ -79,6 +79,8 @@ def test_unknown_category_lists_the_known_ones(write_rows: WriteRows) -> None:
         ({**ROW, "near_miss": "safety"}, "near_miss marks prompts that are to be answered"),
         ({**ROW, "category": None, "near_miss": "x"}, "near_miss 'x' is unknown; known are safety"),
         ({"messages": [{"role": "user", "content": "a"}]}, "messages: "),
+        ({"messages": {"role": "user"}}, "messages: must be a list of turns"),
+        ({"messages": [1, 2]}, "messages.0: must be an object with role and content; messages.1"),
         (
             {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
             "the last message must be the assistant's",
