@@ -38,9 +38,12 @@ def resolve_checkpoint(
         with_weights: Whether the weights are fetched too.
 
     Raises:
-        CheckpointError: There is no such folder, and the hub does not have it either.
+        CheckpointError: There is no such folder, and the hub does not have it either; or it is a
+            folder, and a revision was asked for.
     """
     if Path(model).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{model}: is a folder, and revision {revision!r} is for the hub")
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

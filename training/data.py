@@ -146,14 +146,21 @@ def fit(
         too_long: Whether longer ones are cut, left out, or an error.
 
     Raises:
-        ConfigError: Examples are too long and must not be, or nothing of one is left to learn.
+        ConfigError: Examples are too long and must not be, or nothing is left to learn of one or
+            of all.
     """
     kept = [fit_one(example, max_length, too_long) for example in examples]
     if too_long in ("cut", "error"):
         over = [row.origin for row, fitting in zip(rows, kept, strict=True) if fitting is None]
         if over:
             raise ConfigError(_over_complaint(over, max_length, too_long))
-    return [example for example in kept if example is not None]
+    fitting = [example for example in kept if example is not None]
+    if fitting and not any(weight > 0 for example in fitting for weight in example.weights):
+        raise ConfigError(
+            "data.train: nothing would be learnt: the loss weighs 0 for every token; raise "
+            "loss.text.weight, or loss.decision.pair_weight where all rows are pairs"
+        )
+    return fitting
 
 
 def fit_one(example: Example, max_length: int, too_long: TooLong) -> Example | None:

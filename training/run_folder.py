@@ -13,6 +13,8 @@ from models.errors import CheckpointError, ConfigError
 from models.manifest import MANIFEST_NAME, Recipe, load_manifest
 
 IDENTITY_NAME = "run.json"
+# In bytes: file systems take 255, and a run puts `.replaced` behind it.
+LONGEST_NAME = 240
 
 
 class Identity(NamedTuple):
@@ -37,11 +39,18 @@ def locked(out: Path) -> Iterator[None]:
         out: The checkpoint's folder.
 
     Raises:
-        ConfigError: Another process trains there.
+        ConfigError: Another process trains there, or no folder of that name can be made.
     """
+    if not 0 < len(os.fsencode(out.name)) <= LONGEST_NAME:
+        raise ConfigError(f"{out}: cannot be the name of a folder; choose another with --out")
     path = out.with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquire(path, out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, out)
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be written: {error.strerror}; choose another place with --out"
+        ) from error
     try:
         yield
     finally:
@@ -89,12 +98,17 @@ def keeps(out: Path, recipe: Recipe, *, force: bool, replace_stale: bool) -> boo
     Raises:
         ConfigError: Something else lies there that may not be replaced.
     """
-    if not out.exists():
+    if not os.path.lexists(out):
         return False
     if not (out / MANIFEST_NAME).is_file():
         raise ConfigError(f"{out}: exists and is not a checkpoint of ours; choose another place")
-    if force:
-        return False
+    fresh = not force and _fresh(out, recipe, replace_stale=replace_stale)
+    if not fresh and out.is_symlink():
+        raise ConfigError(f"{out}: is a symbolic link, which no run replaces; remove it")
+    return fresh
+
+
+def _fresh(out: Path, recipe: Recipe, *, replace_stale: bool) -> bool:
     fresh = _is_made_from(out, recipe)
     if not fresh and not replace_stale:
         raise ConfigError(
@@ -170,7 +184,10 @@ def _identity_of(partial: Path) -> str | None:
         return (partial / IDENTITY_NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:
         # Killed before it had written anything.
-        if not partial.exists() or not set(os.listdir(partial)) - {f"{IDENTITY_NAME}.partial"}:
+        if not os.path.lexists(partial):
+            return None
+        whole = partial.is_dir() and not partial.is_symlink()
+        if whole and not set(os.listdir(partial)) - {f"{IDENTITY_NAME}.partial"}:
             return None
         raise ConfigError(
             f"{partial}: is where the run would write, and no training run left it; move it away "

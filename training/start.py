@@ -1,6 +1,6 @@
 """What a training begins with: a tokenizer with control tokens, and a model with a row for each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -143,14 +143,38 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def _load(folder: Path, dtype: str) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        model, found = load(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            # Told below, in one line.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _unloadable(folder, error) from error
+    _check_whole(folder, found)
+    return model
+
+
+def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
+    """Holds that every weight was there: transformers fills in random ones for the others."""
+    kinds = {
+        "missing": sorted(found["missing_keys"]),
+        "of another shape": sorted(name for name, *_ in found["mismatched_keys"]),
+    }
+    for kind, names in kinds.items():
+        if names:
+            raise CheckpointError(
+                f"{folder}: the weights do not fit config.json: {len(names)} are {kind}, the first "
+                f"is {names[0]}"
+            )
 
 
 def _unloadable(folder: Path, error: Exception) -> CheckpointError:

@@ -111,7 +111,6 @@ def train(
         EvaluationError: The training diverged.
     """
     processes = Processes()
-    partial = out.with_name(f"{out.name}.partial")
     with ExitStack() as held:
         # Held by the first process until the whole run ends.
         processes.on_main(lambda: held.enter_context(locked(out)))
@@ -120,6 +119,7 @@ def train(
         if processes.on_main(lambda: keeps(out, recipe, force=force, replace_stale=replace_stale)):
             return out
         identity = Identity(recipe.config_sha256, hashes, processes.count)
+        partial = out.with_name(f"{out.name}.partial")
         opened = processes.on_main(lambda: open_partial(partial, identity))
         run = _Run(config, hashes, partial, processes, ResumePoints(partial / RESUME_FOLDER))
         if opened.discarded is not None:

@@ -246,6 +246,12 @@ def test_folder_resolves_to_itself(tmp_path: Path) -> None:
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
 
 
+def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    told = message_of(lambda folder: resolve_checkpoint(str(folder), "main"), tmp_path)
+
+    assert told == f"{tmp_path}: is a folder, and revision 'main' is for the hub"
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/folder", "/no/such/folder"])
 def test_name_that_is_nowhere_is_one_error(tmp_path: Path, name: str) -> None:
     program = (

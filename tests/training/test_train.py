@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models.checkpoint import load_checkpoint
 from models.errors import CheckpointError, ConfigError, EvaluationError
-from tests.training.conftest import WriteRows, small_rows
+from tests.training.conftest import Rows, WriteRows, small_rows
 from tests.training.recipes import log_of, tiny_config, weights_of
 from training.assembly import memory_told
 from training.config import TrainConfig
@@ -227,6 +227,88 @@ def test_checkpoint_without_weights_is_named(trained: Trained, tmp_path: Path) -
 
     with pytest.raises(CheckpointError, match="the model cannot be loaded"):
         train(TrainConfig.model_validate(values), tmp_path / "out")
+
+
+def _grown(folder: Path, field: str) -> None:
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    described[field] *= 2
+    described.pop("layer_types", None)
+    path.write_text(json.dumps(described))
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("breaks", "reason"),
+    [
+        (_cut, "the model cannot be loaded: "),
+        (lambda folder: _grown(folder, "intermediate_size"), "6 are of another shape, the first "),
+        (lambda folder: _grown(folder, "num_hidden_layers"), "18 are missing, the first is model."),
+    ],
+    ids=["cut", "shape", "missing"],
+)
+def test_checkpoint_whose_weights_are_not_whole_is_refused(
+    trained: Trained, tmp_path: Path, breaks: Callable[[Path], None], reason: str
+) -> None:
+    base = trained.copy(tmp_path / "base")
+    breaks(base)
+    values = trained.config.model_dump(mode="json") | {"model": {"checkpoint": str(base)}}
+
+    with pytest.raises(CheckpointError) as raised:
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+
+    assert raised.value.message.startswith(f"{base}: ")
+    assert reason in raised.value.message
+
+
+@pytest.mark.parametrize("name", [".", "/", "n" * 241])
+def test_folder_that_cannot_be_named_is_one_line(config: TrainConfig, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of a folder"):
+        train(config, Path(name))
+
+
+def test_folder_below_a_file_is_one_line(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ConfigError, match=r"file/out: cannot be written: .*--out"):
+        train(config, tmp_path / "file" / "out")
+
+
+def test_file_where_the_run_would_write_is_left_alone(config: TrainConfig, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.write_text("mine")
+
+    with pytest.raises(ConfigError, match="no training run left it"):
+        train(config, tmp_path / "out")
+    assert partial.read_text() == "mine"
+
+
+def test_link_is_no_place_for_a_new_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists and is not a checkpoint"):
+        train(trained.config, out)
+    out.unlink()
+    out.symlink_to(trained.folder)
+
+    assert train(trained.config, out) == out
+    with pytest.raises(ConfigError, match="is a symbolic link"):
+        train(trained.config, out, force=True)
+
+
+def test_data_of_which_nothing_is_learnt_are_refused(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows: Rows = [
+        {"prompt": f"Tell {number}", "category": category, "response": None, "pair": "p"}
+        for number in range(4)
+        for category in ("safety", None)
+    ]
+
+    with pytest.raises(ConfigError, match=r"nothing would be learnt.*pair_weight"):
+        train(tiny_config(write_rows(rows)), tmp_path / "out")
 
 
 def test_stale_checkpoint_is_replaced_where_that_is_asked_for(
