@@ -18,6 +18,7 @@ from models.checkpoint import resolve_checkpoint
 from models.errors import CheckpointError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
+from training.auto_loss import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
 from training.config import CheckpointModel, ScratchModel, TrainConfig
 from training.data import DecisionWeights, Example, encode_rows, fit
 from training.estimate import (
@@ -73,8 +74,8 @@ def dry_run(config: TrainConfig, console: Console) -> None:
         console: Where it is shown.
 
     Raises:
-        ConfigError: The data are wrong, or those measured on cannot tell the metric that chooses
-            the best weights.
+        ConfigError: The data are wrong or too few for `auto`, or those measured on cannot tell the
+            metric that chooses the best weights.
         CheckpointError: The model to start from lies here and cannot be used.
     """
     mixture = gather(config.data, list(config.categories), single_token=config.single_token)
@@ -82,6 +83,7 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     _print_lines(console, _remarks(mixture, config))
     held_out = held_out_rows(config)
     _print_lines(console, _evaluation_remarks(mixture, config, held_out))
+    _print_lines(console, _search_remarks(mixture, config))
     try:
         words = _words(config, mixture.rows)
     except _Unreachable as error:
@@ -182,6 +184,20 @@ def _evaluation_remarks(
     trained = {prompt_key(row) for row in mixture.rows}
     if shared := sum(prompt_key(row) in trained for row in rows):
         yield Text(f"  {shared:,} of these prompts are also trained on", WARNING)
+
+
+def _search_remarks(mixture: Mixture, config: TrainConfig) -> Iterator[Text]:
+    if not is_auto(config.loss):
+        return
+    split = inner_split(mixture.rows, config.seed)
+    shortest, longest = BUDGETS
+    least = len(CANDIDATES) * shortest + KEEP[0] * longest
+    # Cross-entropy is compared to the end, among those that are kept or beside them.
+    yield Text(
+        f"auto: q and gamma are chosen on {len(split.train):,} training rows and "
+        f"{len(split.validation):,} others of them; that takes {least:.1f} to "
+        f"{least + longest:.1f} times the steps below on top"
+    )
 
 
 # --- tokens ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loss.members import Member
+from models.errors import ConfigError
 from training.assembly import SILENT, assemble, memory_told
 from training.auto_loss import CHOICE_NAME, InnerSplit, LossChoice, choose_loss, inner_split
 from training.config import TrainConfig
@@ -67,6 +68,9 @@ def fit_and_score(
 
     Returns:
         A function of q, gamma and the share of the recipe's steps.
+
+    Raises:
+        ConfigError: Rows that are too long leave only refused or only answered ones to compare on.
     """
     chosen = config.optimisation
     examples = encode_rows(
@@ -85,6 +89,11 @@ def fit_and_score(
         too_long=config.data.too_long,
         text_rows=0,
     )
+    if SCORE not in monitor.metric_names():
+        raise ConfigError(
+            "loss.decision.q: auto compares refused with answered rows, and of one kind all that "
+            "were set aside are too long; raise optimisation.max_length, or give q and gamma"
+        )
 
     def score(q: float, gamma: float, share: float) -> float:
         decision = config.loss.decision.model_copy(update={"q": q, "gamma": gamma})

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib.util
 import inspect
 import io
 import json
@@ -20,7 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from models.checkpoint import load_checkpoint
-from models.errors import ConfigError
+from models.errors import ConfigError, EvaluationError
 from rheostat import app
 from tests.docs.test_readme import ROOT, commands
 from tests.toy import byte_tokenizer, tiny_model
@@ -300,6 +301,19 @@ def test_launch_commands_parse() -> None:
             settings: Any = load_config_from_file(str(ROOT / launch.config_file))
             assert settings.distributed_type == "FSDP"
             assert settings.num_processes == 8
+
+
+def test_tensorboard_command_shows_what_the_run_writes(folder: Path) -> None:
+    (words,) = _tool("tensorboard")
+    (logs,) = _after(words, "--logdir")
+    recipe = _at_home(yaml.safe_load(RECIPE))
+    recipe["optimisation"]["learning_rate"] = 1e300
+
+    with pytest.raises(EvaluationError):  # so that the folder keeps its name of the way
+        train(TrainConfig.model_validate(recipe), folder / "checkpoints" / "mine")
+
+    assert list((folder / logs).glob("events*"))
+    assert importlib.util.find_spec("tensorboard.main") is not None
 
 
 def test_calibrate_reads_the_table_with_the_page_s_options(folder: Path) -> None:

@@ -229,6 +229,35 @@ def test_held_out_rows_that_are_too_long_are_told(write_rows: WriteRows, tmp_pat
     )
 
 
+def _many(write_rows: WriteRows, times: int) -> Path:
+    return write_rows(
+        [
+            {**row, "prompt": f"{number}: {row['prompt']}"}
+            for number in range(times)
+            for row in small_rows()
+        ]
+    )
+
+
+def test_search_for_the_loss_is_told_with_what_it_takes(
+    out_of_reach: dict[str, Any], write_rows: WriteRows
+) -> None:
+    auto = {**out_of_reach, "loss": {"decision": {"q": "auto"}}}
+    auto["data"] = {"train": [str(_many(write_rows, 7))]}
+
+    text = _shown(auto)
+
+    # 224 rows, a fifth of each category set aside: 12 of 56, 12 of 56 and 23 of 112.
+    assert "auto: q and gamma are chosen on 177 training rows and 47 others of them" in text
+    assert "1.3 to 1.6 times the steps" in text
+    assert "auto" not in _shown(out_of_reach)
+
+
+def test_rows_too_few_for_auto_end_the_dry_run(out_of_reach: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.decision: auto compares"):
+        _shown({**out_of_reach, "loss": {"decision": {"q": "auto"}}})
+
+
 def test_recipe_that_measures_nothing_says_which_weights_are_kept(
     out_of_reach: dict[str, Any],
 ) -> None:

@@ -466,6 +466,22 @@ def test_auto_with_too_few_rows_is_one_line(config: TrainConfig, tmp_path: Path)
         train(TrainConfig.model_validate(values), tmp_path / "out")
 
 
+def test_auto_whose_rows_of_one_kind_are_all_too_long_is_one_line(
+    write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows: Rows = [
+        {**row, "prompt": f"{number} {row['prompt']}"}
+        | ({"response": "No. " * 80} if row["category"] else {})
+        for number in range(7)
+        for row in small_rows()
+    ]
+    config = tiny_config(write_rows(rows), loss={"decision": {"q": "auto"}})
+    data = config.data.model_copy(update={"too_long": "drop"})
+
+    with pytest.raises(ConfigError, match="all that were set aside are too long"):
+        train(config.model_copy(update={"data": data}), tmp_path / "out")
+
+
 def test_memory_that_does_not_suffice_is_told_with_what_to_change() -> None:
     with (
         pytest.raises(ConfigError, match=r"out of memory: lower optimisation\.batch_size"),
