@@ -67,6 +67,36 @@ class Processes:
                 result = (None, error)
         return self._told(result)
 
+    def together(self, act: Callable[[], Outcome]) -> Outcome:
+        """Lets every process act, and one of them speak where it goes wrong.
+
+        Args:
+            act: What each does, such as reading the same files.
+
+        Returns:
+            This process's result.
+
+        Raises:
+            RheostatError: What `act` raised, in the first process where it did. All others end
+                silently, also those where nothing went wrong.
+        """
+        if self.count == 1:
+            return act()
+        outcome: list[Outcome] = []
+        wrong: RheostatError | None = None
+        try:
+            outcome.append(act())
+        except RheostatError as error:
+            wrong = error
+        from accelerate.utils import gather_object
+
+        failed: list[bool] = gather_object([wrong is not None])
+        if not any(failed):
+            return outcome[0]
+        if wrong is not None and failed.index(True) == self.index:
+            raise wrong
+        sys.exit(1)
+
     def _told(self, result: tuple[Outcome | None, RheostatError | None]) -> Outcome:
         from accelerate.utils import broadcast_object_list
 

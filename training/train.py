@@ -157,19 +157,13 @@ def _train_into(run: _Run) -> None:
     config, seconds = run.config, dict[str, float]()
     with _timed(seconds, "data_s"):
         run.processes.on_main(lambda: _render_demo(config, run.demo_folder))
-        mixture = gather(
-            config.data,
-            config.categories,
-            demo_folder=run.demo_folder,
-            single_token=config.single_token,
-        )
+        mixture, held_out = run.processes.together(lambda: _read(run))
         _tell_what_is_odd(run, mixture)
-        held_out = held_out_rows(config, run.demo_folder)
     with _timed(seconds, "model_s"):
-        start = start_of(config, mixture.rows)
+        start = run.processes.together(lambda: start_of(config, mixture.rows))
         run.processes.on_main(lambda: _write_contract(run, start, config.loss))
         # Before the search for the loss, which may take longer than the training.
-        kept = _kept(run, start, held_out)
+        kept = run.processes.together(lambda: _kept(run, start, held_out))
     with _timed(seconds, "loss_s"):
         loss = _resolved_loss(run, start, mixture)
         run.processes.on_main(lambda: _write_contract(run, start, loss))
@@ -185,6 +179,17 @@ def _train_into(run: _Run) -> None:
         summary = _closing(run, start, mixture, kept, trainer, before)
     if run.processes.is_main:
         write_log(run.folder, [*trainer.state.log_history, *summary, seconds])
+
+
+def _read(run: _Run) -> tuple[Mixture, list[Row] | None]:
+    config = run.config
+    mixture = gather(
+        config.data,
+        config.categories,
+        demo_folder=run.demo_folder,
+        single_token=config.single_token,
+    )
+    return mixture, held_out_rows(config, run.demo_folder)
 
 
 def _write_contract(run: _Run, start: Start, loss: LossConfig) -> None:
@@ -242,13 +247,16 @@ def _trainer(
     from training.trainer import Rhythm
 
     config = run.config
-    examples = encode_rows(
-        mixture.rows,
-        start.tokenizer,
-        start.manifest,
-        decision_weights(mixture.rows, config.data, config.loss),
-        config.optimisation.max_length,
-        config.data.too_long,
+    weights = decision_weights(mixture.rows, config.data, config.loss)
+    examples = run.processes.together(
+        lambda: encode_rows(
+            mixture.rows,
+            start.tokenizer,
+            start.manifest,
+            weights,
+            config.optimisation.max_length,
+            config.data.too_long,
+        )
     )
     rhythm = Rhythm(
         save=config.optimisation.save_every, evaluate=0.0 if kept is None else kept.config.every

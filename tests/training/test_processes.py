@@ -75,11 +75,22 @@ def _final(folder: Path) -> dict[str, float]:
     return next(line["final"] for line in log_of(folder) if "final" in line)
 
 
-def test_mistake_is_told_once_by_two_processes(tmp_path: Path) -> None:
-    told = _launch(_config(tmp_path / "none.jsonl"), tmp_path, expect=1)
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "cannot be read"), ('{"prompt": "a"}\n', "category: is missing")],
+    ids=["file", "row"],
+)
+def test_mistake_is_told_once_by_two_processes(
+    tmp_path: Path, text: str | None, reason: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if text is not None:
+        path.write_text(text)
+
+    told = _launch(_config(path), tmp_path, expect=1)
 
     assert told.count("rheostat: ") == 1
-    assert f"{tmp_path / 'none.jsonl'}: cannot be read" in told
+    assert reason in told
 
 
 def test_error_on_the_first_process_is_raised_there() -> None:
@@ -89,9 +100,10 @@ def test_error_on_the_first_process_is_raised_there() -> None:
     processes = Processes()
 
     assert processes.is_main
-    assert processes.on_main(lambda: 3) == 3
-    with pytest.raises(ConfigError, match="wrong"):
-        processes.on_main(act)
+    for let in (processes.on_main, processes.together):
+        assert let(lambda: 3) == 3
+        with pytest.raises(ConfigError, match="wrong"):
+            let(act)
 
 
 # --- FSDP -----------------------------------------------------------------------------------------
