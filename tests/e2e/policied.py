@@ -30,6 +30,7 @@ policies:
   desk:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
+    defaults: {{report: true}}
   kiosk:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true

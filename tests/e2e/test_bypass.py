@@ -27,7 +27,7 @@ from tests.e2e.attacks import (
 from tests.e2e.policied import ACME, Policied
 from tests.server.manifests import MANIFEST
 
-NEVER = {"categories": dict.fromkeys(MANIFEST.names, "never"), "report": True}
+NEVER = {"categories": dict.fromkeys(MANIFEST.names, "never")}
 HEADERS = {"content-type": "application/json", "authorization": f"Bearer {ACME}"}
 BY_NAME = {target.name: target for target in TARGETS}
 # A stream says what was decided in its events only.

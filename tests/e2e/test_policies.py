@@ -19,6 +19,7 @@ from server.credentials import hash_key
 from tests.e2e.attacks import TARGETS, TOOL
 from tests.e2e.attacks import Target as Route
 from tests.e2e.policied import ACME, FILE, FIXED_TEXT, SECRET, SHOP, Policied
+from tests.e2e.servers import free_port
 
 CHAT = "/v1/chat/completions"
 SCORE = "/v1/refusal/score"
@@ -409,6 +410,7 @@ def test_contradictory_settings_are_one_line_at_start(
     policied: Policied, flags: list[str], variables: dict[str, str], said: str
 ) -> None:
     command = [sys.executable, "-m", "rheostat", "serve", "--model", str(policied.model), *flags]
+    command += ["--port", str(free_port())]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
