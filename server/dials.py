@@ -18,6 +18,7 @@ DEFAULT_CALIBRATION = "default"
 # What vLLM's routes take where neither the request nor generation_config.json says one.
 OPENAI_TEMPERATURE = 1.0
 _MOST_KEPT = 1024
+_MOST_SHOWN = 80
 
 # Which categories were moved to a bound, by index.
 Sides = Mapping[int, Side]
@@ -268,10 +269,11 @@ class DialBoard:
     def _check_categories(self, asked: dict[str, Target]) -> None:
         for name in asked:
             if name not in self.names:
+                shown = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
                 raise RequestError(
-                    f"{_path(name)}: this checkpoint has no such category; it has "
+                    f"{_path(shown)}: this checkpoint has no such category; it has "
                     f"{', '.join(self.names)}",
-                    param=_path(name),
+                    param=_path(shown),
                 )
 
     def _calibration(self, options: RefusalOptions) -> str:

@@ -363,7 +363,7 @@ def _api_keys(args: Namespace) -> list[str]:
 def _guard(config: Any, manifest: Manifest) -> Guard:
     # Before the engine is made: its renderer encodes with copies of this tokenizer.
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
-    return build_guard(tokenizer, manifest)
+    return build_guard(tokenizer, manifest, config.model_config.max_model_len)
 
 
 def _default_temperature(config: Any) -> float:

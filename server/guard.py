@@ -7,6 +7,7 @@ server/prompts.py takes its id out before the engine sees the prompt. What is le
 text, byte for byte, in ordinary tokens.
 """
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -100,9 +101,9 @@ class SpecialText:
 
     def spells(self, text: str) -> bool:
         """Returns whether the tokenizer would find a special token in a string."""
-        if self._may_spell(text) and self._found.search(text):
-            return True
-        return self._encodes_all and bool(self._spans(text))
+        if not self.may_spell(text):
+            return False
+        return bool(self._found.search(text)) or (self._encodes_all and bool(self._spans(text)))
 
     def broken(self, text: str) -> str:
         """Returns a string with a mark in every special token that it spells or could help spell.
@@ -123,13 +124,23 @@ class SpecialText:
         """
         if not self.spells(text):
             return text
-        return self._without_spans(self._found.sub(self._split, text))
+        text = self._without_texts(text)
+        return self._without_spans(text) if self._encodes_all else text
 
-    def _may_spell(self, text: str) -> bool:
-        return any(map(text.__contains__, self._firsts))
+    def may_spell(self, text: str) -> bool:
+        """Returns whether a string needs a closer look."""
+        return self._encodes_all or any(map(text.__contains__, self._firsts))
 
     def _split(self, match: "re.Match[str]") -> str:
         return match[0][0] + self.mark + match[0][1:]
+
+    def _without_texts(self, text: str) -> str:
+        # A token that was broken may have hidden another one.
+        for _ in range(_MOST_ROUNDS):
+            text, found = self._found.subn(self._split, text)
+            if not found:
+                return text
+        raise _unbreakable()
 
     def _without_spans(self, text: str) -> str:
         for _ in range(_MOST_ROUNDS):
@@ -139,15 +150,31 @@ class SpecialText:
             for start, end in reversed(spans):
                 place = min(start + 1, end)
                 text = text[:place] + self.mark + text[place:]
-        raise RequestError(
-            "the input holds text that this model's tokenizer reads as a special token however it "
-            "is broken: remove it",
-            status=400,
-        )
+        raise _unbreakable()
 
     def _ends_in_head(self, text: str) -> bool:
         end = text[-self._longest_head :]
-        return self._may_spell(end) and any(end[i:] in self._heads for i in range(len(end) - 1))
+        return self.may_spell(end) and any(end[i:] in self._heads for i in range(len(end) - 1))
+
+
+class _Room:
+    """How much text a request may still bring that needs a closer look.
+
+    More than the context holds would be refused after the rendering, when its cost is paid.
+    """
+
+    def __init__(self, characters: float) -> None:
+        self._most = self._left = characters
+
+    def take(self, text: str, path: str) -> None:
+        self._left -= len(text)
+        if self._left < 0:
+            raise RequestError(
+                f"{path}: the request is longer than this model's context, which holds at most "
+                f"{self._most} characters",
+                param=path,
+                status=400,
+            )
 
 
 class Guard:
@@ -157,14 +184,20 @@ class Guard:
         special: Breaks every special token: for what a chat template prints.
         control: Breaks control tokens alone: for raw prompts.
         roles: The roles that a message may have.
+        characters: The most that the model's context can hold.
     """
 
     def __init__(
-        self, special: SpecialText, control: SpecialText, roles: frozenset[str] = ROLES
+        self,
+        special: SpecialText,
+        control: SpecialText,
+        roles: frozenset[str] = ROLES,
+        characters: float = math.inf,
     ) -> None:
         self._special = special
         self._control = control
         self._roles = roles
+        self._characters = characters
 
     @property
     def mark(self) -> str:
@@ -180,26 +213,28 @@ class Guard:
 
         Raises:
             RequestError: A role is none; a key, or a tool's name or schema, spells a special
-                token; or special tokens are refused.
+                token; special tokens are refused; or there is more text than the context holds.
         """
+        room = _Room(self._characters)
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
         try:
             changed = {
-                name: value if name in UNRENDERED else self._field(name, value, refuse)
+                name: value if name in UNRENDERED else self._field(name, value, refuse, room)
                 for name, value in body.items()
             }
         except RecursionError as error:
             raise RequestError("the body nests too deeply", status=400) from error
         return body if all(changed[name] is body[name] for name in body) else changed
 
-    def _field(self, name: str, value: Any, refuse: bool) -> Any:
+    def _field(self, name: str, value: Any, refuse: bool, room: _Room) -> Any:
         special = self._control if name in RAW else self._special
         if isinstance(value, int | float | None):
             return value
+        walk = _Walk(special, refuse, room)
         if isinstance(value, str) and name not in TEXTS and not refuse:
-            return special.unspelt(value)
-        return _Walk(special, refuse).walked(value, name, schema=name in TOOLS)
+            return special.unspelt(value) if walk.looks_closer(value, name) else value
+        return walk.walked(value, name, schema=name in TOOLS)
 
     def _check_roles(self, messages: Any, path: str) -> None:
         for place, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -221,6 +256,13 @@ class _Walk(NamedTuple):
 
     special: SpecialText
     refuse: bool
+    room: _Room
+
+    def looks_closer(self, text: str, path: str) -> bool:
+        if not self.special.may_spell(text):
+            return False
+        self.room.take(text, path)
+        return True
 
     def walked(self, value: Any, path: str, *, schema: bool) -> Any:
         if isinstance(value, str):
@@ -240,16 +282,25 @@ class _Walk(NamedTuple):
             if key in STRUCTURE and isinstance(entry, str):
                 changed[key] = entry
                 continue
-            if self.special.spells(key):
+            if self.looks_closer(key, path) and self.special.spells(key):
                 raise _spelt(path, "a key")
             prose = key in PROSE and isinstance(entry, str)
             changed[key] = self.walked(entry, f"{path}.{key}", schema=schema and not prose)
         return changed if any(changed[key] is not value[key] for key in value) else value
 
     def _string(self, text: str, path: str, schema: bool) -> str:
-        if (schema or self.refuse) and self.special.spells(text):
+        closer = self.looks_closer(text, path)
+        if closer and (schema or self.refuse) and self.special.spells(text):
             raise _spelt(path, "a tool's name or schema" if schema else "the text")
         return text if schema else self.special.broken(text)
+
+
+def _unbreakable() -> RequestError:
+    return RequestError(
+        "the input holds text that this model's tokenizer reads as a special token however it is "
+        "broken: remove it",
+        status=400,
+    )
 
 
 def _spelt(path: str, what: str) -> RequestError:
@@ -260,7 +311,9 @@ def _spelt(path: str, what: str) -> RequestError:
     )
 
 
-def build_guard(tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Guard:
+def build_guard(
+    tokenizer: "PreTrainedTokenizerBase", manifest: Manifest, context: float = math.inf
+) -> Guard:
     """Gives a tokenizer the mark, as one more token, and returns the guard that uses it.
 
     Control tokens become special, if they are not: adopted checkpoints hold them as ordinary ones,
@@ -269,7 +322,10 @@ def build_guard(tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Gua
     Args:
         tokenizer: The one that prompts are encoded with; changed in place.
         manifest: The served checkpoint's.
+        context: In tokens.
     """
+    # As vLLM counts it.
+    characters = context * max(map(len, tokenizer.get_vocab()))
     special = protected_tokens(tokenizer, manifest)
     control = {i: token for i, token in special.items() if i in manifest.control_ids}
     mark = new_mark()
@@ -281,7 +337,8 @@ def build_guard(tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Gua
     def text(tokens: dict[int, Protected]) -> SpecialText:
         return SpecialText(list(tokens.values()), mark, _spans_of(tokenizer, frozenset(tokens)))
 
-    return Guard(text(special), text(control), ROLES | _quoted_roles(tokenizer))
+    roles = ROLES | _quoted_roles(tokenizer)
+    return Guard(text(special), text(control), roles, characters)
 
 
 def new_mark() -> str:

@@ -95,6 +95,11 @@ def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool
     """
     if category is None:
         return manifest.categories[0].token if refused else manifest.respond.token
+    if not isinstance(category, str):
+        raise RequestError(
+            f"{path}.{CATEGORY_FIELD}: must be a string or null, got {type(category).__name__}",
+            param=f"{path}.{CATEGORY_FIELD}",
+        )
     for known in manifest.categories:
         if known.name == category:
             return known.token

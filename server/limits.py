@@ -61,7 +61,16 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
 def _parsed(raw: bytes) -> Any:
     # As vLLM's routes parse, so that both read the same: the last of equal keys, the encodings.
     try:
-        return _JSON.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
+        text = raw.decode(json.detect_encoding(raw))
+        body = _JSON.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(body, ensure_ascii=False).encode()
+        return body
+    except UnicodeError as error:
+        raise RequestError(
+            "the body holds bytes that are no text, or half of a surrogate pair",
+            status=HTTPStatus.BAD_REQUEST,
+        ) from error
     except RecursionError as error:
         raise RequestError("the body nests too deeply", status=HTTPStatus.BAD_REQUEST) from error
     except ValueError as error:

@@ -10,6 +10,7 @@ memory writes nowhere that is read: then the row says so, and the margins are as
 import itertools
 import os
 import tempfile
+import weakref
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class MarginBoard:
         in_memory = shared if shared.is_dir() else None
         descriptor, self._path = tempfile.mkstemp(prefix="rheostat-", dir=folder or in_memory)
         os.close(descriptor)
+        self._remove = weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
         shape = (ROWS, MARGINS + categories)
         self._rows = np.memmap(self._path, dtype=np.float32, mode="w+", shape=shape)
         self._free = deque(range(ROWS))
@@ -83,5 +85,5 @@ class MarginBoard:
         self._free.append(ticket.row)
 
     def close(self) -> None:
-        """Removes the file."""
-        Path(self._path).unlink(missing_ok=True)
+        """Removes the file, which also goes with the board and at exit."""
+        self._remove()

@@ -23,6 +23,7 @@ WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
 POLICY_HEADER = "x-refusal-policy"
+_MOST_SHOWN = 120
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -211,6 +212,7 @@ def parse_options(value: Any) -> RefusalOptions:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([FIELD, *(str(part) for part in first["loc"])])
+        path = path if len(path) <= _MOST_SHOWN else f"{path[:_MOST_SHOWN]}..."
         if first["type"] == "extra_forbidden":
             known = ", ".join(RefusalOptions.model_fields)
             raise RequestError(f"{path}: unknown field; known are {known}", param=path) from error

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic import model_validator as validates_model
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
@@ -56,6 +56,13 @@ class Settings(BaseSettings):
     record_file: Path | None = None
     policy_file: Path | None = None
     trace_file: Path | None = None
+
+    @field_validator("record_file", "policy_file", "trace_file", mode="before")
+    @classmethod
+    def _is_no_empty_path(cls, value: object) -> object:
+        if value == "":
+            raise ValueError("is empty: name a file, or leave the variable out")
+        return value
 
     @validates_model(mode="after")
     def _records_somewhere(self) -> "Settings":

@@ -13,7 +13,7 @@ from models.errors import RequestError
 from models.manifest import Manifest
 from models.tokens import COCONOT_DESCRIPTIONS, add_control_tokens
 from server.guard import Guard, build_guard, protected_tokens
-from tests.server.guards import GUARD, MARK
+from tests.server.guards import CONTROL, GUARD, MARK, special_text
 from tests.toy import MARKERS, TEMPLATE, byte_tokenizer
 
 CHAT_PARTS = (
@@ -219,3 +219,19 @@ def test_role_that_a_template_asks_for_by_name_is_known() -> None:
 def test_bodies_of_other_shapes_are_left_to_vllm(value: Any) -> None:
     body = {"messages": value, "chat_template_kwargs": value}
     assert GUARD.guarded(body) is body
+
+
+def test_token_that_another_one_hid_is_broken_too() -> None:
+    special = special_text("[a", "a]")
+    assert special.unspelt("[a]") == f"[{MARK}a{MARK}]"
+
+
+def test_more_text_than_the_context_holds_is_refused_at_once() -> None:
+    guard = Guard(special_text(*CONTROL), special_text(*CONTROL), characters=100)
+    for content in ("[respond]" * 12, [{"type": "text", "text": "[respond]"}] * 12):
+        with pytest.raises(RequestError, match="at most 100 characters") as raised:
+            guard.guarded({"messages": [{"role": "user", "content": content}]})
+        assert raised.value.status == 400
+    guard.guarded({"messages": [{"role": "user", "content": "[respond]" * 11}]})
+    plain = {"messages": [{"role": "user", "content": "no brackets " * 100}]}
+    assert guard.guarded(plain) is plain

@@ -113,8 +113,8 @@ def test_other_turns_pass_and_are_not_counted() -> None:
         assert annotated[index] is messages[index]
 
 
-@pytest.mark.parametrize("category", ["weather", "", 5, [], {}, "\ud800"])
-def test_unknown_category_is_refused_with_its_path(category: Any) -> None:
+@pytest.mark.parametrize("category", ["weather", "", "\ud800"])
+def test_unknown_category_is_refused_with_its_path(category: str) -> None:
     messages = [
         {"role": "user", "content": "u"},
         {"role": "assistant", "refusal": "No.", "refusal_category": category},
@@ -154,3 +154,10 @@ def test_content_that_is_no_text_names_its_path(content: Any) -> None:
     with pytest.raises(RequestError) as caught:
         annotate([{"role": "user"}, {"role": "assistant", "content": content}], MANIFEST)
     assert caught.value.param == "messages.1.content"
+
+
+@pytest.mark.parametrize("category", [["safety"], {"a": "safety"}, 1, True])
+def test_category_that_is_no_text_is_not_quoted(category: object) -> None:
+    with pytest.raises(RequestError, match="must be a string or null, got") as raised:
+        annotate([{"role": "assistant", "refusal_category": category}], MANIFEST)
+    assert "safety" not in raised.value.message

@@ -101,7 +101,6 @@ def test_what_is_no_usable_object_is_400(raw: bytes) -> None:
         b'{"a": "NaN", "b": "Infinity"}',
         b'\xef\xbb\xbf{"a": 1}',
         '{"a": "ä"}'.encode("utf-16"),
-        b'{"a": "\\ud800"}',
         b'{"a": 1, "a": 2}',
     ],
 )
@@ -150,3 +149,22 @@ def test_numbers_are_bounded_and_the_bound_is_named(
     error = refused(json.dumps(beyond).encode())
     assert (error.status, error.param) == (422, param)
     assert f"RHEOSTAT_{setting})" in error.message
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"stop": "\\ud800"}',
+        b'{"stop": ["\\uDFFF x"]}',
+        b'{"a": "\xed\xa0\x80"}',
+        b'{"a": "\xff"}',
+    ],
+)
+def test_half_a_surrogate_pair_is_400(raw: bytes) -> None:
+    with pytest.raises(RequestError, match="half of a surrogate pair") as raised:
+        read_json(raw, Settings())
+    assert raised.value.status == 400
+
+
+def test_whole_surrogate_pair_is_a_character() -> None:
+    assert read_json(b'{"stop": "\\ud83d\\ude00"}', Settings()) == {"stop": "\U0001f600"}

@@ -1,5 +1,6 @@
 """Both sides of the board, in one process and in two."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -88,4 +89,10 @@ def test_another_process_writes_what_this_one_reads(board: MarginBoard) -> None:
 def test_file_is_gone_once_closed(board: MarginBoard, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     board.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_of_a_board_that_nobody_holds_is_gone_too(tmp_path: Path) -> None:
+    MarginBoard(2, tmp_path)
+    gc.collect()
     assert list(tmp_path.iterdir()) == []

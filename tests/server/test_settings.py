@@ -67,6 +67,7 @@ def test_value_that_is_no_json_names_the_variable(
         ("RHEOSTAT_MAX_BODY_BYTES", "many", "RHEOSTAT_MAX_BODY_BYTES: "),
         ("RHEOSTAT_MAX_BODY_BYTES", "1023", "RHEOSTAT_MAX_BODY_BYTES: "),
         ("RHEOSTAT_MAX_BODY_BYTES", "", "RHEOSTAT_MAX_BODY_BYTES: "),
+        ("RHEOSTAT_POLICY_FILE", "", "RHEOSTAT_POLICY_FILE: is empty"),
         ("RHEOSTAT_DEFAULTS", "5", "RHEOSTAT_DEFAULTS: must be an object, got int"),
         ("RHEOSTAT_DEFAULTS", "[]", "RHEOSTAT_DEFAULTS: must be an object, got list"),
         ("RHEOSTAT_DEFAULTS", '{"x": 1}', "RHEOSTAT_DEFAULTS.x: "),
