@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from models.errors import RequestError
 from models.manifest import Manifest
 from server.history import CATEGORY_FIELD
+from server.limits import prompts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -160,7 +161,8 @@ class SpecialText:
 class _Room:
     """How much text a request may still bring that needs a closer look.
 
-    More than the context holds would be refused after the rendering, when its cost is paid.
+    More than the contexts of its prompts hold would be refused after the rendering, when its cost
+    is paid.
     """
 
     def __init__(self, characters: float) -> None:
@@ -170,8 +172,8 @@ class _Room:
         self._left -= len(text)
         if self._left < 0:
             raise RequestError(
-                f"{path}: the request is longer than this model's context, which holds at most "
-                f"{self._most} characters",
+                f"{path}: the request is longer than this model's context: its prompts may have at "
+                f"most {self._most} characters",
                 param=path,
                 status=400,
             )
@@ -213,9 +215,9 @@ class Guard:
 
         Raises:
             RequestError: A role is none; a key, or a tool's name or schema, spells a special
-                token; special tokens are refused; or there is more text than the context holds.
+                token; special tokens are refused; or there is more text than its prompts may have.
         """
-        room = _Room(self._characters)
+        room = _Room(self._characters * prompts_in(body))
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
         try:

@@ -124,6 +124,11 @@ def _check_depth(body: dict[str, Any], settings: Settings) -> None:
         ]
 
 
+def prompts_in(body: dict[str, Any]) -> int:
+    """Returns how many prompts a body holds: those of a batch, or one."""
+    return max(1, _conversations(body.get("messages")), _prompts(body.get("prompt")))
+
+
 def _check_counts(body: dict[str, Any], settings: Settings) -> None:
     for name, bound, counted in _COUNTS:
         if name in body and (count := counted(body[name])) > getattr(settings, bound):

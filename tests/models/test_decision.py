@@ -45,8 +45,10 @@ def dials(
         return [value] * rows if isinstance(value, int | float) else list(value)
 
     named = selected or [[True] * len(bias[0])] * rows
-    columns = (bias, named, column(rule), column(temperature), column(uniform))
-    table = [dial_row(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
+    numbers = zip(column(rule), column(temperature), column(uniform), strict=True)
+    table = [
+        dial_row(b, s, int(r), t, u) for b, s, (r, t, u) in zip(bias, named, numbers, strict=True)
+    ]
     return Dials(torch.tensor(table, dtype=torch.float32), len(bias[0]))
 
 

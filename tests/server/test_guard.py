@@ -235,3 +235,21 @@ def test_more_text_than_the_context_holds_is_refused_at_once() -> None:
     guard.guarded({"messages": [{"role": "user", "content": "[respond]" * 11}]})
     plain = {"messages": [{"role": "user", "content": "no brackets " * 100}]}
     assert guard.guarded(plain) is plain
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_each_prompt_of_a_batch_has_a_context_of_its_own(several: bool) -> None:
+    guard = Guard(special_text(*CONTROL), special_text(*CONTROL), characters=100)
+    text = "[respond]" * 11
+    prompts = [text] * 5 if several else text * 5
+    chats = (
+        [[{"role": "user", "content": text}]] * 5
+        if several
+        else [{"role": "user", "content": text}] * 5
+    )
+    for body in ({"prompt": prompts}, {"messages": chats}):
+        if several:
+            guard.guarded(body)
+        else:
+            with pytest.raises(RequestError, match="at most 100 characters"):
+                guard.guarded(body)
