@@ -10,6 +10,13 @@ RheostatError
     └── EvaluationError    a measurement could not be made
 """
 
+MOST_QUOTED = 80
+
+
+def shortened(text: str, most: int = MOST_QUOTED) -> str:
+    """Returns what a message may quote of a text of unknown length, in characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
 
 class RheostatError(Exception):
     """Base of all errors raised on purpose.

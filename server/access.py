@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-from models.errors import RequestError
+from models.errors import RequestError, shortened
 
 WEBSOCKET = "WEBSOCKET"
 
@@ -253,4 +253,4 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 def _shown(text: str) -> str:
     printable = text if text.isprintable() else ascii(text)
-    return printable if len(printable) <= 80 else f"{printable[:77]}..."
+    return shortened(printable)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from models.controls import Controls, Rule
-from models.errors import NotAllowedError, RequestError
+from models.errors import NotAllowedError, RequestError, shortened
 from models.solver import Solution, Target
 from server.bounds import Bounds, Side
 from server.calibrations import Calibrations, Question
@@ -18,7 +18,6 @@ DEFAULT_CALIBRATION = "default"
 # What vLLM's routes take where neither the request nor generation_config.json says one.
 OPENAI_TEMPERATURE = 1.0
 _MOST_KEPT = 1024
-_MOST_SHOWN = 80
 
 # Which categories were moved to a bound, by index.
 Sides = Mapping[int, Side]
@@ -269,11 +268,10 @@ class DialBoard:
     def _check_categories(self, asked: dict[str, Target]) -> None:
         for name in asked:
             if name not in self.names:
-                shown = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
+                path = _path(shortened(name))
                 raise RequestError(
-                    f"{_path(shown)}: this checkpoint has no such category; it has "
-                    f"{', '.join(self.names)}",
-                    param=_path(shown),
+                    f"{path}: this checkpoint has no such category; it has {', '.join(self.names)}",
+                    param=path,
                 )
 
     def _calibration(self, options: RefusalOptions) -> str:

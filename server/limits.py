@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 from starlette.types import Scope
 
-from models.errors import RequestError
+from models.errors import RequestError, shortened
 from server.settings import PREFIX, Settings
 
 # Beyond it, a number may be none that the engine's own types hold.
@@ -80,7 +80,7 @@ def _parsed(raw: bytes) -> Any:
 
 
 def _no_number(text: str) -> NoReturn:
-    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    shown = shortened(text, 40)
     raise RequestError(
         f"the body holds {shown}, which is no number that can be used here",
         status=HTTPStatus.BAD_REQUEST,

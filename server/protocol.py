@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from models.controls import bias_of_sensitivity
-from models.errors import RequestError
+from models.errors import RequestError, shortened
 from models.manifest import Name
 from models.solver import Target
 
@@ -23,7 +23,6 @@ WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
 POLICY_HEADER = "x-refusal-policy"
-_MOST_SHOWN = 120
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -211,8 +210,7 @@ def parse_options(value: Any) -> RefusalOptions:
         return RefusalOptions.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join([FIELD, *(str(part) for part in first["loc"])])
-        path = path if len(path) <= _MOST_SHOWN else f"{path[:_MOST_SHOWN]}..."
+        path = ".".join([FIELD, *(shortened(str(part)) for part in first["loc"])])
         if first["type"] == "extra_forbidden":
             known = ", ".join(RefusalOptions.model_fields)
             raise RequestError(f"{path}: unknown field; known are {known}", param=path) from error
