@@ -7,8 +7,8 @@ This module and server/steering.py are the only ones that import vllm.
 import os
 import secrets
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ from server.guard import Guard, build_guard
 from server.hiding import Hider
 from server.http_head import BoundedHead
 from server.margins import MarginBoard
-from server.middleware import RefusalMiddleware
+from server.middleware import GENERATING, RefusalMiddleware
 from server.recorder import MarginRecorder
 from server.reloading import Policies
 from server.routes import build_router
@@ -119,11 +119,11 @@ class SteeredLLM(AsyncLLM):
         try:
             steering.settle(sampling_params.temperature, adapted=bool(options.get("lora_request")))
         except RequestError as error:
-            raise _vllm_error(error) from error
+            raise self.told(error) from error
         call = steering.next_call()
         steering.request_ids.append(request_id)
         generation = Generation(self, steering, call, sampling_params, request_id, options)
-        return _with_vllm_errors(generation.outputs(prompt))
+        return generation.outputs(prompt)
 
     async def decide(
         self, prompt: Any, steering: Steering, temperature: float, lora_request: Any = None
@@ -166,19 +166,10 @@ class SteeredLLM(AsyncLLM):
         """Merges the streams of a request's choices; see server/generation.py."""
         return _merged(streams, params.output_kind)
 
-
-async def _with_vllm_errors(outputs: Outputs) -> Outputs:
-    try:
-        async with aclosing(outputs):
-            async for output in outputs:
-                yield output
-    except RequestError as error:
-        raise _vllm_error(error) from error
-
-
-def _vllm_error(error: RequestError) -> VLLMClientError:
-    kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
-    return kind(error.message, parameter=error.param)
+    def told(self, error: RequestError) -> VLLMClientError:
+        """Returns vLLM's error for one of ours; see server/generation.py."""
+        kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
+        return kind(error.message, parameter=error.param)
 
 
 async def _merged(streams: Sequence[Outputs], kind: RequestOutputKind) -> Outputs:
@@ -355,6 +346,11 @@ def _put_gate(app: Any, settings: Settings, policies: Policies) -> None:
     app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=policies))
 
 
+def _put_first(app: Any, paths: Collection[str]) -> None:
+    # The router, and the middleware that labels vLLM's HTTP metrics, try one route after the other.
+    app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in paths)
+
+
 def _api_keys(args: Namespace) -> list[str]:
     # As vLLM's own authentication reads them.
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
@@ -421,6 +417,7 @@ async def _serve_http(
     scorer = _VllmScorer(engine, app.state, policies.served.temperature)
     route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
+    _put_first(app, GENERATING)
     uvicorn_options: dict[str, Any] = {"http": BoundedHead}
     if (log_config := get_uvicorn_log_config(args)) is not None:
         uvicorn_options["log_config"] = log_config

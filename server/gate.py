@@ -57,7 +57,7 @@ class Gate:
                 scope, receive = await self._bounded(route, scope, receive)
         except RequestError as error:
             label = NO_ROUTE if route is None else route.path
-            metrics.REQUESTS.labels(label, str(int(error.status))).inc()
+            metrics.count_request(label, error.status)
             await _refuse(error, scope, receive, send)
             return
         await self._app(scope, receive, send)

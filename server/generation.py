@@ -73,6 +73,9 @@ class Engine(Protocol):
     def merge(self, streams: Sequence[Outputs], params: Any) -> Outputs:
         """Merges the streams of a request's choices into its outputs."""
 
+    def told(self, error: RequestError) -> Exception:
+        """Returns what vLLM's routes answer as the error says."""
+
 
 class Generation:
     """One call of ``generate()``.
@@ -110,8 +113,10 @@ class Generation:
             and recorder.wants(request_id)
         )
         self.wants_margins = steering.report or self.records or not steering.enforce
-        texts = zip(engine.manifest.categories, steering.texts, strict=False)
-        self.texts = {category.id: text for category, text in texts if text is not None}
+        self.texts: dict[int, str] = {}
+        if steering.texts:
+            texts = zip(engine.manifest.categories, steering.texts, strict=False)
+            self.texts = {category.id: text for category, text in texts if text is not None}
 
     async def decision(self, prompt: Any) -> Decision:
         """Only decides; nothing of it counts as traffic.
@@ -129,28 +134,33 @@ class Generation:
         """Yields vLLM's outputs, without control tokens.
 
         Raises:
-            RequestError: The prompt or the parameters cannot be decided on.
+            Exception: What the engine makes of a prompt or of parameters that cannot be decided on.
         """
-        beams = self.steering.beam_search
-        if beams and self.steering.continues:
-            raise RequestError("use_beam_search cannot continue a message", status=400)
-        if beams and self.texts:
-            raise RequestError("use_beam_search: this policy's refusals are no beams", status=400)
-        prompt = without_id(prompt, self.engine.mark_id)
-        ids = self._checked_ids(prompt)
-        if beams:
-            stream = self._beam(prompt, ids)
-        elif self._needs_decision_first():
-            stream = self._decide_first(prompt, ids)
-        else:
-            stream = self._in_one_pass(prompt, ids)
         hider = self.engine.hider
-        visible = hider.visible(ids)
-        async with aclosing(stream):
-            async for output in stream:
-                hider.hide(output, visible)
-                self._note_refusals(output)
-                yield output
+        try:
+            prompt = without_id(prompt, self.engine.mark_id)
+            ids = self._checked_ids(prompt)
+            visible = hider.visible(ids)
+            async with aclosing(self._stream(prompt, ids)) as stream:
+                async for output in stream:
+                    hider.hide(output, visible)
+                    self._note_refusals(output)
+                    yield output
+        except RequestError as error:
+            raise self.engine.told(error) from error
+
+    def _stream(self, prompt: Any, ids: list[int]) -> Outputs:
+        if self.steering.beam_search:
+            if self.steering.continues:
+                raise RequestError("use_beam_search cannot continue a message", status=400)
+            if self.texts:
+                raise RequestError(
+                    "use_beam_search: this policy's refusals are no beams", status=400
+                )
+            return self._beam(prompt, ids)
+        if self._needs_decision_first():
+            return self._decide_first(prompt, ids)
+        return self._in_one_pass(prompt, ids)
 
     def _checked_ids(self, prompt: Any) -> list[int]:
         ids = prompt_ids(prompt)
@@ -188,26 +198,10 @@ class Generation:
     async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
         board = self.engine.margin_board
         ticket = board.take() if self.wants_margins else None
-        try:
-            async with aclosing(self._opened(prompt, ids, ticket)) as stream:
-                async for output in stream:
-                    yield output
-        finally:
-            if ticket is not None:
-                board.give_back(ticket)
-
-    async def _opened(self, prompt: Any, ids: list[int], ticket: Ticket | None) -> Outputs:
-        params = self._steered(self.params, ticket)
-        if self.texts:
-            params.stop_token_ids = [*(params.stop_token_ids or ()), *self.texts]
-            params._all_stop_token_ids |= self.texts.keys()
-        if params.max_tokens is not None:
-            params.max_tokens = min(params.max_tokens, self.engine.model_config.max_model_len) + 1
-        if params.min_tokens:
-            params.min_tokens += 1
+        params = self._with_decision(ticket)
         opened: set[int] = set()
         stream = self.engine.generate_stock(prompt, params, self.request_id, **self.options)
-        async with aclosing(stream):
+        try:
             async for output in stream:
                 for choice in output.outputs:
                     if choice.index not in opened and choice.token_ids:
@@ -220,6 +214,21 @@ class Generation:
                 shows = any(c.token_ids or c.finish_reason is not None for c in output.outputs)
                 if shows or output.finished or output.prompt_logprobs:
                     yield output
+        finally:
+            await stream.aclose()
+            if ticket is not None:
+                board.give_back(ticket)
+
+    def _with_decision(self, ticket: Ticket | None) -> Any:
+        params = self._steered(self.params, ticket)
+        if self.texts:
+            params.stop_token_ids = [*(params.stop_token_ids or ()), *self.texts]
+            params._all_stop_token_ids |= self.texts.keys()
+        if params.max_tokens is not None:
+            params.max_tokens = min(params.max_tokens, self.engine.model_config.max_model_len) + 1
+        if params.min_tokens:
+            params.min_tokens += 1
+        return params
 
     async def _seen(self, prompt: Any, ids: list[int], ticket: Ticket | None) -> Margins | None:
         if not self.wants_margins:

@@ -99,6 +99,20 @@ class SpecialText:
             for end in range(start + 1, len(text))
         )
         self._longest_head = max(map(len, texts)) - 1
+        self._tail_texts = tuple(text[1:] for text in texts if len(text) > 1)
+
+    def may_meet(self, texts: Sequence[str], keys: Sequence[str]) -> bool:
+        """Returns whether any of a body's strings needs a closer look, alone or beside others.
+
+        Args:
+            texts: Those that a template may print.
+            keys: Those that it prints as names, if at all.
+        """
+        return (
+            self.may_spell("\n".join((*texts, *keys)))
+            or not self._middles.isdisjoint(texts)
+            or any(text.startswith(self._tail_texts) for text in texts)
+        )
 
     def spells(self, text: str) -> bool:
         """Returns whether the tokenizer would find a special token in a string."""
@@ -217,9 +231,11 @@ class Guard:
             RequestError: A role is none; a key, or a tool's name or schema, spells a special
                 token; special tokens are refused; or there is more text than its prompts may have.
         """
-        room = _Room(self._characters * prompts_in(body))
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
+        if not self._special.may_meet(*_strings(body)):
+            return body
+        room = _Room(self._characters * prompts_in(body))
         try:
             changed = {
                 name: value if name in UNRENDERED else self._field(name, value, refuse, room)
@@ -251,6 +267,25 @@ class Guard:
                     param=f"{path}.{place}.role",
                     status=400,
                 )
+
+
+def _strings(body: dict[str, Any]) -> tuple[list[str], list[str]]:
+    texts: list[str] = []
+    keys: list[str] = []
+    nodes = [value for name, value in body.items() if name not in UNRENDERED]
+    for node in nodes:  # which grow on the way
+        if isinstance(node, str):
+            texts.append(node)
+        elif isinstance(node, list):
+            nodes.extend(node)
+        elif isinstance(node, dict):
+            keys.extend(node)
+            nodes.extend(
+                value
+                for key, value in node.items()
+                if not (key in STRUCTURE and isinstance(value, str))
+            )
+    return texts, keys
 
 
 class _Walk(NamedTuple):

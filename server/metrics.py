@@ -1,5 +1,7 @@
 """Our Prometheus metrics; they stand on ``/metrics`` beside vLLM's own."""
 
+from functools import lru_cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from models.controls import Rule
@@ -65,6 +67,16 @@ TRACE_LOST = Counter(
 )
 
 
+@lru_cache(4096)
+def _child(counter: Counter, *labels: str) -> Counter:
+    return counter.labels(*labels)
+
+
+def count_request(route: str, status: int) -> None:
+    """Counts one answered request."""
+    _child(REQUESTS, route, str(int(status))).inc()
+
+
 def count_reload(*, valid: bool) -> None:
     """Counts one reading of the policy file."""
     POLICY_RELOADS.labels("ok" if valid else "bad").inc()
@@ -95,11 +107,11 @@ def count_decision(
     refusal = "refuse" if enforced else "would_refuse"
     decision = "respond" if category is None else refusal
     DECISION_LATENCY.observe(waited_s)
-    DECISIONS.labels(decision, category or "", rule.name.lower(), policy).inc()
+    _child(DECISIONS, decision, category or "", rule.name.lower(), policy).inc()
     for name, bound in clamped:
-        CLAMPED.labels(policy, name, bound).inc()
+        _child(CLAMPED, policy, name, bound).inc()
     for name, rate in asked_rates:
-        RATE_CHOICES.labels(policy, name).inc()
-        ASKED_RATE.labels(policy, name).inc(rate)
+        _child(RATE_CHOICES, policy, name).inc()
+        _child(ASKED_RATE, policy, name).inc(rate)
         if name == category:
-            RATE_REFUSALS.labels(policy, name).inc()
+            _child(RATE_REFUSALS, policy, name).inc()

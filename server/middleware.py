@@ -101,24 +101,17 @@ class RefusalMiddleware:
         await self._app(scope, replay_body(raw, receive), send)
 
     async def _count(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 500
-
-        async def counted_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        answer = _Answer(send)
         try:
             if path == SCORE:  # it reads its body itself
-                await self._app(scope, receive, counted_send)
+                await self._app(scope, receive, answer)
             else:
-                await self._steer(path, scope, receive, counted_send)
+                await self._steer(path, scope, receive, answer)
         finally:
-            metrics.REQUESTS.labels(path, str(status)).inc()
+            metrics.count_request(path, answer.status)
 
-    async def _steer(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        received = now()
+    async def _steer(self, path: str, scope: Scope, receive: Receive, send: "_Answer") -> None:
+        received = now() if self._trace is not None else None
         try:
             caller = caller_of(scope, self._callers)
             raw = await read_body(receive, self._settings.max_body_bytes)
@@ -136,20 +129,21 @@ class RefusalMiddleware:
             await error_response(error)(scope, receive, send)
             return
         verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))
-        shaper = Shaper(verdicts, echo=flag(body, "echo"))
-        mark = self._guard.mark.encode() if steering.marked else b""
-        sending = _ShapingSend(shaper, send, mark)
+        send.shape(
+            Shaper(verdicts, echo=flag(body, "echo")),
+            self._guard.mark.encode() if steering.marked else b"",
+        )
         token = STEERING.set(steering)
         try:
-            await self._app(scope, replay_body(raw, receive), sending)
+            await self._app(scope, replay_body(raw, receive), send)
         except RuntimeError as error:
             # What starlette makes of an error that it has an answer for, but no place any more.
-            if path != RESPONSES or error.__cause__ is None or not sending.streams:
+            if path != RESPONSES or error.__cause__ is None or not send.streams:
                 raise
-            await sending.end_with(error.__cause__)
+            await send.end_with(error.__cause__)
         finally:
             STEERING.reset(token)
-            if self._trace is not None:
+            if self._trace is not None and received is not None:
                 self._trace.add(Traced(received, caller.tenant, path, options, steering))
 
     def prepare(
@@ -217,24 +211,37 @@ def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
 
 
-class _ShapingSend:
-    """Passes vLLM's answer on: as it is, or shaped as a whole, or event by event.
+class _Answer:
+    """Passes an answer on: as it is, or shaped as a whole, or event by event.
 
     Args:
-        shaper: Shapes it.
         send: Where it goes.
-        mark: What the guard put into the request, taken out of answers that repeat it.
+
+    Attributes:
+        status: HTTP's; 500 until it is known, for what ends without an answer.
+        streams: Whether it comes event by event.
     """
 
-    def __init__(self, shaper: Shaper, send: Send, mark: bytes) -> None:
-        self._shaper = shaper
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._mark = mark
+        self._shaper: Shaper | None = None
+        self._mark = b""
         self._held_start: Message | None = None
         self._shapes = False
-        self.streams = False
         self._buffer = b""
         self._events_sent = 0
+        self.status = 500
+        self.streams = False
+
+    def shape(self, shaper: Shaper, mark: bytes) -> None:
+        """Shapes what comes from here on.
+
+        Args:
+            shaper: Shapes it.
+            mark: What the guard put into the request, taken out of answers that repeat it.
+        """
+        self._shaper = shaper
+        self._mark = mark
 
     async def end_with(self, error: BaseException) -> None:
         """Ends a stream of the Responses API with its error event."""
@@ -259,6 +266,10 @@ class _ShapingSend:
             await self._send(message)
 
     async def _start(self, message: Message) -> None:
+        self.status = message["status"]
+        if self._shaper is None:
+            await self._send(message)
+            return
         content_type = Headers(raw=message["headers"]).get("content-type", "")
         self.streams = content_type.startswith("text/event-stream")
         if self.streams:
@@ -279,7 +290,7 @@ class _ShapingSend:
         start = self._held_start
         assert start is not None
         body = self._buffer
-        if self._shapes:
+        if self._shapes and self._shaper is not None:
             body = encode(self._shaper.shape_answer(json.loads(body)))
         body = self._unmarked(body)
         headers = MutableHeaders(raw=list(start["headers"]))
@@ -294,7 +305,7 @@ class _ShapingSend:
         self._buffer += message.get("body", b"")
         events, end, self._buffer = self._buffer.rpartition(SEPARATOR)
         more = message.get("more_body", False)
-        if self._shaper.needed and events:
+        if events and self._shaper is not None and self._shaper.needed:
             events = shape_events(events, self._shaper.shape_event)
             end = end if events else b""
         body = events + end

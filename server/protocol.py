@@ -1,8 +1,10 @@
 """The ``refusal`` object of a request."""
 
 import contextlib
+import marshal
 import math
 import reprlib
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,6 +25,10 @@ WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
 POLICY_HEADER = "x-refusal-policy"
+_MOST_KEPT = 1024
+_LONGEST_KEPT = 1024
+# So that equal values are written alike.
+_WITHOUT_REFERENCES = 2
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -201,11 +207,21 @@ def _number_or_text(text: str) -> float | str:
 
 
 def parse_options(value: Any) -> RefusalOptions:
-    """Validates a ``refusal`` object.
+    """Validates a ``refusal`` object; what was sent lately is not validated again.
 
     Raises:
         RequestError: With the path of the field that is wrong.
     """
+    written = marshal.dumps(value, _WITHOUT_REFERENCES)
+    return _read_lately(written) if len(written) <= _LONGEST_KEPT else _validated(value)
+
+
+@lru_cache(_MOST_KEPT)
+def _read_lately(written: bytes) -> RefusalOptions:
+    return _validated(marshal.loads(written))
+
+
+def _validated(value: Any) -> RefusalOptions:
     try:
         return RefusalOptions.model_validate(value)
     except ValidationError as error:

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from models.errors import RequestError
 from models.manifest import Manifest
 from models.tokens import COCONOT_DESCRIPTIONS, add_control_tokens
-from server.guard import Guard, build_guard, protected_tokens
-from tests.server.guards import CONTROL, GUARD, MARK, special_text
+from server.guard import Guard, SpecialText, build_guard, protected_tokens
+from tests.server.guards import CONTROL, GUARD, MARK, TURNS, special_text
 from tests.toy import MARKERS, TEMPLATE, byte_tokenizer
 
 CHAT_PARTS = (
@@ -122,6 +122,30 @@ def test_pieces_of_special_tokens_in_any_order_never_make_one(served: Served) ->
         ids = served.rendered([{"role": "user", "content": parts}])
         assert len(served.specials(ids)) == 3, parts
         assert served.tokenizer.decode(ids[1:-2]) == "".join(p["text"] for p in parts)
+
+
+def test_body_that_needs_no_closer_look_is_the_one_that_a_closer_look_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = random.Random(7)
+    tokens = [*CONTROL, *TURNS]
+    pieces = [t[i:j] for t in tokens for i in range(len(t)) for j in range(i + 1, len(t) + 1)]
+    words = [*rng.sample(pieces, 60), "is", "a", "\n", "what? ", ""]
+    quick = 0
+    for _ in range(3000):
+        text = ["".join(rng.choices(words, k=rng.randint(0, 3))) for _ in range(3)]
+        body = {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in text]}],
+            "tools": [{"function": {"description": rng.choice(text)}}],
+            "stop": [rng.choice(pieces)],
+            "user": rng.choice(pieces),
+        }
+        plain = GUARD.guarded(body)
+        with monkeypatch.context() as looks_closer:
+            looks_closer.setattr(SpecialText, "may_meet", lambda *_: True)
+            assert GUARD.guarded(body) == plain
+        quick += plain is body
+    assert 300 < quick < 2700
 
 
 @pytest.mark.parametrize(
