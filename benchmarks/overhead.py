@@ -1,8 +1,9 @@
 """Throughput and latency against stock vLLM: interleaved rounds on one machine, as ratios.
 
 Both servers hold the same checkpoint, whose every answer opens with a control token. Stock decodes
-it like any other and is given one token more, so both run as many decoding steps. Rounds are short
-and follow each other in turn, for the machine's own speed changes within seconds. While one server
+it like any other and is given one token more, so both run as many decoding steps. Throughput is
+measured first, then the latency of requests of one token, one at a time. Rounds are short and
+follow each other in turn, for the machine's own speed changes within seconds. While one server
 is measured, the other one's processes are stopped: vLLM's engine and worker go on spinning for a
 second after their last request, and would take the cores from it.
 """
@@ -13,8 +14,9 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -33,18 +35,7 @@ from training.demo_data.render import render
 
 Body = dict[str, Any]
 STOCK, OURS, REPORTED = "stock", "rheostat", "rheostat, report"
-
-
-class Round(NamedTuple):
-    """One contender's round.
-
-    Attributes:
-        per_s: Requests a second at the given concurrency.
-        alone_s: Median seconds of a request of one token, one at a time.
-    """
-
-    per_s: float
-    alone_s: float
+WARM_UP = 3
 
 
 class Estimate(NamedTuple):
@@ -81,41 +72,49 @@ def _requests(fields: Body) -> Iterator[Body]:
             }
 
 
-class Sizes(NamedTuple):
-    """How large a round is.
+class Client:
+    """Sends one contender's requests.
 
-    Attributes:
-        requests: Together.
-        at_once: How many of them at a time.
-        alone: Requests after that, one at a time.
-        tokens: Of each request's answer, as a client of ours sees them.
+    Args:
+        server: The contender.
+        requests: What it is sent.
+        more_tokens: What its answers need for the decision.
     """
 
-    requests: int
-    at_once: int
-    alone: int
-    tokens: int
+    def __init__(self, server: Server, requests: Iterator[Body], more_tokens: int) -> None:
+        self.server = server
+        self._requests = requests
+        self._more_tokens = more_tokens
 
+    async def together(self, requests: int, at_once: int, tokens: int) -> float:
+        """Returns the requests a second of a round."""
+        gate = asyncio.Semaphore(at_once)
+        async with self._session() as session:
 
-async def run_round(url: str, requests: Iterator[Body], sizes: Sizes, more_tokens: int) -> Round:
-    """Measures one contender once; ``more_tokens`` is what its answers need for the decision."""
-    gate = asyncio.Semaphore(sizes.at_once)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            async def post() -> None:
+                async with gate:
+                    await self._post(session, tokens)
 
-        async def post(tokens: int) -> float:
-            async with gate:
-                body = {**next(requests), "max_tokens": tokens + more_tokens}
-                start = time.perf_counter()
-                answer = await client.post("/v1/chat/completions", json=body)
-                answer.raise_for_status()
-                return time.perf_counter() - start
+            await self._post(session, 1)  # wakes the engine up
+            start = time.perf_counter()
+            await asyncio.gather(*(post() for _ in range(requests)))
+            return requests / (time.perf_counter() - start)
 
-        await post(1)  # wakes the engine up
+    async def alone(self, requests: int) -> float:
+        """Returns the median milliseconds of an answer of one token, one request at a time."""
+        async with self._session() as session:
+            await self._post(session, 1)
+            return 1000 * statistics.median([await self._post(session, 1) for _ in range(requests)])
+
+    def _session(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.server.url, timeout=120)
+
+    async def _post(self, session: httpx.AsyncClient, tokens: int) -> float:
+        body = {**next(self._requests), "max_tokens": tokens + self._more_tokens}
         start = time.perf_counter()
-        await asyncio.gather(*(post(sizes.tokens) for _ in range(sizes.requests)))
-        per_s = sizes.requests / (time.perf_counter() - start)
-        alone = [await post(1) for _ in range(sizes.alone)]
-    return Round(per_s, statistics.median(alone))
+        answer = await session.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        return time.perf_counter() - start
 
 
 @contextmanager
@@ -140,36 +139,52 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(statistics.median(values), float(told.low), float(told.high))
 
 
-def compare(own: list[Round], other: list[Round]) -> dict[str, Estimate]:
-    """Compares what was measured in turn: throughput as a ratio, latency as what is added."""
-    pairs = list(zip(own, other, strict=True))
-    return {
-        "throughput_ratio": estimate([a.per_s / b.per_s for a, b in pairs]),
-        "added_ms": estimate([1000 * (a.alone_s - b.alone_s) for a, b in pairs]),
-    }
+def in_turn(
+    clients: dict[str, Client],
+    measure: Callable[[Client], Coroutine[Any, Any, float]],
+    rounds: int,
+    what: str,
+    console: Console,
+) -> dict[str, list[float]]:
+    """Measures all contenders round by round; the first rounds warm up and do not count."""
+    names = list(clients)
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    for turn in track(range(-WARM_UP, rounds), what, console=console):
+        first = turn % len(names)
+        for name in [*names[first:], *names[:first]]:
+            with running(clients[name].server):
+                value = asyncio.run(measure(clients[name]))
+            if turn >= 0:
+                measured[name].append(value)
+    return measured
 
 
-def show(console: Console, rounds: dict[str, list[Round]]) -> dict[str, Any]:
+def show(
+    console: Console, per_s: dict[str, list[float]], alone_ms: dict[str, list[float]]
+) -> dict[str, Any]:
     """Prints and returns medians over the rounds, and comparisons with 95 % intervals."""
     levels = Table(title="medians over the rounds")
     for column in ("", "requests/s", "one token alone, ms"):
         levels.add_column(column)
     results: dict[str, Any] = {}
-    for name, own in rounds.items():
-        per_s = statistics.median(r.per_s for r in own)
-        alone_ms = 1000 * statistics.median(r.alone_s for r in own)
-        results[name] = {"requests_per_s": per_s, "alone_ms": alone_ms}
-        levels.add_row(name, f"{per_s:.0f}", f"{alone_ms:.2f}")
+    for name in per_s:
+        fast, slow = statistics.median(per_s[name]), statistics.median(alone_ms[name])
+        results[name] = {"requests_per_s": fast, "alone_ms": slow}
+        levels.add_row(name, f"{fast:.0f}", f"{slow:.2f}")
     pairs = Table(title="compared round by round, with 95 % intervals")
     for column in ("", "throughput", "added latency, ms"):
         pairs.add_column(column)
-    for own_name, other in ((OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS)):
-        compared = compare(rounds[own_name], rounds[other])
-        results[f"{own_name} / {other}"] = {k: v._asdict() for k, v in compared.items()}
+    for own, other in ((OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS)):
+        ratio = estimate([a / b for a, b in zip(per_s[own], per_s[other], strict=True)])
+        added = estimate([a - b for a, b in zip(alone_ms[own], alone_ms[other], strict=True)])
+        results[f"{own} / {other}"] = {
+            "throughput_ratio": ratio._asdict(),
+            "added_ms": added._asdict(),
+        }
         pairs.add_row(
-            f"{own_name} / {other}",
-            "{:.3f} [{:.3f}, {:.3f}]".format(*compared["throughput_ratio"]),
-            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*compared["added_ms"]),
+            f"{own} / {other}",
+            "{:.3f} [{:.3f}, {:.3f}]".format(*ratio),
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*added),
         )
     console.print(levels, pairs)
     return results
@@ -179,41 +194,40 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=120, help="of requests at once")
     parser.add_argument("--requests", type=int, default=96, help="a round and contender")
     parser.add_argument("--at-once", type=int, default=32)
-    parser.add_argument("--alone", type=int, default=16, help="requests one at a time")
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--alone-rounds", type=int, default=240, help="of requests one at a time")
+    parser.add_argument("--alone", type=int, default=6, help="requests a round and contender")
     parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     console = Console()
-    sizes = Sizes(arguments.requests, arguments.at_once, arguments.alone, arguments.tokens)
-    requests = bodies(arguments.checkpoint)
-    names = list(requests)
-    rounds: dict[str, list[Round]] = {name: [] for name in names}
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
         with console.status("starting two servers"):
-            ours = stack.enter_context(rheostat_server(arguments.checkpoint, logs / "ours.log"))
-            stock = stack.enter_context(stock_server(arguments.checkpoint, logs / "stock.log"))
-        servers = {STOCK: stock, OURS: ours, REPORTED: ours}
+            ours = stack.enter_context(rheostat_server(options.checkpoint, logs / "ours.log"))
+            stock = stack.enter_context(stock_server(options.checkpoint, logs / "stock.log"))
+        clients = {
+            name: Client(stock if name == STOCK else ours, requests, int(name == STOCK))
+            for name, requests in bodies(options.checkpoint).items()
+        }
         for server in (ours, stock):
             _signal(server, signal.SIGSTOP)
             stack.callback(_signal, server, signal.SIGCONT)  # a stopped one could not end
-        for turn in track(range(-3, arguments.rounds), "measuring", console=console):
-            first = turn % len(names)
-            for name in [*names[first:], *names[:first]]:
-                with running(servers[name]):
-                    more = int(name == STOCK)
-                    measured = asyncio.run(
-                        run_round(servers[name].url, requests[name], sizes, more)
-                    )
-                if turn >= 0:  # the first turns warm up
-                    rounds[name].append(measured)
-    results = show(console, rounds)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        together = partial(
+            Client.together,
+            requests=options.requests,
+            at_once=options.at_once,
+            tokens=options.tokens,
+        )
+        per_s = in_turn(clients, together, options.rounds, "throughput", console)
+        alone = partial(Client.alone, requests=options.alone)
+        alone_ms = in_turn(clients, alone, options.alone_rounds, "latency", console)
+    results = show(console, per_s, alone_ms)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
