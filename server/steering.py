@@ -128,7 +128,7 @@ class SteeringV1(V1LogitsProcessor):
             self._asking.write(normaliser, own)
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
-        logits[rows, self._ids[choice]] = 0.0
+        logits[rows, self._ids.take(choice)] = 0.0
         return logits
 
     def _follow(self, update: BatchUpdate) -> bool:
@@ -234,7 +234,7 @@ class SteeringV2(V2LogitsProcessor):
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
-        logits.scatter_(1, self._ids[choice].unsqueeze(1), chosen.unsqueeze(1))
+        logits.scatter_(1, self._ids.take(choice).unsqueeze(1), chosen.unsqueeze(1))
         return logits
 
     def _asking(self, ctx: LogitsContext) -> _Asking | None:
