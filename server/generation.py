@@ -138,7 +138,7 @@ class Generation:
         """
         hider = self.engine.hider
         try:
-            prompt = without_id(prompt, self.engine.mark_id)
+            prompt = self._unmarked(prompt)
             ids = self._checked_ids(prompt)
             visible = hider.visible(ids)
             async with aclosing(self._stream(prompt, ids)) as stream:
@@ -148,6 +148,16 @@ class Generation:
                     yield output
         except RequestError as error:
             raise self.engine.told(error) from error
+
+    def _unmarked(self, prompt: Any) -> Any:
+        kept = without_id(prompt, self.engine.mark_id)
+        if kept is not prompt and not self.steering.marked:
+            raise RequestError(
+                f"the prompt holds the id {self.engine.mark_id}, which is no token of this model",
+                param="prompt",
+                status=400,
+            )
+        return kept
 
     def _stream(self, prompt: Any, ids: list[int]) -> Outputs:
         if self.steering.beam_search:
@@ -257,7 +267,19 @@ class Generation:
         one_stream = streams[0] if len(streams) == 1 else self.engine.merge(streams, self.params)
         async with aclosing(one_stream):
             async for output in one_stream:
+                self._check_grammar(output)
                 yield output
+
+    def _check_grammar(self, output: Any) -> None:
+        # Its answer would be an internal error, as if the fault were the server's.
+        constrained = self.params.structured_outputs is not None
+        if constrained and any(choice.finish_reason == "error" for choice in output.outputs):
+            raise RequestError(
+                "no text follows the grammar that structured_outputs, response_format or the "
+                "tools ask for",
+                param="structured_outputs",
+                status=400,
+            )
 
     async def _decision_pass(self, prompt: Any, opening: list[int]) -> Any:
         final = await self._ask(prompt, opening)

@@ -45,7 +45,7 @@ GENERATING = frozenset(
 )
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 # No chat template makes the prompt of these; all others end where the decision step begins.
-RAW_PROMPTS = frozenset({"/v1/completions", "/inference/v1/generate"})
+RAW_PROMPTS = frozenset({"/v1/completions"})
 # They show the ids of a prompt: those of earlier turns with their control tokens.
 RENDERS = {
     f"{path}/render": path for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")

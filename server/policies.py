@@ -191,10 +191,7 @@ class PolicyBook:
         for caller in callers.values():
             return caller
         if self.anonymous is None:
-            raise UnknownCallerError(
-                "no key that this server knows: send `Authorization: Bearer KEY` or `x-api-key: "
-                "KEY`"
-            )
+            raise UnknownCallerError(self._why_unknown(headers))
         return self.anonymous
 
     def strictest(self) -> Resolution:
@@ -219,3 +216,8 @@ class PolicyBook:
                 f"{self.gateway.tenant_header} counts only once, and with the gateway's secret"
             )
         return (self.headers or {}).get(named[0]) if named else None
+
+    def _why_unknown(self, headers: Headers) -> str:
+        if self.gateway is not None and self.gateway.tenant_header in headers:
+            return f"{self.gateway.tenant_header}: this server knows no tenant of that name"
+        return "no key that this server knows: send `Authorization: Bearer KEY` or `x-api-key: KEY`"

@@ -84,6 +84,18 @@ def test_fields_that_reach_for_control_tokens_are_refused(
     assert_lives(server)
 
 
+@pytest.mark.parametrize("grammar", [{"grammar": "root ::= root"}, {"json": {"$ref": "#"}}])
+def test_grammar_without_an_end_is_the_clients_fault(
+    server: Server, manifest: Manifest, grammar: dict[str, Any]
+) -> None:
+    answered = {"categories": dict.fromkeys(manifest.names, "never")}
+    body = {"model": "demo", "messages": MESSAGES, "max_tokens": 8, "refusal": answered}
+    answer = post(server, {**body, "structured_outputs": grammar})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "structured_outputs"
+    assert_lives(server)
+
+
 @pytest.mark.parametrize(
     "extra",
     [

@@ -37,6 +37,7 @@ class FakeEngine:
         silent: Whether it gives no output at all.
         distant: Whether its worker is on another machine.
         answers: Whether it decides to respond.
+        ends_with: Why its texts end.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FakeEngine:
         silent: bool = False,
         distant: bool = False,
         answers: bool = False,
+        ends_with: str = "stop",
     ) -> None:
         self.manifest = MANIFEST
         self.hider = Hider(MANIFEST, "mark")
@@ -53,6 +55,7 @@ class FakeEngine:
         self.margin_board = MarginBoard(2)
         self.distant = distant
         self.opens_with = RESPOND if answers else SAFETY
+        self.ends_with = ends_with
         self.opening = OPENING
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.model_config: Any = SimpleNamespace(max_model_len=16)
@@ -87,7 +90,7 @@ class FakeEngine:
                 logprobs=logprobs,
                 cumulative_logprob=None,
                 text="" if stopped else "No.",
-                finish_reason="stop",
+                finish_reason="stop" if wire else self.ends_with,
                 stop_reason=tokens[0] if stopped else None,
             )
             for index in range(sampling_params.n)
@@ -289,8 +292,27 @@ def test_policy_in_the_shadow_responds_and_says_what_it_would_refuse(
 def test_marks_never_reach_the_engine() -> None:
     engine = FakeEngine()
     prompt = {"type": "token", "prompt_token_ids": [MARK, 1, MARK, MARK, 2, *OPENING]}
-    collected(generation(engine, Steering(AS_TRAINED, opens_turn=True)), prompt)
+    steering = Steering(AS_TRAINED, opens_turn=True, marked=True)
+    collected(generation(engine, steering), prompt)
     assert engine.calls[0][0] == [1, 2, *OPENING]
+
+
+def test_mark_that_the_guard_did_not_set_is_no_token() -> None:
+    engine = FakeEngine()
+    prompt = {"type": "token", "prompt_token_ids": [1, MARK, 2]}
+    with pytest.raises(RequestError, match=f"the id {MARK}, which is no token"):
+        collected(generation(engine, Steering(AS_TRAINED)), prompt)
+    assert engine.calls == []
+
+
+def test_grammar_that_no_text_follows_is_the_requests_fault() -> None:
+    engine = FakeEngine(answers=True, ends_with="error")
+    params = parameters(structured_outputs=SimpleNamespace())
+    with pytest.raises(RequestError, match="no text follows the grammar") as raised:
+        collected(generation(engine, Steering(AS_TRAINED), params))
+    assert raised.value.status == 400
+    other = parameters(bad_words=["x"])  # in two passes too, and ended by the engine's own fault
+    assert collected(generation(engine, Steering(AS_TRAINED), other)) == [[TEXT]]
 
 
 def test_conversation_has_to_end_where_the_decision_begins() -> None:

@@ -104,6 +104,13 @@ def test_header_that_a_client_smuggled_in_beside_the_gateways_is_refused(
         policies.caller(Headers(raw=raw))
 
 
+def test_tenant_that_only_the_gateway_knows_is_told_so(policies: PolicyBook) -> None:
+    vouched = {"x_tenant": "shop-9", "x_gateway_secret": SECRET}
+    with pytest.raises(UnknownCallerError, match="x-tenant: this server knows no tenant"):
+        policies.caller(headers(**vouched))
+    assert policies.caller(headers(**vouched, x_api_key=ACME_KEY)).tenant == "acme"
+
+
 def test_header_without_a_gateway_means_nothing(tmp_path: Path) -> None:
     text = "policies: {p: {}}\nanonymous: p\n"
     caller = book(tmp_path, text).caller(headers(x_tenant="acme", x_gateway_secret=SECRET))
