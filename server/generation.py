@@ -208,24 +208,24 @@ class Generation:
     async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
         board = self.engine.margin_board
         ticket = board.take() if self.wants_margins else None
-        params = self._with_decision(ticket)
         opened: set[int] = set()
-        stream = self.engine.generate_stock(prompt, params, self.request_id, **self.options)
         try:
-            async for output in stream:
-                for choice in output.outputs:
-                    if choice.index not in opened and choice.token_ids:
-                        opened.add(choice.index)
-                        seen = await self._seen(prompt, ids, ticket)
-                        self._record(choice.index, self._decided(choice, seen), output)
-                        self._open(choice)
-                    elif not self.delta and choice.token_ids:
-                        drop_first_token(choice)
-                shows = any(c.token_ids or c.finish_reason is not None for c in output.outputs)
-                if shows or output.finished or output.prompt_logprobs:
-                    yield output
+            params = self._with_decision(ticket)
+            stream = self.engine.generate_stock(prompt, params, self.request_id, **self.options)
+            async with aclosing(stream):
+                async for output in stream:
+                    for choice in output.outputs:
+                        if choice.index not in opened and choice.token_ids:
+                            opened.add(choice.index)
+                            seen = await self._seen(prompt, ids, ticket)
+                            self._record(choice.index, self._decided(choice, seen), output)
+                            self._open(choice)
+                        elif not self.delta and choice.token_ids:
+                            drop_first_token(choice)
+                    shows = any(c.token_ids or c.finish_reason is not None for c in output.outputs)
+                    if shows or output.finished or output.prompt_logprobs:
+                        yield output
         finally:
-            await stream.aclose()
             if ticket is not None:
                 board.give_back(ticket)
 
