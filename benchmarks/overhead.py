@@ -151,7 +151,8 @@ def in_turn(
     measured: dict[str, list[float]] = {name: [] for name in names}
     for turn in track(range(-WARM_UP, rounds), what, console=console):
         first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:
+        order = [*names[first:], *names[:first]]
+        for name in order[:: 1 if turn // len(names) % 2 else -1]:
             with running(clients[name].server):
                 value = asyncio.run(measure(clients[name]))
             if turn >= 0:

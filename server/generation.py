@@ -267,19 +267,7 @@ class Generation:
         one_stream = streams[0] if len(streams) == 1 else self.engine.merge(streams, self.params)
         async with aclosing(one_stream):
             async for output in one_stream:
-                self._check_grammar(output)
                 yield output
-
-    def _check_grammar(self, output: Any) -> None:
-        # Its answer would be an internal error, as if the fault were the server's.
-        constrained = self.params.structured_outputs is not None
-        if constrained and any(choice.finish_reason == "error" for choice in output.outputs):
-            raise RequestError(
-                "no text follows the grammar that structured_outputs, response_format or the "
-                "tools ask for",
-                param="structured_outputs",
-                status=400,
-            )
 
     async def _decision_pass(self, prompt: Any, opening: list[int]) -> Any:
         final = await self._ask(prompt, opening)
@@ -334,12 +322,13 @@ class Generation:
         params.extra_args = _without_controls(params.extra_args)
         goes_on = self.steering.continues and not refused
         request_id = self.request_id if self.params.n == 1 else f"{self.request_id}-{index}"
-        return self.engine.generate_stock(
+        stream = self.engine.generate_stock(
             with_ids(prompt, ids if goes_on else [*opening, token]),
             params,
             request_id,
             **self.options,
         )
+        return stream if params.structured_outputs is None else _by_grammar(stream)
 
     async def _beam(self, prompt: Any, ids: list[int]) -> Outputs:
         # vLLM's beam search calls once a beam and step, with the text so far as the prompt. The
@@ -424,6 +413,23 @@ class Generation:
             decision = self.steering.decisions.get(place)
             if decision is not None and decision.category is not None:
                 texts[place] = texts.get(place, "") + choice.text if self.delta else choice.text
+
+
+async def _by_grammar(stream: Outputs) -> Outputs:
+    # vLLM ends the request at its first token, and would answer with an internal error.
+    wrote = False
+    async with aclosing(stream):
+        async for output in stream:
+            (choice,) = output.outputs
+            wrote = wrote or bool(choice.token_ids)
+            if choice.finish_reason == "error" and not wrote:
+                raise RequestError(
+                    "no text follows the grammar that structured_outputs, response_format or the "
+                    "tools ask for",
+                    param="structured_outputs",
+                    status=400,
+                )
+            yield output
 
 
 def _end_with(choice: Any, text: str) -> None:

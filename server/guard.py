@@ -54,6 +54,7 @@ PROSE = frozenset({"description", "title", "$comment"})
 # Words of the protocol, which routes compare and no template prints unchecked.
 STRUCTURE = frozenset({"role", "type", "status", CATEGORY_FIELD})
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_HOLDS_TEXT = (str, list, dict)
 _MOST_ROUNDS = 4
 
 
@@ -113,6 +114,10 @@ class SpecialText:
             or not self._middles.isdisjoint(texts)
             or any(text.startswith(self._tail_texts) for text in texts)
         )
+
+    def may_break(self, text: str) -> bool:
+        """Returns whether ``broken`` could change a string."""
+        return self.may_spell(text) or text in self._middles or text.startswith(self._tail_texts)
 
     def spells(self, text: str) -> bool:
         """Returns whether the tokenizer would find a special token in a string."""
@@ -182,13 +187,13 @@ class _Room:
     def __init__(self, characters: float) -> None:
         self._most = self._left = characters
 
-    def take(self, text: str, path: str) -> None:
+    def take(self, text: str, path: "_Path") -> None:
         self._left -= len(text)
         if self._left < 0:
             raise RequestError(
-                f"{path}: the request is longer than this model's context: its prompts may have at "
-                f"most {self._most} characters",
-                param=path,
+                f"{_dotted(path)}: the request is longer than this model's context: its prompts "
+                f"may have at most {self._most} characters",
+                param=_dotted(path),
                 status=400,
             )
 
@@ -288,44 +293,66 @@ def _strings(body: dict[str, Any]) -> tuple[list[str], list[str]]:
     return texts, keys
 
 
+# Of what stands around a value, and its key or place in that; only an error makes a text of it.
+_Path = str | tuple["_Path", str | int]
+
+
+def _dotted(path: _Path) -> str:
+    parts: list[str] = []
+    while isinstance(path, tuple):
+        path, last = path
+        parts.append(str(last))
+    return ".".join([path, *reversed(parts)])
+
+
 class _Walk(NamedTuple):
-    """A way through one field of a body."""
+    """A way through one field of a body. What needs no change is not copied."""
 
     special: SpecialText
     refuse: bool
     room: _Room
 
-    def looks_closer(self, text: str, path: str) -> bool:
+    def looks_closer(self, text: str, path: _Path) -> bool:
         if not self.special.may_spell(text):
             return False
         self.room.take(text, path)
         return True
 
-    def walked(self, value: Any, path: str, *, schema: bool) -> Any:
+    def walked(self, value: Any, path: _Path, *, schema: bool) -> Any:
         if isinstance(value, str):
-            return self._string(value, path, schema)
+            return self._string(value, path, schema) if self.special.may_break(value) else value
         if isinstance(value, list):
-            entries = [self.walked(v, f"{path}.{i}", schema=schema) for i, v in enumerate(value)]
-            return (
-                entries if any(n is not o for n, o in zip(entries, value, strict=True)) else value
-            )
+            return self._list(value, path, schema)
         if isinstance(value, dict):
             return self._mapping(value, path, schema)
         return value
 
-    def _mapping(self, value: dict[str, Any], path: str, schema: bool) -> dict[str, Any]:
-        changed = {}
+    def _list(self, value: list[Any], path: _Path, schema: bool) -> list[Any]:
+        changed = value
+        for place, entry in enumerate(value):
+            if not isinstance(entry, _HOLDS_TEXT):
+                continue
+            new = self.walked(entry, (path, place), schema=schema)
+            if new is not entry:
+                changed = list(value) if changed is value else changed
+                changed[place] = new
+        return changed
+
+    def _mapping(self, value: dict[str, Any], path: _Path, schema: bool) -> dict[str, Any]:
+        changed = value
         for key, entry in value.items():
             if key in STRUCTURE and isinstance(entry, str):
-                changed[key] = entry
                 continue
             if self.looks_closer(key, path) and self.special.spells(key):
                 raise _spelt(path, "a key")
             prose = key in PROSE and isinstance(entry, str)
-            changed[key] = self.walked(entry, f"{path}.{key}", schema=schema and not prose)
-        return changed if any(changed[key] is not value[key] for key in value) else value
+            new = self.walked(entry, (path, key), schema=schema and not prose)
+            if new is not entry:
+                changed = dict(value) if changed is value else changed
+                changed[key] = new
+        return changed
 
-    def _string(self, text: str, path: str, schema: bool) -> str:
+    def _string(self, text: str, path: _Path, schema: bool) -> str:
         closer = self.looks_closer(text, path)
         if closer and (schema or self.refuse) and self.special.spells(text):
             raise _spelt(path, "a tool's name or schema" if schema else "the text")
@@ -340,10 +367,10 @@ def _unbreakable() -> RequestError:
     )
 
 
-def _spelt(path: str, what: str) -> RequestError:
+def _spelt(path: _Path, what: str) -> RequestError:
     return RequestError(
-        f"{path}: {what} spells a special token of this model: write it another way",
-        param=path,
+        f"{_dotted(path)}: {what} spells a special token of this model: write it another way",
+        param=_dotted(path),
         status=400,
     )
 

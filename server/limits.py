@@ -45,6 +45,7 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
     Raises:
         RequestError: It is none, holds what JSON or the engine has no number for, or too much.
     """
+    _check_strings(raw, settings)
     body = _parsed(raw)
     if not isinstance(body, dict):
         raise RequestError(
@@ -56,6 +57,19 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
         _check_depth(body, settings)
     _check_counts(body, settings)
     return body
+
+
+def _check_strings(raw: bytes, settings: Settings) -> None:
+    # Of a string that ends in a backslash one quote is taken for an escaped one.
+    strings = (raw.count(b'"') - raw.count(b'\\"')) // 2
+    if strings > settings.max_body_strings:
+        raise _beyond(
+            "the number of strings in the body",
+            strings,
+            "max_body_strings",
+            settings,
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+        )
 
 
 def _parsed(raw: bytes) -> Any:

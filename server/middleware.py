@@ -266,14 +266,13 @@ class _Answer:
             await self._send(message)
 
     async def _start(self, message: Message) -> None:
-        self.status = message["status"]
         if self._shaper is None:
-            await self._send(message)
+            await self._send_start(message)
             return
         content_type = Headers(raw=message["headers"]).get("content-type", "")
         self.streams = content_type.startswith("text/event-stream")
         if self.streams:
-            await self._send(message)
+            await self._send_start(message)
             return
         if message["status"] == 200:
             message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
@@ -281,7 +280,11 @@ class _Answer:
         if self._shapes or self._mark:
             self._held_start = message
         else:
-            await self._send(message)
+            await self._send_start(message)
+
+    async def _send_start(self, message: Message) -> None:
+        self.status = message["status"]
+        await self._send(message)
 
     async def _whole(self, message: Message) -> None:
         self._buffer += message.get("body", b"")
@@ -295,7 +298,7 @@ class _Answer:
         body = self._unmarked(body)
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["content-length"] = str(len(body))
-        await self._send({**start, "headers": headers.raw})
+        await self._send_start({**start, "headers": headers.raw})
         await self._send({"type": "http.response.body", "body": body})
 
     def _unmarked(self, body: bytes) -> bytes:

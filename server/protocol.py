@@ -212,7 +212,10 @@ def parse_options(value: Any) -> RefusalOptions:
     Raises:
         RequestError: With the path of the field that is wrong.
     """
-    written = marshal.dumps(value, _WITHOUT_REFERENCES)
+    try:
+        written = marshal.dumps(value, _WITHOUT_REFERENCES)
+    except ValueError:  # it nests deeper than the writer goes
+        return _validated(value)
     return _read_lately(written) if len(written) <= _LONGEST_KEPT else _validated(value)
 
 

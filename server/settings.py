@@ -25,6 +25,7 @@ class Settings(BaseSettings):
         max_headers: Most headers of a request.
         max_header_bytes: Their names and values together.
         max_body_depth: How deep objects and lists of a body may stand in each other.
+        max_body_strings: Most strings of a body, the names of its fields included.
         max_messages: Most messages or input items of a request.
         max_inputs: Most prompts, conversations or documents of a request.
         max_tools: Most tool definitions of a request.
@@ -47,6 +48,7 @@ class Settings(BaseSettings):
     max_headers: int = Field(default=100, ge=16)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
     max_body_depth: int = Field(default=64, ge=8)
+    max_body_strings: int = Field(default=2**18, ge=64)
     max_messages: int = Field(default=4096, ge=1)
     max_inputs: int = Field(default=1024, ge=1)
     max_tools: int = Field(default=256, ge=1)

@@ -41,7 +41,15 @@ def ticket_of(controls: WireControls) -> Ticket | None:
 def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     # `torch.tensor` takes several times as long for the same.
     host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type == "cpu":
+        return host
+    host = host.pin_memory() if device.type == "cuda" else host
+    return host.to(device, non_blocking=True)
+
+
+def _floats(rows: list[list[float]]) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a bias beyond fp32 is infinite
+        return np.array(rows, np.float32)
 
 
 class _Asking:
@@ -162,7 +170,7 @@ class SteeringV1(V1LogitsProcessor):
         tickets = {row: r.ticket for row, r in enumerate(requests) if r.ticket is not None}
         self._asking = _Asking(tickets, device) if tickets else None
         self._rows = _sent(np.fromiter(self._undecided, np.int64), device)
-        values = np.array([request.row for request in requests], np.float32)
+        values = _floats([request.row for request in requests])
         self._dials = Dials(_sent(values, device), self._categories)
         self._rules = {request.rule for request in requests}
 
@@ -211,7 +219,7 @@ class SteeringV2(V2LogitsProcessor):
             return
         device = self._values.device
         slots = _sent(np.fromiter(self._staged, np.int64), device)
-        block = _sent(np.array(list(self._staged.values()), np.float32), device)
+        block = _sent(_floats(list(self._staged.values())), device)
         self._values.index_copy_(0, slots, block)
         self._staged.clear()
 

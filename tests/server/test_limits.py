@@ -126,6 +126,16 @@ def test_depth_is_bounded_however_wide_the_body_is() -> None:
     assert "at most 8 here (RHEOSTAT_MAX_BODY_DEPTH)" in error.message
 
 
+def test_strings_are_bounded_wherever_they_stand() -> None:
+    bounded = Settings(max_body_strings=64)
+    fits = {"a": ['a "word"'] * 61, "b": {"c": 5}}
+    assert read_json(json.dumps(fits).encode(), bounded) == fits
+    for beyond in ({**fits, "d": ""}, {"a": ["\\"] * 140}):
+        with pytest.raises(RequestError, match=r"at most 64 here \(RHEOSTAT_MAX_BODY_STR") as told:
+            read_json(json.dumps(beyond).encode(), bounded)
+        assert told.value.status == 422
+
+
 @pytest.mark.parametrize(
     ("fits", "beyond", "param", "setting"),
     [
