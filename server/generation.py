@@ -416,19 +416,20 @@ class Generation:
 
 
 async def _by_grammar(stream: Outputs) -> Outputs:
-    # vLLM ends the request at its first token, and would answer with an internal error.
-    wrote = False
+    # vLLM ends the request at the first token, which the grammar rejects like any other, and would
+    # answer with an internal error.
+    first = True
     async with aclosing(stream):
         async for output in stream:
             (choice,) = output.outputs
-            wrote = wrote or bool(choice.token_ids)
-            if choice.finish_reason == "error" and not wrote:
+            if first and choice.finish_reason == "error" and len(choice.token_ids) <= 1:
                 raise RequestError(
                     "no text follows the grammar that structured_outputs, response_format or the "
                     "tools ask for",
                     param="structured_outputs",
                     status=400,
                 )
+            first = False
             yield output
 
 
