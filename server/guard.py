@@ -92,7 +92,6 @@ class SpecialText:
         # side. Then the first holds two of its characters or more, or the last holds n - 1, or
         # one between them lies wholly within the token.
         self._heads = frozenset(text[:end] for text in texts for end in range(2, len(text)))
-        self._tails = re.compile("|".join(re.escape(text[1:]) for text in texts if len(text) > 1))
         self._middles = frozenset(
             text[start:end]
             for text in texts
@@ -100,7 +99,7 @@ class SpecialText:
             for end in range(start + 1, len(text))
         )
         self._longest_head = max(map(len, texts)) - 1
-        self._tail_texts = tuple(text[1:] for text in texts if len(text) > 1)
+        self._tails = tuple(text[1:] for text in texts if len(text) > 1)
 
     def may_meet(self, texts: Sequence[str], keys: Sequence[str]) -> bool:
         """Returns whether any of a body's strings needs a closer look, alone or beside others.
@@ -112,12 +111,12 @@ class SpecialText:
         return (
             self.may_spell("\n".join((*texts, *keys)))
             or not self._middles.isdisjoint(texts)
-            or any(text.startswith(self._tail_texts) for text in texts)
+            or any(text.startswith(self._tails) for text in texts)
         )
 
     def may_break(self, text: str) -> bool:
         """Returns whether ``broken`` could change a string."""
-        return self.may_spell(text) or text in self._middles or text.startswith(self._tail_texts)
+        return self.may_spell(text) or text in self._middles or text.startswith(self._tails)
 
     def spells(self, text: str) -> bool:
         """Returns whether the tokenizer would find a special token in a string."""
@@ -132,7 +131,7 @@ class SpecialText:
             RequestError: The tokenizer finds one all the same.
         """
         text = self.unspelt(text)
-        if text in self._middles or (self._tails.pattern and self._tails.match(text)):
+        if text in self._middles or text.startswith(self._tails):
             text = self.mark + text
         return text + self.mark if self._ends_in_head(text) else text
 

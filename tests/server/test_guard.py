@@ -132,6 +132,7 @@ def test_body_that_needs_no_closer_look_is_the_one_that_a_closer_look_leaves(
     pieces = [t[i:j] for t in tokens for i in range(len(t)) for j in range(i + 1, len(t) + 1)]
     words = [*rng.sample(pieces, 60), "is", "a", "\n", "what? ", ""]
     quick = 0
+    special = special_text(*tokens)
     for _ in range(3000):
         text = ["".join(rng.choices(words, k=rng.randint(0, 3))) for _ in range(3)]
         body = {
@@ -140,6 +141,8 @@ def test_body_that_needs_no_closer_look_is_the_one_that_a_closer_look_leaves(
             "stop": [rng.choice(pieces)],
             "user": rng.choice(pieces),
         }
+        quiet = [t for t in text if not special.may_break(t)]
+        assert [special.broken(t) for t in quiet] == quiet
         plain = GUARD.guarded(body)
         with monkeypatch.context() as looks_closer:
             looks_closer.setattr(SpecialText, "may_meet", lambda *_: True)
