@@ -121,7 +121,7 @@ class SteeredLLM(AsyncLLM):
         try:
             steering.settle(sampling_params.temperature, adapted=bool(options.get("lora_request")))
         except RequestError as error:
-            raise self.told(error) from error
+            raise self.vllm_error(error) from error
         call = steering.next_call()
         steering.request_ids.append(request_id)
         generation = Generation(self, steering, call, sampling_params, request_id, options)
@@ -168,7 +168,7 @@ class SteeredLLM(AsyncLLM):
         """Merges the streams of a request's choices; see server/generation.py."""
         return _merged(streams, params.output_kind)
 
-    def told(self, error: RequestError) -> VLLMClientError:
+    def vllm_error(self, error: RequestError) -> VLLMClientError:
         """Returns vLLM's error for one of ours; see server/generation.py."""
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)

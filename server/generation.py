@@ -73,7 +73,7 @@ class Engine(Protocol):
     def merge(self, streams: Sequence[Outputs], params: Any) -> Outputs:
         """Merges the streams of a request's choices into its outputs."""
 
-    def told(self, error: RequestError) -> Exception:
+    def vllm_error(self, error: RequestError) -> Exception:
         """Returns what vLLM's routes answer as the error says."""
 
 
@@ -147,7 +147,7 @@ class Generation:
                     self._note_refusals(output)
                     yield output
         except RequestError as error:
-            raise self.engine.told(error) from error
+            raise self.engine.vllm_error(error) from error
 
     def _unmarked(self, prompt: Any) -> Any:
         kept = without_id(prompt, self.engine.mark_id)

@@ -108,7 +108,7 @@ class FakeEngine:
         ids = self.manifest.control_ids if margins else None
         return parameters(n=choices, logprob_token_ids=ids, temperature=params.temperature)
 
-    def told(self, error: RequestError) -> Exception:
+    def vllm_error(self, error: RequestError) -> Exception:
         return RequestError(error.message, param=error.param, status=error.status)
 
     async def merge(self, streams: Sequence[Any], params: Any) -> AsyncGenerator[Any, None]:
