@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
+from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
@@ -43,7 +44,7 @@ def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     host = torch.from_numpy(values)
     if device.type == "cpu":
         return host
-    host = host.pin_memory() if device.type == "cuda" else host
+    host = host.pin_memory() if is_pin_memory_available() else host
     return host.to(device, non_blocking=True)
 
 
