@@ -216,6 +216,7 @@ class Worker:
         self._orders, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(way, shape, threads, theirs))
         self._process.start()
+        theirs.close()  # else a process that died would be waited for
 
     def measure(self) -> Measurement:
         """Runs one forward and backward."""
@@ -225,7 +226,8 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._orders.send(None)
+        if self._process.is_alive():
+            self._orders.send(None)
         self._process.join()
 
 

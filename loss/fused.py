@@ -12,18 +12,21 @@ Source:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loss.flexible import flexible_loss
+from loss.flexible import flexible_loss_and_slope
 
 # Logits of one chunk: 512 MiB in float32. Each chunk reads and writes the matrix and its gradient
 # once more.
 _CHUNK_LOGITS = 2**27
 # Rows of a product that is added to a float32 total: a whole one would be as large as the total.
+# CUDA adds while it multiplies.
 _BLOCK_ROWS = 16384
 
 
@@ -145,11 +148,9 @@ class _Tokens:
             value[part] if isinstance(value, Tensor) and value.dim() else value
             for value in (self.q, self.gamma)
         )
-        with torch.enable_grad():
-            leaf = log_probs.detach().requires_grad_()
-            total = (flexible_loss(leaf, q, gamma) * self.weights[part]).sum()
-            (slopes,) = torch.autograd.grad(total, leaf)
-        return total.detach(), slopes
+        losses, slopes = flexible_loss_and_slope(log_probs, q, gamma)
+        weights = self.weights[part]
+        return torch.dot(losses, weights), slopes * weights
 
 
 class _Layer(NamedTuple):
@@ -256,34 +257,58 @@ def _in_chunks(
         layer = _layer(tokens, weight, bias, values)
         chunk = min(tokens.chunk, len(hidden))
         buffer = hidden.new_empty(chunk, len(weight), dtype=tokens.dtype)
-        # Apart from the products' buffer only where it has another dtype.
-        work = buffer if tokens.dtype == exact else torch.empty_like(buffer, dtype=exact)
+        softmax = _softmax(buffer, exact)
         for start in range(0, len(hidden), max(chunk, 1)):
             part = slice(start, min(start + chunk, len(hidden)))
             size = part.stop - start
             states = hidden[part].to(tokens.dtype)
             logits = layer.logits(states, buffer[:size])
-            part_sum, log_probs[part] = _to_gradient(tokens, part, logits, work[:size])
+            part_sum, log_probs[part] = softmax(tokens, part, logits)
             total += part_sum
             if any(wanted):
                 gradients.add(part, layer, states, logits)
     return total, log_probs, gradients
 
 
-def _to_gradient(
-    tokens: _Tokens, part: slice, logits: Tensor, work: Tensor
-) -> tuple[Tensor, Tensor]:
+class _ToGradient(Protocol):
     """Turns a chunk's logits into their gradient, in place.
 
     Args:
         tokens: Targets, weights and parameters.
         part: Which of them the chunk is.
         logits: `[chunk, V]`, overwritten.
-        work: The same shape in the sums' dtype; may be `logits` itself.
 
     Returns:
         The chunk's loss sum and log-probabilities `[chunk]`.
     """
+
+    def __call__(self, tokens: _Tokens, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def _softmax(buffer: Tensor, exact: torch.dtype) -> _ToGradient:
+    """Returns the way for logits that stand in this buffer, softmax in the dtype `exact`."""
+    if buffer.is_cuda and exact == torch.float32 and find_spec("triton") is not None:
+        return _to_gradient_in_kernels
+    # Apart from the products' buffer only where it has another dtype.
+    work = buffer if buffer.dtype == exact else torch.empty_like(buffer, dtype=exact)
+    return partial(_to_gradient, work)
+
+
+def _to_gradient_in_kernels(tokens: _Tokens, part: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    # Triton comes with torch for GPUs alone.
+    from loss.softmax_kernels import read_logits, write_gradient_
+
+    targets = tokens.targets[part]
+    log_probs, normalisers = read_logits(logits, targets)
+    loss_sum, slopes = tokens.losses(log_probs, part)
+    write_gradient_(logits, targets, normalisers, slopes)
+    return loss_sum, log_probs
+
+
+def _to_gradient(
+    whole_work: Tensor, tokens: _Tokens, part: slice, logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    work = whole_work[: len(logits)]
     targets = tokens.targets[part, None]
     highest = logits.amax(-1, keepdim=True)
     # Widened before the difference: a bfloat16 one would be rounded once more.
@@ -309,6 +334,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Does total += left @ right, in total's dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+        return
+    if total.is_cuda and torch.version.cuda is not None:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     for start in range(0, len(total), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)

@@ -1,7 +1,7 @@
 """The loss against 120-digit arithmetic, over the whole range that it is meant for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import cache
 from itertools import product
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loss.flexible import flexible_loss
+from loss.flexible import flexible_loss, flexible_loss_and_slope
 from tests.loss.reference import Exact, flexible
 
 LOG_P = (-1e4, -500.0, -120.0, -88.0, -40.0, -9.0, -1.0, -0.51, -0.5, -0.1, -1e-3, -1e-7, -1e-20)
@@ -45,12 +45,14 @@ def derivatives(log_probs: Tensor, q: float | Tensor, gamma: float | Tensor) -> 
 
 
 def errors(
-    dtype: torch.dtype, input_dtype: torch.dtype
+    dtype: torch.dtype,
+    input_dtype: torch.dtype,
+    compute: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] = derivatives,
 ) -> Iterator[tuple[float, int, Case, float]]:
     """Yields the error in roundings, the derivative's order, the case and what came out."""
     known = cases(input_dtype)
     x, q, gamma = torch.tensor([case[:3] for case in known], dtype=torch.float64).T
-    results = derivatives(x.to(dtype), q.to(dtype), gamma.to(dtype))
+    results = compute(x.to(dtype), q.to(dtype), gamma.to(dtype))
     info = torch.finfo(dtype)
     for order, result in enumerate(results):
         for case, got in zip(known, result.tolist(), strict=True):
@@ -70,6 +72,21 @@ def errors(
 def test_value_and_both_derivatives_are_right_to_a_few_roundings(dtype: torch.dtype) -> None:
     worst = max(errors(dtype, torch.float32), key=lambda error: error[0])
     assert worst[0] < 8, worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_slope_without_a_graph_is_as_right(dtype: torch.dtype) -> None:
+    worst = max(errors(dtype, torch.float32, flexible_loss_and_slope), key=lambda error: error[0])
+    assert worst[0] < 8, worst
+
+
+def test_slope_without_a_graph_where_the_truth_is_out_of_reach() -> None:
+    x = torch.tensor([-math.inf, -1e4, -90.0, -1e-7, -1e-44, 0.0, 1e-3, math.nan])
+    for q, gamma in product((-1.0, -0.1, 0.0, 1e-30, 1.0, 2.0), (0.0, 0.5, 1.0, 5.0)):
+        value, first, _ = derivatives(x, q, gamma)
+        loss, slope = flexible_loss_and_slope(x, q, gamma)
+        torch.testing.assert_close(loss, value, rtol=1e-4, atol=1e-20, equal_nan=True)
+        torch.testing.assert_close(slope[:-1], first[:-1], rtol=1e-4, atol=1e-20)
 
 
 def test_bfloat16_derivatives_are_right_to_their_own_rounding() -> None:

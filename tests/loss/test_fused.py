@@ -25,6 +25,12 @@ class Problem:
         self.targets = torch.randint(vocabulary, (tokens,), generator=draw)
         self.token_weights = torch.rand(tokens, generator=draw) + 0.1
 
+    def to(self, device: str) -> "Problem":
+        """Moves everything."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.detach().to(device).requires_grad_(value.requires_grad))
+        return self
+
     def fused(self, q: Parameter = 0.7, gamma: Parameter = 2.0, **rest: Any) -> FusedLoss:
         return fused_flexible_loss(
             self.hidden, self.weight, self.targets, self.token_weights, q, gamma, **rest
@@ -42,15 +48,17 @@ class Problem:
         return FusedLoss((losses * self.token_weights).sum(), log_probs.detach().where(kept, 0.0))
 
 
-def _gradients(loss: FusedLoss, *leaves: Tensor) -> tuple[Tensor, ...]:
+def gradients_of(loss: FusedLoss, *leaves: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(3.0 * loss.loss_sum, leaves)
 
 
-def _assert_same(problem: Problem, found: FusedLoss, wanted: FusedLoss, tolerance: float) -> None:
+def assert_same(problem: Problem, found: FusedLoss, wanted: FusedLoss, tolerance: float) -> None:
     close: Callable[..., None] = torch.testing.assert_close
     close(found, wanted, rtol=tolerance, atol=tolerance)
     leaves = (problem.hidden, problem.weight)
-    close(_gradients(found, *leaves), _gradients(wanted, *leaves), rtol=tolerance, atol=tolerance)
+    close(
+        gradients_of(found, *leaves), gradients_of(wanted, *leaves), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize(("q", "gamma"), [(0.0, 0.0), (0.7, 2.0), (-1.0, 0.5), (2.0, 5.0)])
@@ -62,7 +70,7 @@ def test_value_and_gradients_equal_the_plain_loss(
 
     found = problem.fused(q, gamma, chunk_tokens=chunk_tokens)
 
-    _assert_same(problem, found, problem.plain(q, gamma), 1e-12)
+    assert_same(problem, found, problem.plain(q, gamma), 1e-12)
 
 
 def test_two_classes_by_hand() -> None:
@@ -105,12 +113,12 @@ def test_gradients_agree_with_finite_differences() -> None:
 def test_float32_is_as_exact_as_the_plain_loss() -> None:
     problem, exact = Problem(64, 32, 501, torch.float32), Problem(64, 32, 501)
 
-    found = _gradients(problem.fused(chunk_tokens=10), problem.hidden, problem.weight)
-    plain = _gradients(problem.plain(), problem.hidden, problem.weight)
+    found = gradients_of(problem.fused(chunk_tokens=10), problem.hidden, problem.weight)
+    plain = gradients_of(problem.plain(), problem.hidden, problem.weight)
 
-    truth = _gradients(exact.plain(), exact.hidden, exact.weight)
+    truth = gradients_of(exact.plain(), exact.hidden, exact.weight)
     for own, other, true in zip(found, plain, truth, strict=True):
-        assert _distance(own, true) < max(2 * _distance(other, true), 1e-6)
+        assert distance(own, true) < max(2 * distance(other, true), 1e-6)
 
 
 def test_bfloat16_is_as_exact_as_the_plain_loss() -> None:
@@ -120,17 +128,17 @@ def test_bfloat16_is_as_exact_as_the_plain_loss() -> None:
         exact.hidden.copy_(problem.hidden)
         exact.weight.copy_(problem.weight)
 
-    found = _gradients(problem.fused(chunk_tokens=70), problem.hidden, problem.weight)
-    plain = _gradients(problem.plain(), problem.hidden, problem.weight)
+    found = gradients_of(problem.fused(chunk_tokens=70), problem.hidden, problem.weight)
+    plain = gradients_of(problem.plain(), problem.hidden, problem.weight)
 
-    truth = _gradients(exact.plain(), exact.hidden, exact.weight)
+    truth = gradients_of(exact.plain(), exact.hidden, exact.weight)
     for own, other, true in zip(found, plain, truth, strict=True):
         assert own.dtype == torch.bfloat16
-        assert _distance(other, true) < 0.02
-        assert _distance(own, true) < 1.2 * _distance(other, true)
+        assert distance(other, true) < 0.02
+        assert distance(own, true) < 1.2 * distance(other, true)
 
 
-def _distance(found: Tensor, true: Tensor) -> float:
+def distance(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true).norm() / true.norm())
 
 
@@ -167,13 +175,13 @@ def test_log_probs_of_bfloat16_logits_are_as_exact_as_float32() -> None:
 def test_any_vocabulary_and_a_short_last_chunk(vocabulary: int) -> None:
     problem = Problem(tokens=10, vocabulary=vocabulary)
 
-    _assert_same(problem, problem.fused(chunk_tokens=4), problem.plain(), 1e-12)
+    assert_same(problem, problem.fused(chunk_tokens=4), problem.plain(), 1e-12)
 
 
 def test_a_single_token() -> None:
     problem = Problem(tokens=1)
 
-    _assert_same(problem, problem.fused(), problem.plain(), 1e-12)
+    assert_same(problem, problem.fused(), problem.plain(), 1e-12)
 
 
 def test_parameters_may_differ_by_token() -> None:
@@ -184,7 +192,7 @@ def test_parameters_may_differ_by_token() -> None:
 
     found = problem.fused(q, gamma, chunk_tokens=2)
 
-    _assert_same(problem, found, problem.plain(q, gamma), 1e-6)
+    assert_same(problem, found, problem.plain(q, gamma), 1e-6)
 
 
 def test_parameters_may_be_scalar_tensors() -> None:
@@ -192,14 +200,14 @@ def test_parameters_may_be_scalar_tensors() -> None:
 
     found = problem.fused(torch.tensor(0.5), torch.tensor(1.0), chunk_tokens=2)
 
-    _assert_same(problem, found, problem.plain(0.5, 1.0), 1e-12)
+    assert_same(problem, found, problem.plain(0.5, 1.0), 1e-12)
 
 
 def test_tokens_of_weight_zero_are_never_read() -> None:
     problem = Problem()
     problem.token_weights[[0, 4]] = 0.0
     wanted = problem.plain()
-    gradients = _gradients(wanted, problem.hidden, problem.weight)
+    gradients = gradients_of(wanted, problem.hidden, problem.weight)
     with torch.no_grad():
         problem.hidden[[0, 4]] = torch.nan
     problem.targets[[0, 4]] = -100
@@ -208,7 +216,7 @@ def test_tokens_of_weight_zero_are_never_read() -> None:
 
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        _gradients(found, problem.hidden, problem.weight), gradients, rtol=1e-12, atol=1e-12
+        gradients_of(found, problem.hidden, problem.weight), gradients, rtol=1e-12, atol=1e-12
     )
 
 
@@ -218,11 +226,11 @@ def test_the_caller_may_say_which_rows_have_a_weight() -> None:
 
     found = problem.fused(kept=weighted_rows(problem.token_weights))
 
-    _assert_same(problem, found, problem.plain(), 1e-12)
+    assert_same(problem, found, problem.plain(), 1e-12)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_nothing_to_learn_is_zero_with_zero_gradients(tokens: int) -> None:
+def test_nothing_to_learn_is_zero_with_zero_gradients_of(tokens: int) -> None:
     problem = Problem(tokens=tokens)
     problem.token_weights.zero_()
 
@@ -230,18 +238,18 @@ def test_nothing_to_learn_is_zero_with_zero_gradients(tokens: int) -> None:
 
     assert found.loss_sum.item() == 0.0
     assert found.log_probs.tolist() == [0.0] * tokens
-    for gradient in _gradients(found, problem.hidden, problem.weight):
+    for gradient in gradients_of(found, problem.hidden, problem.weight):
         assert not gradient.any()
 
 
-def test_a_matrix_tied_to_the_embeddings_gets_both_gradients() -> None:
+def test_a_matrix_tied_to_the_embeddings_gets_both_gradients_of() -> None:
     problem = Problem(tokens=6, vocabulary=9)
     ids = torch.tensor([1, 1, 4, 8, 0, 3])
 
     def gradient(fused: bool) -> Tensor:
         problem.hidden = torch.tanh(problem.weight[ids])
         loss = problem.fused(chunk_tokens=4) if fused else problem.plain()
-        return _gradients(loss, problem.weight)[0]
+        return gradients_of(loss, problem.weight)[0]
 
     torch.testing.assert_close(gradient(fused=True), gradient(fused=False), rtol=1e-12, atol=1e-12)
 
@@ -294,7 +302,7 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
 
     found, wanted = problem.fused(chunk_tokens=2), problem.plain()
 
-    torch.testing.assert_close(_gradients(found, leaf), _gradients(wanted, leaf))
+    torch.testing.assert_close(gradients_of(found, leaf), gradients_of(wanted, leaf))
 
 
 def test_without_gradients_only_the_value_is_computed() -> None:
@@ -319,7 +327,7 @@ def test_bias_counts_and_gets_its_gradient() -> None:
 
     leaves = (problem.hidden, problem.weight, bias)
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(_gradients(found, *leaves), _gradients(wanted, *leaves))
+    torch.testing.assert_close(gradients_of(found, *leaves), gradients_of(wanted, *leaves))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -336,9 +344,9 @@ def test_trained_rows_stand_in_for_the_matrix_s(dtype: torch.dtype) -> None:
 
     leaves = (problem.hidden, problem.weight, values)
     tolerance = 1e-12 if dtype == torch.float64 else 0.03
-    wanted = _gradients(whole.plain(), *leaves)
-    for own, other in zip(_gradients(found, *leaves), wanted, strict=True):
-        assert _distance(own, other.double()) < tolerance
+    wanted = gradients_of(whole.plain(), *leaves)
+    for own, other in zip(gradients_of(found, *leaves), wanted, strict=True):
+        assert distance(own, other.double()) < tolerance
 
 
 def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
@@ -352,11 +360,11 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
     assert found.loss_sum.dtype == torch.float32
     torch.testing.assert_close(found.loss_sum, wanted.loss_sum, rtol=1e-5, atol=0.0)
     for own, other, true in zip(
-        _gradients(found, *leaves), _gradients(wanted, *leaves), _gradients(exact, *leaves),
+        gradients_of(found, *leaves), gradients_of(wanted, *leaves), gradients_of(exact, *leaves),
         strict=True,
     ):  # fmt: skip
         assert own.dtype == torch.float32
-        assert _distance(own, true.double()) < 1.2 * _distance(other, true.double()) < 0.02
+        assert distance(own, true.double()) < 1.2 * distance(other, true.double()) < 0.02
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -367,7 +375,7 @@ def test_extreme_logits_stay_finite() -> None:
     found = problem.fused(0.0, 5.0)
 
     assert found.loss_sum.isfinite()
-    for gradient in _gradients(found, problem.hidden, problem.weight):
+    for gradient in gradients_of(found, problem.hidden, problem.weight):
         assert gradient.isfinite().all()
 
 
@@ -378,7 +386,7 @@ def test_a_certain_token_has_no_gradient() -> None:
     found = fused_flexible_loss(hidden, weight, torch.tensor([0]), torch.ones(1), 0.0, 0.5)
 
     assert found.loss_sum.item() == 0.0
-    assert _gradients(found, hidden)[0].item() == 0.0
+    assert gradients_of(found, hidden)[0].item() == 0.0
 
 
 @pytest.mark.parametrize(
