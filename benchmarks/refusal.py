@@ -1,12 +1,13 @@
 """Does a flexible loss help to learn refusals? Real prompts, many seeds, every loss tuned alike.
 
 The data are a folder with train.jsonl, calibration.jsonl and eval.jsonl (training/data.py reads
-them). What is learnt is the control token alone (benchmarks/refusal_training.py). Each static loss
-gets four trainings over learning rate and own parameter, chosen by the area under the ROC curve on
-calibration.jsonl; the flexible one gets `auto` at two learning rates, each a search and a training.
-Then the winners are trained once a seed, `auto` searching anew each time, and measured on
-eval.jsonl. Cross-entropy and `auto` come first. Every finished training is a line of results.jsonl:
-a run that is stopped goes on when it is started again, and the numbers of seeds can be raised.
+them). Model and training are a recipe's: benchmarks/refusal.yaml learns the decision alone,
+benchmarks/prompts.yaml the responses too. Each static loss gets four trainings over learning rate
+and own parameter, chosen by the area under the ROC curve on calibration.jsonl; the flexible one
+gets `auto` at two learning rates, each a search and a training. Then the winners are trained once a
+seed, `auto` searching anew each time, and measured on eval.jsonl. Cross-entropy and `auto` come
+first. Every finished training is a line of results.jsonl: a run that is stopped goes on when it is
+started again, and the numbers of seeds can be raised.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks.refusal_report import (
     draw,
     summary,
 )
-from benchmarks.refusal_training import PARTS, Search, Training, search_once, train_once
+from benchmarks.refusal_training import PARTS, Search, Setup, Training, search_once, train_once
 
 TUNING_SEED = 1000
 FLEXIBLE = "flexible, auto"
@@ -60,16 +61,15 @@ class Runs:
     """Trainings and searches with a memory on disk; what was done once is not done again.
 
     Args:
-        folder: The data.
+        setup: What all trainings share.
         out: Where results.jsonl goes.
-        epochs: Passes over the data.
         jobs: Trainings at a time, one core each.
     """
 
-    def __init__(self, folder: Path, out: Path, epochs: float, jobs: int) -> None:
-        self._folder, self._epochs = folder, epochs
+    def __init__(self, setup: Setup, out: Path, jobs: int) -> None:
+        self._setup = setup
         self._path = out / "results.jsonl"
-        self._done = dict(_kept(self._path, epochs))
+        self._done = dict(_kept(self._path, setup.key()))
         self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> "Runs":
@@ -100,26 +100,26 @@ class Runs:
         self,
         what: str,
         asked: Sequence[Asked],
-        do: Callable[[Asked, Path, float], dict[str, Any]],
+        do: Callable[[Asked, Setup], dict[str, Any]],
     ) -> None:
         left = [one for one in dict.fromkeys(asked) if one not in self._done]
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task(what, total=len(left))
-            waiting = {self._pool.submit(do, one, self._folder, self._epochs): one for one in left}
+            waiting = {self._pool.submit(do, one, self._setup): one for one in left}
             for future in as_completed(waiting):
                 self._keep(waiting[future], future.result())
                 bar.advance(task)
 
     def _keep(self, asked: Training | Search, result: dict[str, Any]) -> None:
         self._done[asked] = result
-        line = {"asked": asked._asdict(), "epochs": self._epochs, "result": result}
+        line = {"asked": asked._asdict(), "setup": self._setup.key(), "result": result}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def _kept(path: Path, epochs: float) -> list[tuple[Training | Search, dict[str, Any]]]:
+def _kept(path: Path, setup: str) -> list[tuple[Training | Search, dict[str, Any]]]:
     lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [entry for entry in map(json.loads, lines) if entry["epochs"] == epochs]
+    kept = [entry for entry in map(json.loads, lines) if entry["setup"] == setup]
     return [
         ((Training if "q" in entry["asked"] else Search)(**entry["asked"]), entry["result"])
         for entry in kept
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/refusal"))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--other-seeds", type=int, help="of losses but cross-entropy and auto")
-    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--recipe", type=Path, default=Path("benchmarks/refusal.yaml"))
+    parser.add_argument("--losses", nargs="+", choices=OTHERS, default=OTHERS, help="the others")
+    parser.add_argument("--epochs", type=float, help="in place of the recipe's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     others = options.seeds if options.other_seeds is None else options.other_seeds
@@ -166,11 +168,12 @@ def main() -> None:
         if not (options.data / name).is_file():
             parser.error(f"{options.data / name} does not exist")
     options.out.mkdir(parents=True, exist_ok=True)
-    with Runs(options.data, options.out, options.epochs, options.jobs) as runs:
+    setup = Setup(options.recipe, options.data.resolve(), options.epochs)
+    with Runs(setup, options.out, options.jobs) as runs:
         settings = tuned(runs, FIRST)
         results = measured(runs, settings, options.seeds)
         if others:
-            rest = tuned(runs, OTHERS)
+            rest = tuned(runs, options.losses)
             results += measured(runs, rest, others)
             settings |= rest
     rows = summary(settings, results)

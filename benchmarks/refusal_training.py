@@ -1,9 +1,12 @@
-"""One training of the refusal experiment: the decision alone, and its measurements on the way."""
+"""One training of the refusal experiment, and its measurements on the way."""
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 METRICS = (
     "auc",
@@ -15,7 +18,6 @@ METRICS = (
 )
 EVERY = 0.1
 ROWS_ON_THE_WAY = 600
-MAX_LENGTH = 64
 PARTS = {"train": "train.jsonl", "tune": "calibration.jsonl", "report": "eval.jsonl"}
 
 
@@ -56,41 +58,45 @@ class _World(NamedTuple):
     examples: Any
 
 
-def recipe(
-    folder: Path, epochs: float, learning_rate: float, seed: int, q: float | str, gamma: float | str
-) -> dict[str, Any]:
-    """Returns the recipe of a training, as a recipe file would hold it.
+class Setup(NamedTuple):
+    """What all trainings of an experiment share.
 
-    The responses are left out: nothing comes behind a decision, so a row costs its prompt alone.
+    Attributes:
+        recipe: A recipe file; its data stand in `folder`.
+        folder: The files of `PARTS`.
+        epochs: Passes over the data, in place of the recipe's; None leaves them.
     """
-    return {
-        "name": "refusal",
-        "seed": seed,
-        "model": {
-            "vocab_size": 4096,
-            "hidden_size": 128,
-            "layers": 2,
-            "heads": 2,
-            "intermediate_size": 384,
-            "max_length": 512,
-        },
-        "data": {"train": [_source(folder, "train")], "too_long": "cut_or_drop"},
-        "loss": {"decision": {"q": q, "gamma": gamma, "weight": 1}, "text": {"weight": 0}},
-        "optimisation": {
-            "epochs": epochs,
-            "batch_size": 32,
-            "learning_rate": learning_rate,
-            "warmup_ratio": 0.06,
-            "weight_decay": 0.05,
-            "beta2": 0.98,
-            "max_length": MAX_LENGTH,
-            "save_every": 0,
-            "fused_head": True,  # Only the learnt places get logits: one a row.
-        },
-    }
+
+    recipe: Path
+    folder: Path
+    epochs: float | None
+
+    def key(self) -> str:
+        """Returns what tells the results of one experiment from another's."""
+        return json.dumps(_read(self.recipe) | {"epochs": self.epochs}, sort_keys=True)
 
 
-def train_once(training: Training, folder: Path, epochs: float) -> dict[str, Any]:
+def recipe(
+    setup: Setup, learning_rate: float, seed: int, q: float | str, gamma: float | str
+) -> dict[str, Any]:
+    """Returns the recipe of one training, as a recipe file would hold it."""
+    made = _read(setup.recipe)
+    sources = [one if isinstance(one, dict) else {"path": one} for one in made["data"]["train"]]
+    made["data"]["train"] = [one | {"path": str(setup.folder / one["path"])} for one in sources]
+    made["loss"]["decision"] |= {"q": q, "gamma": gamma}
+    made["optimisation"] |= {"learning_rate": learning_rate}
+    if setup.epochs is not None:
+        made["optimisation"]["epochs"] = setup.epochs
+    made.pop("evaluation", None)  # measured by the caller
+    return made | {"seed": seed}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    made: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return made
+
+
+def train_once(training: Training, setup: Setup) -> dict[str, Any]:
     """Trains once.
 
     Returns:
@@ -106,9 +112,9 @@ def train_once(training: Training, folder: Path, epochs: float) -> dict[str, Any
 
     torch.set_num_threads(1)
     q, gamma, rate, seed, measured = training
-    config = _config(folder, epochs, rate, seed, q, gamma)
-    world = _world(folder)
-    on_the_way, whole = (_monitor(folder, measured, most) for most in (ROWS_ON_THE_WAY, None))
+    config = _config(setup, rate, seed, q, gamma)
+    world = _world(setup)
+    on_the_way, whole = (_monitor(setup, measured, most) for most in (ROWS_ON_THE_WAY, None))
     watch = Watch(Rhythm(log=0.0, evaluate=EVERY), monitor=on_the_way)
     start = start_of(config, world.rows)
     with tempfile.TemporaryDirectory() as made:
@@ -125,7 +131,7 @@ def train_once(training: Training, folder: Path, epochs: float) -> dict[str, Any
     return {"history": history, "final": {name: final.get(name) for name in METRICS}}
 
 
-def search_once(asked: Search, folder: Path, epochs: float) -> dict[str, Any]:
+def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
     """Returns what `auto` chooses: `q`, `gamma`, `reason`, and what that cost."""
     import torch
 
@@ -133,45 +139,51 @@ def search_once(asked: Search, folder: Path, epochs: float) -> dict[str, Any]:
     from training.start import start_of
 
     torch.set_num_threads(1)
-    config = _config(folder, epochs, asked.learning_rate, asked.seed, "auto", "auto")
-    rows = _world(folder).rows
+    config = _config(setup, asked.learning_rate, asked.seed, "auto", "auto")
+    rows = _world(setup).rows
     with tempfile.TemporaryDirectory() as made:
         found = search(config, start_of(config, rows), rows, Path(made)).search
     return {**found.best._asdict(), "reason": found.reason, "cost_in_trainings": found.cost}
 
 
-def _config(folder: Path, epochs: float, *values: Any) -> Any:
+def _config(setup: Setup, *values: Any) -> Any:
     from training.config import TrainConfig
 
-    return TrainConfig.model_validate(recipe(folder, epochs, *values))
+    return TrainConfig.model_validate(recipe(setup, *values))
 
 
 @cache
-def _world(folder: Path) -> _World:
+def _world(setup: Setup) -> _World:
     """Returns what all trainings share: rows, tokenizer, and the rows as tokens."""
     from training.data import encode_rows
     from training.mixture import decision_weights, gather
     from training.start import start_of
 
-    config = _config(folder, 1, 1e-3, 0, 0, 0)
+    config = _config(setup, 1e-3, 0, 0, 0)
     rows = gather(config.data, config.categories, demo_folder=None, single_token=False).rows
     start = start_of(config, rows)
     weights = decision_weights(rows, config.data, config.loss)
     examples = encode_rows(
-        rows, start.tokenizer, start.manifest, weights, MAX_LENGTH, config.data.too_long
+        rows,
+        start.tokenizer,
+        start.manifest,
+        weights,
+        config.optimisation.max_length,
+        config.data.too_long,
     )
     return _World(rows, start.tokenizer, start.manifest, examples)
 
 
 @cache
-def _monitor(folder: Path, measured: str, most: int | None) -> Any:
+def _monitor(setup: Setup, measured: str, most: int | None) -> Any:
     from training.config import EvaluationConfig
     from training.mixture import evaluation_rows
     from training.monitor import DecisionMonitor
 
-    world = _world(folder)
-    config = _config(folder, 1, 1e-3, 0, 0, 0)
-    chosen = EvaluationConfig.model_validate({"data": [_source(folder, measured)]})
+    world = _world(setup)
+    config = _config(setup, 1e-3, 0, 0, 0)
+    source = {"path": str(setup.folder / PARTS[measured]), "columns": {"response": None}}
+    chosen = EvaluationConfig.model_validate({"data": [source]})
     rows = evaluation_rows(
         chosen.data,
         config.categories,
@@ -188,7 +200,3 @@ def _monitor(folder: Path, measured: str, most: int | None) -> Any:
         too_long="cut_or_drop",
         text_rows=0,
     )
-
-
-def _source(folder: Path, part: str) -> dict[str, Any]:
-    return {"path": str(folder / PARTS[part]), "columns": {"response": None}}

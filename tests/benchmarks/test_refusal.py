@@ -16,8 +16,10 @@ from benchmarks.refusal_report import (
     draw,
     summary,
 )
-from benchmarks.refusal_training import METRICS, PARTS, Search, Training, train_once
+from benchmarks.refusal_training import METRICS, PARTS, Search, Setup, Training, recipe, train_once
 from tests.training.conftest import small_rows
+
+RECIPE = Path("benchmarks/refusal.yaml")
 
 
 @pytest.fixture
@@ -31,14 +33,28 @@ def folder(tmp_path: Path) -> Path:
 def test_training_is_measured_on_the_way_and_at_the_end(folder: Path) -> None:
     asked = Training(0.3, 1.0, 1e-3, 5, "report")
 
-    found = train_once(asked, folder, epochs=3)
+    setup = Setup(RECIPE, folder, epochs=3)
+
+    found = train_once(asked, setup)
 
     assert [entry["step"] for entry in found["history"]] == [0, 1, 2, 3]
     assert set(found["final"]) == set(METRICS)
     # 32 rows are fewer than the sample on the way: both are measured on the same.
     last = {name: found["history"][-1][name] for name in METRICS}
     assert last == pytest.approx(found["final"])
-    assert found == train_once(asked, folder, epochs=3)
+    assert found == train_once(asked, setup)
+
+
+def test_a_recipe_gets_loss_rate_seed_and_folder(tmp_path: Path) -> None:
+    setup = Setup(Path("benchmarks/prompts.yaml"), tmp_path, None)
+
+    made = recipe(setup, 2e-3, 7, -0.3, 0.0)
+
+    assert made["seed"] == 7
+    assert made["loss"]["decision"] == {"weight": 20, "q": -0.3, "gamma": 0.0}
+    assert made["optimisation"]["learning_rate"] == 2e-3
+    paths = [source["path"] for source in made["data"]["train"]]
+    assert paths == [str(tmp_path / "train.jsonl")] * 2
 
 
 def _result(loss: str, seed: int, areas: list[float], q: float = 0.0) -> Result:
@@ -86,7 +102,8 @@ def test_loss_with_less_than_two_seeds_has_no_row() -> None:
 
 
 def _keep(path: Path, asked: Training | Search, result: dict[str, Any]) -> None:
-    line = {"asked": asked._asdict(), "epochs": 1.0, "result": result}
+    setup = Setup(RECIPE, Path("anywhere"), None).key()
+    line = {"asked": asked._asdict(), "setup": setup, "result": result}
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -105,7 +122,7 @@ def test_what_is_on_disk_is_not_done_again(tmp_path: Path) -> None:
     before = path.read_bytes()
 
     # There are no data: whatever had to be trained would fail.
-    with Runs(tmp_path / "none", tmp_path, epochs=1, jobs=1) as runs:
+    with Runs(Setup(RECIPE, tmp_path / "none", None), tmp_path, jobs=1) as runs:
         assert tuned(runs, ["MAE"]) == {"MAE": Setting(1.0, 0.0, 1e-3)}
         found = measured(runs, chosen, 2)
 
