@@ -3,9 +3,10 @@
 Both servers hold the same checkpoint, whose every answer opens with a control token. Stock decodes
 it like any other and is given one token more, so both run as many decoding steps. Throughput is
 measured first, then the latency of requests of one token, one at a time. Rounds are short and
-follow each other in turn, for the machine's own speed changes within seconds. While one server
-is measured, the other one's processes are stopped: vLLM's engine and worker go on spinning for a
-second after their last request, and would take the cores from it.
+follow each other in turn, for the machine's own speed changes within seconds; and both servers are
+started several times, for one start can be faster than the next by more than the rounds show. While
+one server is measured, the other one's processes are stopped: vLLM's engine and worker go on
+spinning for a second after their last request, and would take the cores from it.
 """
 
 import argparse
@@ -23,23 +24,26 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import psutil
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import bootstrap
 
 from models.manifest import load_manifest
 from tests.e2e.servers import Server, rheostat_server, stock_server
 from training.demo_data.render import render
 
 Body = dict[str, Any]
+Values = npt.NDArray[np.float64]
+Rounds = dict[str, list[float]]
 STOCK, OURS, REPORTED = "stock", "rheostat", "rheostat, report"
 WARM_UP = 3
+RESAMPLES = 4000
 
 
 class Estimate(NamedTuple):
-    """A median over the rounds, with its 95 % interval (bootstrap)."""
+    """A median over all rounds, with its 95 % interval (bootstrap of starts, then of rounds)."""
 
     median: float
     low: float
@@ -133,10 +137,16 @@ def _signal(server: Server, number: signal.Signals) -> None:
         one.send_signal(number)
 
 
-def estimate(values: list[float]) -> Estimate:
-    """Returns a median and its interval."""
-    told = bootstrap((values,), np.median, method="percentile", rng=0).confidence_interval
-    return Estimate(statistics.median(values), float(told.low), float(told.high))
+def estimate(starts: Values) -> Estimate:
+    """Returns the median and its interval; ``[starts, rounds]``."""
+    rng = np.random.default_rng(0)
+    count, rounds = starts.shape
+    drawn = rng.integers(count, size=(RESAMPLES, count, 1))
+    medians = np.median(
+        starts[drawn, rng.integers(rounds, size=(RESAMPLES, count, rounds))], (1, 2)
+    )
+    low, high = np.quantile(medians, (0.025, 0.975))
+    return Estimate(float(np.median(starts)), float(low), float(high))
 
 
 def in_turn(
@@ -145,10 +155,10 @@ def in_turn(
     rounds: int,
     what: str,
     console: Console,
-) -> dict[str, list[float]]:
+) -> Rounds:
     """Measures all contenders round by round; the first rounds warm up and do not count."""
     names = list(clients)
-    measured: dict[str, list[float]] = {name: [] for name in names}
+    values: Rounds = {name: [] for name in names}
     for turn in track(range(-WARM_UP, rounds), what, console=console):
         first = turn % len(names)
         order = [*names[first:], *names[:first]]
@@ -156,57 +166,53 @@ def in_turn(
             with running(clients[name].server):
                 value = asyncio.run(measure(clients[name]))
             if turn >= 0:
-                measured[name].append(value)
-    return measured
+                values[name].append(value)
+    return values
 
 
-def show(
-    console: Console, per_s: dict[str, list[float]], alone_ms: dict[str, list[float]]
-) -> dict[str, Any]:
-    """Prints and returns medians over the rounds, and comparisons with 95 % intervals."""
+def show(console: Console, per_s: dict[str, Values], alone_ms: dict[str, Values]) -> dict[str, Any]:
+    """Prints and returns medians over the rounds, and comparisons with 95 % intervals.
+
+    Args:
+        console: Where to.
+        per_s: Requests a second of each contender, ``[starts, rounds]``.
+        alone_ms: Milliseconds of a request alone, likewise.
+    """
     levels = Table(title="medians over the rounds")
     for column in ("", "requests/s", "one token alone, ms"):
         levels.add_column(column)
     results: dict[str, Any] = {}
     for name in per_s:
-        fast, slow = statistics.median(per_s[name]), statistics.median(alone_ms[name])
+        fast, slow = float(np.median(per_s[name])), float(np.median(alone_ms[name]))
         results[name] = {"requests_per_s": fast, "alone_ms": slow}
         levels.add_row(name, f"{fast:.0f}", f"{slow:.2f}")
-    pairs = Table(title="compared round by round, with 95 % intervals")
-    for column in ("", "throughput", "added latency, ms"):
+    pairs = Table(title="compared round by round, with 95 % intervals; medians of each start")
+    for column in ("", "throughput", "by start", "added latency, ms", "by start"):
         pairs.add_column(column)
     for own, other in ((OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS)):
-        ratio = estimate([a / b for a, b in zip(per_s[own], per_s[other], strict=True)])
-        added = estimate([a - b for a, b in zip(alone_ms[own], alone_ms[other], strict=True)])
+        ratios, added = per_s[own] / per_s[other], alone_ms[own] - alone_ms[other]
+        ratio_starts, added_starts = np.median(ratios, 1), np.median(added, 1)
         results[f"{own} / {other}"] = {
-            "throughput_ratio": ratio._asdict(),
-            "added_ms": added._asdict(),
+            "throughput_ratio": estimate(ratios)._asdict() | {"starts": ratio_starts.tolist()},
+            "added_ms": estimate(added)._asdict() | {"starts": added_starts.tolist()},
         }
         pairs.add_row(
             f"{own} / {other}",
-            "{:.3f} [{:.3f}, {:.3f}]".format(*ratio),
-            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*added),
+            "{:.3f} [{:.3f}, {:.3f}]".format(*estimate(ratios)),
+            ", ".join(f"{value:.3f}" for value in ratio_starts),
+            "{:+.2f} [{:+.2f}, {:+.2f}]".format(*estimate(added)),
+            ", ".join(f"{value:+.2f}" for value in added_starts),
         )
     console.print(levels, pairs)
     return results
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument("--rounds", type=int, default=120, help="of requests at once")
-    parser.add_argument("--requests", type=int, default=96, help="a round and contender")
-    parser.add_argument("--at-once", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--alone-rounds", type=int, default=240, help="of requests one at a time")
-    parser.add_argument("--alone", type=int, default=6, help="requests a round and contender")
-    parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
-    options = parser.parse_args()
-    console = Console()
+def measured(options: argparse.Namespace, start: int, console: Console) -> tuple[Rounds, Rounds]:
+    """Starts both servers and returns requests a second, and milliseconds alone."""
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
-        with console.status("starting two servers"):
+        what = f"start {start + 1} of {options.starts}"
+        with console.status(f"{what}: starting two servers"):
             ours = stack.enter_context(rheostat_server(options.checkpoint, logs / "ours.log"))
             stock = stack.enter_context(stock_server(options.checkpoint, logs / "stock.log"))
         clients = {
@@ -222,9 +228,31 @@ def main() -> None:
             at_once=options.at_once,
             tokens=options.tokens,
         )
-        per_s = in_turn(clients, together, options.rounds, "throughput", console)
+        per_s = in_turn(clients, together, options.rounds, f"{what}: throughput", console)
         alone = partial(Client.alone, requests=options.alone)
-        alone_ms = in_turn(clients, alone, options.alone_rounds, "latency", console)
+        alone_ms = in_turn(clients, alone, options.alone_rounds, f"{what}: latency", console)
+    return per_s, alone_ms
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
+    parser.add_argument("--starts", type=int, default=5, help="of both servers")
+    parser.add_argument("--rounds", type=int, default=24, help="a start, of requests at once")
+    parser.add_argument("--requests", type=int, default=96, help="a round and contender")
+    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--alone-rounds", type=int, default=60, help="a start, one at a time")
+    parser.add_argument("--alone", type=int, default=6, help="requests a round and contender")
+    parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
+    options = parser.parse_args()
+    console = Console()
+    starts = [measured(options, start, console) for start in range(options.starts)]
+    per_s, alone_ms = (
+        {name: np.array([one[name] for one in rounds]) for name in rounds[0]}
+        for rounds in zip(*starts, strict=True)
+    )
     results = show(console, per_s, alone_ms)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
