@@ -39,14 +39,23 @@ class RequestError(RheostatError):
     Attributes:
         status: HTTP status, 4xx.
         param: Path of the offending field, such as ``refusal.categories.safety``.
+        headers: What HTTP wants beside the status.
     """
 
     code = "invalid_request"
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 422) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 422,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.headers = headers
 
 
 class UnknownCallerError(RequestError):
@@ -55,7 +64,7 @@ class UnknownCallerError(RequestError):
     code = "invalid_api_key"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message, param=param, status=401)
+        super().__init__(message, param=param, status=401, headers={"www-authenticate": "Bearer"})
 
 
 class NotAllowedError(RequestError):

@@ -195,13 +195,14 @@ class AccessTable:
                 other methods.
         """
         methods = self._methods(path)
-        known = [route for route in methods.values() if self._exists(route)]
         route = methods.get("GET" if method == "HEAD" else method)
-        if route is None and known:
-            allowed = ", ".join(sorted(route.method for route in known))
+        known = [] if route else [one.method for one in methods.values() if self._exists(one)]
+        if known:
+            allowed = ", ".join(sorted(known))
             raise RequestError(
                 f"{path} takes {allowed}, not {_shown(method)}",
                 status=HTTPStatus.METHOD_NOT_ALLOWED,
+                headers={"allow": allowed},
             )
         if route is not None and route.access is Access.OFF:
             raise RequestError(f"{route.path}: {route.reason}", status=HTTPStatus.NOT_FOUND)

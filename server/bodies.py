@@ -1,7 +1,6 @@
 """Request bodies: read within bounds, parsed once, answered with OpenAI's error body."""
 
 import json
-from http import HTTPStatus
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -86,8 +85,7 @@ def error_response(error: RequestError) -> Response:
             "code": error.code,
         }
     }
-    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
-    return Response(encode(body), error.status, headers, media_type="application/json")
+    return Response(encode(body), error.status, error.headers, media_type="application/json")
 
 
 def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:

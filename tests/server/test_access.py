@@ -97,6 +97,13 @@ def test_other_methods_of_a_route(method: str, path: str, expected: int) -> None
     assert status(TABLE, method, path) == expected
 
 
+def test_other_methods_are_told_in_the_header() -> None:
+    with pytest.raises(RequestError) as caught:
+        TABLE.find("PUT", "/ping")
+
+    assert caught.value.headers == {"allow": "GET, POST"}
+
+
 def test_messages_say_what_would_be_right() -> None:
     cases = [
         ("PUT", "/v1/chat/completions", "/v1/chat/completions takes POST, not PUT"),

@@ -207,6 +207,12 @@ def test_head_is_bounded_before_anybody_is_known() -> None:
     assert_refused(ask("GET", "/healthz?" + "a" * 9000, Inside()), 414)
 
 
+def test_other_methods_are_answered_with_those_that_exist() -> None:
+    answer = ask("PUT", CHAT, Inside())
+    assert_refused(answer, 405, "takes POST, not PUT")
+    assert answer.headers["allow"] == "POST"
+
+
 def preflight(method: str) -> dict[str, str]:
     return {"origin": "http://page", "access-control-request-method": method}
 
