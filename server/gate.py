@@ -52,9 +52,10 @@ class Gate:
                 await self._app(scope, receive, send)
                 return
             route = self._table.find(_method(scope), route_path(scope))
-            scope = {**scope, **self._identify(route, scope)}
             if route.access is not Access.OPEN:
-                scope, receive = await self._bounded(route, scope, receive)
+                headers = Headers(scope=scope)
+                scope = {**scope, **self._identify(route, headers)}
+                receive = await self._bounded(route, headers, scope, receive)
         except RequestError as error:
             label = NO_ROUTE if route is None else route.path
             metrics.count_request(label, error.status)
@@ -62,8 +63,7 @@ class Gate:
             return
         await self._app(scope, receive, send)
 
-    def _identify(self, route: Route, scope: Scope) -> dict[str, Any]:
-        headers = Headers(scope=scope)
+    def _identify(self, route: Route, headers: Headers) -> dict[str, Any]:
         if route.access is Access.TENANT:
             if LOAD_HEADER in headers:
                 raise RequestError(
@@ -73,18 +73,18 @@ class Gate:
                     status=HTTPStatus.BAD_REQUEST,
                 )
             return {CALLER: self._callers.caller(headers)}
-        if route.access is Access.OPERATOR:
-            known = self._settings.operator_key_hash
-            assert known is not None  # else the table has no such route
-            if not any(is_any(key, [known]) for key in presented_keys(headers)):
-                raise UnknownCallerError(
-                    f"{route.path} is the operator's: send `Authorization: Bearer KEY` with the "
-                    f"key of {PREFIX}OPERATOR_KEY_HASH"
-                )
+        known = self._settings.operator_key_hash
+        assert known is not None  # else the table has no such route
+        if not any(is_any(key, [known]) for key in presented_keys(headers)):
+            raise UnknownCallerError(
+                f"{route.path} is the operator's: send `Authorization: Bearer KEY` with the "
+                f"key of {PREFIX}OPERATOR_KEY_HASH"
+            )
         return {}
 
-    async def _bounded(self, route: Route, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        headers = Headers(scope=scope)
+    async def _bounded(
+        self, route: Route, headers: Headers, scope: Scope, receive: Receive
+    ) -> Receive:
         encoding = headers.get("content-encoding", "identity").strip().lower()
         if encoding != "identity":
             raise RequestError(
@@ -96,10 +96,9 @@ class Gate:
             self._check_size(int(declared))
         raw = await read_body(receive, self._settings.max_body_bytes)
         if raw and route.access is Access.TENANT:
-            body = read_json(raw, self._settings)
-            refuse_fields(body)
-            scope = {**scope, BODY: body}
-        return scope, replay_body(raw, receive)
+            scope[BODY] = read_json(raw, self._settings)
+            refuse_fields(scope[BODY])
+        return replay_body(raw, receive)
 
     def _check_size(self, size: int) -> None:
         limit = self._settings.max_body_bytes

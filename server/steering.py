@@ -7,6 +7,8 @@ that none ever stands inside a text.
 This module and server/engine.py are the only ones that import vllm.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +50,15 @@ def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _floats(rows: list[list[float]]) -> np.ndarray:
+def _floats(rows: Sequence[Sequence[float]]) -> np.ndarray:
     with np.errstate(over="ignore"):  # a bias beyond fp32 is infinite
         return np.array(rows, np.float32)
+
+
+@lru_cache(maxsize=256)
+def _dials(rows: tuple[tuple[float, ...], ...], categories: int, device: torch.device) -> Dials:
+    # Batches repeat: a tenant's application sends the same dials with every request.
+    return Dials(_sent(_floats(rows), device), categories)
 
 
 class _Asking:
@@ -72,12 +80,12 @@ class _Asking:
         write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
 
 
-def _row(controls: WireControls, params: SamplingParams) -> list[float]:
-    draws = controls["rule"] == Rule.SAMPLE and params.seed is not None
-    uniform = uniform_draw(params.seed) if draws and params.seed is not None else 0.0
-    return dial_row(
-        controls["bias"], controls["selected"], controls["rule"], params.temperature, uniform
-    )
+def _row(controls: WireControls, params: SamplingParams) -> tuple[float, ...]:
+    bias, selected, rule = controls["bias"], controls["selected"], controls["rule"]
+    if rule != Rule.SAMPLE:
+        return tuple(dial_row(bias, selected, rule, 0.0, 0.0))
+    uniform = 0.0 if params.seed is None else uniform_draw(params.seed)
+    return tuple(dial_row(bias, selected, rule, params.temperature, uniform))
 
 
 def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
@@ -88,7 +96,7 @@ def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
 class _Undecided(NamedTuple):
     """A request of V1's batch before its decision."""
 
-    row: list[float]
+    row: tuple[float, ...]
     rule: Rule
     output_ids: list[int]
     ticket: Ticket | None
@@ -171,8 +179,7 @@ class SteeringV1(V1LogitsProcessor):
         tickets = {row: r.ticket for row, r in enumerate(requests) if r.ticket is not None}
         self._asking = _Asking(tickets, device) if tickets else None
         self._rows = _sent(np.fromiter(self._undecided, np.int64), device)
-        values = _floats([request.row for request in requests])
-        self._dials = Dials(_sent(values, device), self._categories)
+        self._dials = _dials(tuple(r.row for r in requests), self._categories, device)
         self._rules = {request.rule for request in requests}
 
 
@@ -194,14 +201,14 @@ class SteeringV2(V2LogitsProcessor):
         self._values = torch.zeros(req_states.max_num_reqs, self._width + 1, device=device)
         self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
-        self._staged: dict[int, list[float]] = {}
+        self._staged: dict[int, tuple[float, ...]] = {}
         self._tickets: dict[int, Ticket] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Overwrites everything that the slot's last request left."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
-        row = [0.0] * self._width
+        row = (0.0,) * self._width
         self._tickets.pop(req_idx, None)
         if controls is not None:
             ticket = ticket_of(controls)
@@ -211,7 +218,7 @@ class SteeringV2(V2LogitsProcessor):
                 self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
             row = _row(controls, sampling_params)
-        self._staged[req_idx] = [*row, float(controls is not None)]
+        self._staged[req_idx] = (*row, float(controls is not None))
         return True
 
     def apply_staged_writes(self) -> None:
