@@ -67,9 +67,9 @@ class Runs:
     """
 
     def __init__(self, setup: Setup, out: Path, jobs: int) -> None:
-        self._setup = setup
+        self._setup, self._key = setup, setup.key()
         self._path = out / "results.jsonl"
-        self._done = dict(_kept(self._path, setup.key()))
+        self._done = dict(_kept(self._path, self._key))
         self._pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> "Runs":
@@ -112,14 +112,14 @@ class Runs:
 
     def _keep(self, asked: Training | Search, result: dict[str, Any]) -> None:
         self._done[asked] = result
-        line = {"asked": asked._asdict(), "setup": self._setup.key(), "result": result}
+        line = {"asked": asked._asdict(), "setup": self._key, "result": result}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def _kept(path: Path, setup: str) -> list[tuple[Training | Search, dict[str, Any]]]:
     lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [entry for entry in map(json.loads, lines) if entry["setup"] == setup]
+    kept = [entry for entry in map(json.loads, lines) if entry.get("setup") == setup]
     return [
         ((Training if "q" in entry["asked"] else Search)(**entry["asked"]), entry["result"])
         for entry in kept

@@ -1,5 +1,6 @@
 """One training of the refusal experiment, and its measurements on the way."""
 
+import hashlib
 import json
 import tempfile
 from functools import cache
@@ -72,8 +73,10 @@ class Setup(NamedTuple):
     epochs: float | None
 
     def key(self) -> str:
-        """Returns what tells the results of one experiment from another's."""
-        return json.dumps(_read(self.recipe) | {"epochs": self.epochs}, sort_keys=True)
+        """Returns what tells the results of one experiment from another's, data included."""
+        told = json.dumps(_read(self.recipe) | {"epochs": self.epochs}, sort_keys=True).encode()
+        parts = [(self.folder / name).read_bytes() for name in PARTS.values()]
+        return hashlib.sha256(b"\0".join([told, *parts])).hexdigest()
 
 
 def recipe(

@@ -368,7 +368,7 @@ def _at(value: float | Tensor, kept: Tensor) -> float | Tensor:
 
 
 def _checked_targets(targets: Tensor, vocabulary: int) -> Tensor:
-    """On a GPU an index outside ends in the device's own assertion."""
+    """A GPU would wait for the check; there the loss is NaN, or an assertion ends the run."""
     if targets.device.type == "cpu" and targets.numel():
         lowest, highest = int(targets.min()), int(targets.max())
         if lowest < 0 or highest >= vocabulary:

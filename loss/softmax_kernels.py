@@ -1,6 +1,6 @@
 """Softmax of a chunk of logits and its gradient in place, on a GPU: two passes over the logits.
 
-The same in torch operations reads and writes them seven times and needs a float32 copy.
+The same in torch operations takes six passes and a float32 copy.
 
 Source:
     Online softmax: arXiv 1805.02867.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 _BLOCK = 4096
 _WARPS = 16
-# Below every logit; its difference to itself is 0, minus infinity's is NaN.
-_LOWEST = tl.constexpr(-1e30)
+# Float32's lowest number: its difference to itself is 0, minus infinity's is NaN.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -35,14 +35,16 @@ def _read_row(  # type: ignore[no-untyped-def]
     total = tl.zeros([block], tl.float32)
     for start in range(0, columns, block):
         at = start + tl.arange(0, block)
-        value = tl.load(logits + at, mask=at < columns, other=_LOWEST).to(tl.float32)
+        value = tl.load(logits + at, mask=at < columns, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(highest, value)
         total = total * tl.exp(highest - higher) + tl.exp(value - higher)
         highest = higher
     top = tl.max(highest, 0)
     # Two parts: their sum would round away what the lower one adds to large logits.
     rest = tl.log(tl.sum(total * tl.exp(highest - top), 0))
-    true = tl.load(logits + tl.load(targets + row)).to(tl.float32)
+    target = tl.load(targets + row)
+    inside = (target >= 0) & (target < columns)
+    true = tl.load(logits + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(normalisers + 2 * row, top)
     tl.store(normalisers + 2 * row + 1, rest)
     tl.store(log_probs + row, (true - top) - rest)
@@ -66,7 +68,7 @@ def _write_row(  # type: ignore[no-untyped-def]
     target = tl.load(targets + row)
     for start in range(0, columns, block):
         at = start + tl.arange(0, block)
-        value = tl.load(logits + at, mask=at < columns, other=_LOWEST).to(tl.float32)
+        value = tl.load(logits + at, mask=at < columns, other=-float("inf")).to(tl.float32)
         share = tl.exp((value - top) - rest)
         gradient = slope * (tl.where(at == target, 1.0, 0.0) - share)
         tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < columns)
@@ -77,11 +79,11 @@ def read_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: `[N, V]`, float32 or bfloat16, each row contiguous.
-        targets: `[N]` int64, each below V.
+        targets: `[N]` int64.
 
     Returns:
-        `[N]` float32 log-probabilities; `[N, 2]` float32, the highest logit and the logarithm of
-        the sum of the exponentials above it.
+        `[N]` float32 log-probabilities, NaN where the target is no column; `[N, 2]` float32, the
+        highest logit and the logarithm of the sum of the exponentials above it.
     """
     log_probs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     normalisers = torch.empty(len(logits), 2, dtype=torch.float32, device=logits.device)

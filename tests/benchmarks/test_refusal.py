@@ -101,34 +101,47 @@ def test_loss_with_less_than_two_seeds_has_no_row() -> None:
     assert [row.loss for row in summary(settings, results)] == [CROSS_ENTROPY]
 
 
-def _keep(path: Path, asked: Training | Search, result: dict[str, Any]) -> None:
-    setup = Setup(RECIPE, Path("anywhere"), None).key()
-    line = {"asked": asked._asdict(), "setup": setup, "result": result}
+def _keep(path: Path, setup: Setup, asked: Training | Search, result: dict[str, Any]) -> None:
+    line = {"asked": asked._asdict(), "setup": setup.key(), "result": result}
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def test_what_is_on_disk_is_not_done_again(tmp_path: Path) -> None:
+    # No data: whatever had to be trained would fail.
+    for name in PARTS.values():
+        (tmp_path / name).write_text("")
+    setup = Setup(RECIPE, tmp_path, None)
     path = tmp_path / "results.jsonl"
+    path.write_text('{"asked": {}, "epochs": 1.0, "result": {}}\n')  # of an earlier version
     for number, setting in enumerate(GRID["MAE"]):
         area = {1e-3: 0.9}.get(setting.learning_rate, 0.5 + number / 100)
         training = Training(1.0, 0.0, setting.learning_rate, 1000, "tune")
-        _keep(path, training, {"history": [], "final": {"auc": area}})
+        _keep(path, setup, training, {"history": [], "final": {"auc": area}})
     chosen = {FLEXIBLE: Setting(None, None, 1e-3)}
     for seed, q in enumerate((-0.3, 0.0)):
-        _keep(path, Search(1e-3, seed), {"q": q, "gamma": 0.0})
+        _keep(path, setup, Search(1e-3, seed), {"q": q, "gamma": 0.0})
         final = {"auc": 0.6 + seed / 10}
-        _keep(path, Training(q, 0.0, 1e-3, seed, "report"), {"history": [], "final": final})
+        _keep(path, setup, Training(q, 0.0, 1e-3, seed, "report"), {"history": [], "final": final})
     before = path.read_bytes()
 
-    # There are no data: whatever had to be trained would fail.
-    with Runs(Setup(RECIPE, tmp_path / "none", None), tmp_path, jobs=1) as runs:
+    with Runs(setup, tmp_path, jobs=1) as runs:
         assert tuned(runs, ["MAE"]) == {"MAE": Setting(1.0, 0.0, 1e-3)}
         found = measured(runs, chosen, 2)
 
     assert [result.training.q for result in found] == [-0.3, 0.0]
     assert [result.final["auc"] for result in found] == pytest.approx([0.6, 0.7])
     assert path.read_bytes() == before
+
+
+def test_other_data_are_another_experiment(folder: Path) -> None:
+    before = Setup(RECIPE, folder, None).key()
+    assert before == Setup(RECIPE, folder, None).key()
+    assert before != Setup(RECIPE, folder, 2.0).key()
+
+    (folder / PARTS["report"]).write_text("")
+
+    assert before != Setup(RECIPE, folder, None).key()
 
 
 def test_figure_is_drawn(tmp_path: Path) -> None:

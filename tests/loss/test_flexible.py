@@ -81,12 +81,12 @@ def test_slope_without_a_graph_is_as_right(dtype: torch.dtype) -> None:
 
 
 def test_slope_without_a_graph_where_the_truth_is_out_of_reach() -> None:
-    x = torch.tensor([-math.inf, -1e4, -90.0, -1e-7, -1e-44, 0.0, 1e-3, math.nan])
+    x = torch.tensor([-math.inf, -1e4, -90.0, -1e-7, 0.0, 1e-3, math.nan])
     for q, gamma in product((-1.0, -0.1, 0.0, 1e-30, 1.0, 2.0), (0.0, 0.5, 1.0, 5.0)):
         value, first, _ = derivatives(x, q, gamma)
         loss, slope = flexible_loss_and_slope(x, q, gamma)
         torch.testing.assert_close(loss, value, rtol=1e-4, atol=1e-20, equal_nan=True)
-        torch.testing.assert_close(slope[:-1], first[:-1], rtol=1e-4, atol=1e-20)
+        torch.testing.assert_close(slope, first, rtol=1e-4, atol=1e-20, equal_nan=True)
 
 
 def test_bfloat16_derivatives_are_right_to_their_own_rounding() -> None:

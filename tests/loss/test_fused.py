@@ -230,7 +230,7 @@ def test_the_caller_may_say_which_rows_have_a_weight() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_nothing_to_learn_is_zero_with_zero_gradients_of(tokens: int) -> None:
+def test_nothing_to_learn_is_zero_with_zero_gradients(tokens: int) -> None:
     problem = Problem(tokens=tokens)
     problem.token_weights.zero_()
 
@@ -242,7 +242,7 @@ def test_nothing_to_learn_is_zero_with_zero_gradients_of(tokens: int) -> None:
         assert not gradient.any()
 
 
-def test_a_matrix_tied_to_the_embeddings_gets_both_gradients_of() -> None:
+def test_a_matrix_tied_to_the_embeddings_gets_both_gradients() -> None:
     problem = Problem(tokens=6, vocabulary=9)
     ids = torch.tensor([1, 1, 4, 8, 0, 3])
 

@@ -144,6 +144,22 @@ def test_v1_first_step_decides_and_later_steps_only_mask(served: Served) -> None
     assert_text_row(later[0], processor.apply(later.clone())[0], served.manifest)
 
 
+def test_v1_batches_of_other_dials_are_decided_anew(served: Served) -> None:
+    row = torch.zeros(1, VOCABULARY)
+    always_first, always_last = Request(random.Random(1)), Request(random.Random(1))
+    for request, category in ((always_first, 0), (always_last, CATEGORIES - 1)):
+        bias = [0.0] * CATEGORIES
+        bias[category] = math.inf
+        controls = Controls(Rule.GREEDY, tuple(bias), (True,) * CATEGORIES)
+        request.params.extra_args = {EXTRA_ARGS_KEY: controls.to_wire()}
+    first, last = served.manifest.control_ids[0], served.manifest.control_ids[CATEGORIES - 1]
+
+    # Each asks twice, so that the second time its dials were seen before.
+    requests = [always_first, always_last, always_first, always_last]
+
+    assert [r.reference(served.config, row[0]) for r in requests] == [first, last] * 2
+
+
 def test_v1_unsteered_request_is_never_decided(served: Served) -> None:
     request = Request(random.Random(2), steered=False)
     processor = v1(served)
