@@ -1,5 +1,6 @@
 """Tables and figure of the refusal experiment."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def summary(settings: dict[str, Setting], results: Sequence[Result]) -> list[Row
 
 def _row(loss: str, setting: Setting, own: Sequence[Result], plain: Sequence[Result]) -> Row:
     pairs = list(zip(own, plain, strict=True))
-    trained = [f"({r.training.q:g}, {r.training.gamma:g})" for r in own]
+    trained = [f"({_told(r.training.q)}, {r.training.gamma:g})" for r in own]
     curves = np.array([[_fine(ce.history), _fine(r.history)] for r, ce in pairs])
     return Row(
         loss,
@@ -98,6 +99,12 @@ def _row(loss: str, setting: Setting, own: Sequence[Result], plain: Sequence[Res
         },
         paces(curves)[1],
     )
+
+
+def _told(q: float | str) -> str:
+    if not isinstance(q, str):
+        return f"{q:g}"
+    return "{start:g} to {end:g} over {over:g}".format(**json.loads(q))
 
 
 def _fine(history: Sequence[dict[str, Any]]) -> Any:

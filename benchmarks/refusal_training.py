@@ -17,6 +17,7 @@ METRICS = (
     "right_category",
     "calibration_error",
 )
+AUTO = "auto"
 EVERY = 0.1
 ROWS_ON_THE_WAY = 600
 PARTS = {"train": "train.jsonl", "tune": "calibration.jsonl", "report": "eval.jsonl"}
@@ -26,14 +27,14 @@ class Training(NamedTuple):
     """What is trained.
 
     Attributes:
-        q: See loss/flexible.py.
+        q: See loss/flexible.py; a schedule as JSON.
         gamma: See loss/flexible.py.
         learning_rate: At the end of the warm-up.
         seed: Of weights and order.
         measured: A key of `PARTS`: what it is measured on.
     """
 
-    q: float
+    q: float | str
     gamma: float
     learning_rate: float
     seed: int
@@ -86,7 +87,8 @@ def recipe(
     made = _read(setup.recipe)
     sources = [one if isinstance(one, dict) else {"path": one} for one in made["data"]["train"]]
     made["data"]["train"] = [one | {"path": str(setup.folder / one["path"])} for one in sources]
-    made["loss"]["decision"] |= {"q": q, "gamma": gamma}
+    setting = json.loads(q) if isinstance(q, str) and q != AUTO else q
+    made["loss"]["decision"] |= {"q": setting, "gamma": gamma}
     made["optimisation"] |= {"learning_rate": learning_rate}
     if setup.epochs is not None:
         made["optimisation"]["epochs"] = setup.epochs
@@ -142,11 +144,13 @@ def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
     from training.start import start_of
 
     torch.set_num_threads(1)
-    config = _config(setup, asked.learning_rate, asked.seed, "auto", "auto")
+    config = _config(setup, asked.learning_rate, asked.seed, AUTO, AUTO)
     rows = _world(setup).rows
     with tempfile.TemporaryDirectory() as made:
         found = search(config, start_of(config, rows), rows, Path(made)).search
-    return {**found.best._asdict(), "reason": found.reason, "cost_in_trainings": found.cost}
+    q, gamma = found.best
+    told = q if isinstance(q, float) else q.model_dump_json()
+    return {"q": told, "gamma": gamma, "reason": found.reason, "cost_in_trainings": found.cost}
 
 
 def _config(setup: Setup, *values: Any) -> Any:

@@ -1,8 +1,8 @@
 """`auto`: q and gamma of the decision loss, chosen from the training data alone.
 
-The training rows are split once more, and members of the family are tried on the inner training
-part by successive halving. What is compared is the area under the ROC curve of the decisions on the
-inner validation part, refused against answered:
+The training rows are split once more, and members of the family, one of them on a schedule, are
+tried on the inner training part by successive halving. What is compared is the area under the ROC
+curve of the decisions on the inner validation part, refused against answered:
 
 * It belongs to none of the losses. Log-loss is what cross-entropy itself minimises, and it measures
   calibration, which differs by q and which the dials' calibration repairs afterwards.
@@ -25,10 +25,10 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
-from loss.members import CROSS_ENTROPY, Member
+from loss.members import CROSS_ENTROPY
 from models.errors import ConfigError
 from training.halving import Choice, Plan, successive_halving
-from training.loss_config import AUTO, LossConfig
+from training.loss_config import AUTO, LossConfig, QSchedule
 from training.rows import Message, Row
 
 CHOICE_NAME = "loss_choice.json"
@@ -39,17 +39,35 @@ LEAST_OF_A_KIND = 20
 # Areas of two models on the same rows go up and down together: the standard error of their
 # difference is about half of that of one area where they correlate by 0.9.
 GAIN_IN_ERRORS = 0.5
-CANDIDATES = (
-    CROSS_ENTROPY,
-    Member(0.3, 0.0),
-    Member(0.7, 0.0),
-    Member(0.0, 1.0),
-    Member(0.3, 1.0),
-    Member(1.0, 1.0),
-    Member(-0.3, 0.0),
-)
 BUDGETS = (0.1, 0.3)
 KEEP = (2,)
+
+
+class Candidate(NamedTuple):
+    """A loss that may be chosen.
+
+    Attributes:
+        q: See loss/flexible.py.
+        gamma: As `q`.
+    """
+
+    q: float | QSchedule
+    gamma: float
+
+
+STANDARD = Candidate(*CROSS_ENTROPY)
+CANDIDATES = (
+    STANDARD,
+    Candidate(0.3, 0.0),
+    Candidate(0.7, 0.0),
+    Candidate(0.0, 1.0),
+    Candidate(0.3, 1.0),
+    Candidate(1.0, 1.0),
+    Candidate(-0.3, 0.0),
+    # What is far wrong first, then cross-entropy.
+    Candidate(QSchedule(start=-1.0, end=0.0, over=0.5), 0.0),
+)
+FitAndScore = Callable[[float | QSchedule, float, float], float]
 
 
 class InnerSplit(NamedTuple):
@@ -74,7 +92,7 @@ class LossChoice(NamedTuple):
         least_gain: What a member had to exceed cross-entropy's score by.
     """
 
-    search: Choice[Member]
+    search: Choice[Candidate]
     rows: dict[str, int]
     seed: int
     least_gain: float
@@ -83,7 +101,7 @@ class LossChoice(NamedTuple):
         """Returns what `loss_choice.json` holds."""
         search = self.search
         record = {
-            "q": search.best.q,
+            "q": _told(search.best.q),
             "gamma": search.best.gamma,
             "reason": search.reason,
             "criterion": CRITERION,
@@ -93,7 +111,7 @@ class LossChoice(NamedTuple):
             "cost_in_trainings": round(search.cost, 6),
             "trials": [
                 {
-                    "q": trial.candidate.q,
+                    "q": _told(trial.candidate.q),
                     "gamma": trial.candidate.gamma,
                     "share_of_steps": trial.budget,
                     "score": trial.score if math.isfinite(trial.score) else None,
@@ -106,17 +124,21 @@ class LossChoice(NamedTuple):
         return json.dumps(record, indent=2) + "\n"
 
 
+def _told(q: float | QSchedule) -> float | dict[str, float]:
+    return q.model_dump() if isinstance(q, QSchedule) else q
+
+
 def is_auto(config: LossConfig) -> bool:
     """Returns whether q and gamma of the decision loss are still to be chosen."""
     return AUTO in (config.decision.q, config.decision.gamma)
 
 
 def choose_loss(
-    fit_and_score: Callable[[float, float, float], float],
+    fit_and_score: FitAndScore,
     split: InnerSplit,
     *,
     seed: int,
-    candidates: Sequence[Member] = CANDIDATES,
+    candidates: Sequence[Candidate] = CANDIDATES,
     budgets: Sequence[float] = BUDGETS,
     keep: Sequence[int] = KEEP,
 ) -> LossChoice:
@@ -130,14 +152,14 @@ def choose_loss(
             `CRITERION`. The same seed and the same order of rows for every member.
         split: What `inner_split` returned.
         seed: What the split was made with; recorded.
-        candidates: Members, `CROSS_ENTROPY` among them.
+        candidates: What may be chosen, `STANDARD` among them.
         budgets: Shares of the steps, rising.
         keep: How many go on after each budget but the last.
 
     Raises:
         ValueError: Cross-entropy is missing, or see `successive_halving`.
     """
-    if CROSS_ENTROPY not in candidates:
+    if STANDARD not in candidates:
         raise ValueError("the candidates must include cross-entropy")
     refused = sum(row.category is not None for row in split.validation)
     answered = len(split.validation) - refused
@@ -147,11 +169,11 @@ def choose_loss(
 
     search = successive_halving(
         candidates,
-        lambda member, share: fit_and_score(member.q, member.gamma, share),
-        Plan(tuple(budgets), tuple(keep), (CROSS_ENTROPY.__eq__,), least_gain=least_gain),
+        lambda candidate, share: fit_and_score(candidate.q, candidate.gamma, share),
+        Plan(tuple(budgets), tuple(keep), (STANDARD.__eq__,), least_gain=least_gain),
     )
     counts = {"train": len(split.train), "refused": refused, "answered": answered}
-    standard = next(t.score for t in search.rungs[-1] if t.candidate == CROSS_ENTROPY)
+    standard = next(t.score for t in search.rungs[-1] if t.candidate == STANDARD)
     return LossChoice(search, counts, seed, least_gain(standard))
 
 

@@ -1,16 +1,23 @@
 """Short trainings for `auto`: what a member of the loss family scores on the inner rows."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from loss.members import Member
 from models.errors import ConfigError
 from training.assembly import SILENT, assemble, memory_told
-from training.auto_loss import CHOICE_NAME, InnerSplit, LossChoice, choose_loss, inner_split
+from training.auto_loss import (
+    CHOICE_NAME,
+    Candidate,
+    FitAndScore,
+    InnerSplit,
+    LossChoice,
+    choose_loss,
+    inner_split,
+)
 from training.config import TrainConfig
 from training.data import DecisionWeights, Row, encode_rows
-from training.loss_config import LossConfig
+from training.loss_config import LossConfig, QSchedule
 from training.mixture import decision_weights
 from training.monitor import DecisionMonitor
 from training.start import Start
@@ -36,16 +43,17 @@ def search(config: TrainConfig, start: Start, rows: Sequence[Row], folder: Path)
     return choose_loss(score, split, seed=config.seed)
 
 
-def read_choice(folder: Path) -> Member | None:
+def read_choice(folder: Path) -> Candidate | None:
     """Returns what a run chose before it was killed; None where it had not."""
     path = folder / CHOICE_NAME
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    return Member(record["q"], record["gamma"])
+    q = record["q"]
+    return Candidate(QSchedule(**q) if isinstance(q, dict) else q, record["gamma"])
 
 
-def with_choice(loss: LossConfig, choice: Member) -> LossConfig:
+def with_choice(loss: LossConfig, choice: Candidate) -> LossConfig:
     """Returns the losses with `auto` replaced by what was chosen."""
     decision = loss.decision.model_copy(update={"q": choice.q, "gamma": choice.gamma})
     return loss.model_copy(update={"decision": decision})
@@ -53,7 +61,7 @@ def with_choice(loss: LossConfig, choice: Member) -> LossConfig:
 
 def fit_and_score(
     config: TrainConfig, start: Start, split: InnerSplit, weights: DecisionWeights, folder: Path
-) -> Callable[[float, float, float], float]:
+) -> FitAndScore:
     """Returns a function that trains shortly and tells how well the decisions are ranked.
 
     Every training begins with the same weights, sees the same rows in the same order, and is a
@@ -95,7 +103,7 @@ def fit_and_score(
             "were set aside are too long; raise optimisation.max_length, or give q and gamma"
         )
 
-    def score(q: float, gamma: float, share: float) -> float:
+    def score(q: float | QSchedule, gamma: float, share: float) -> float:
         decision = config.loss.decision.model_copy(update={"q": q, "gamma": gamma})
         loss = config.loss.model_copy(update={"decision": decision})
         trainer = assemble(config, start, examples, loss, folder, SILENT, share=share)

@@ -53,11 +53,13 @@ def test_a_recipe_gets_loss_rate_seed_and_folder(tmp_path: Path) -> None:
     assert made["seed"] == 7
     assert made["loss"]["decision"] == {"weight": 20, "q": -0.3, "gamma": 0.0}
     assert made["optimisation"]["learning_rate"] == 2e-3
+    schedule = {"start": -1.0, "end": 0.0, "over": 0.5}
+    assert recipe(setup, 2e-3, 7, json.dumps(schedule), 0.0)["loss"]["decision"]["q"] == schedule
     paths = [source["path"] for source in made["data"]["train"]]
     assert paths == [str(tmp_path / "train.jsonl")] * 2
 
 
-def _result(loss: str, seed: int, areas: list[float], q: float = 0.0) -> Result:
+def _result(loss: str, seed: int, areas: list[float], q: float | str = 0.0) -> Result:
     final = dict.fromkeys(METRICS, 0.5) | {"auc": areas[-1]}
     history = [{"step": 10 * at, "auc": area} for at, area in enumerate(areas)]
     return Result(loss, Training(q, 0.0, 1e-3, seed, "report"), history, final)
@@ -72,7 +74,7 @@ def test_summary_by_hand() -> None:
     results = [
         _result(CROSS_ENTROPY, 0, [0.5, 0.6, 0.8]),
         _result(CROSS_ENTROPY, 1, [0.5, 0.7, 0.8]),
-        _result(FLEXIBLE, 0, [0.5, 0.9, 0.9], q=-0.3),
+        _result(FLEXIBLE, 0, [0.5, 0.9, 0.9], q='{"start": -1.0, "end": 0.0, "over": 0.5}'),
         _result(FLEXIBLE, 1, [0.5, 0.9, 0.9]),
         _result("MAE", 0, [0.5, 0.6, 0.7]),
         _result("MAE", 1, [0.5, 0.6, 0.7]),
@@ -85,7 +87,7 @@ def test_summary_by_hand() -> None:
     # Cross-entropy's best, .8, is reached at three quarters of 10 steps of 20.
     assert flexible.pace.ratio == pytest.approx(0.375, abs=0.01)
     assert flexible.gain["auc"] == pytest.approx((0.1, 0.0))
-    assert flexible.members == {"(-0.3, 0)": 1, "(0, 0)": 1}
+    assert flexible.members == {"(-1 to 0 over 0.5, 0)": 1, "(0, 0)": 1}
     text = as_markdown([plain, flexible, mae])
     assert "| flexible, auto | 0.001 | 2 | 0.900 ± 0.000 |" in text
     assert "| MAE | -0.100 ± 0.000 |" in text

@@ -3,23 +3,26 @@
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 
-from loss.members import CROSS_ENTROPY, Member
 from models.errors import ConfigError
 from training.auto_loss import (
     BUDGETS,
     CANDIDATES,
     KEEP,
+    STANDARD,
+    Candidate,
     InnerSplit,
     area_error,
     choose_loss,
     inner_split,
     is_auto,
 )
-from training.loss_config import DecisionLoss, LossConfig
+from training.loss_config import DecisionLoss, LossConfig, QSchedule
 from training.rows import Message, Row
+from training.search import read_choice, with_choice
 
 
 def row(prompt: str, category: str | None, pair: str | None = None, *earlier: Message) -> Row:
@@ -139,21 +142,39 @@ def test_error_of_an_area_by_hand() -> None:
     assert area_error(math.nan, 50, 100) == 0
 
 
-def test_the_best_member_wins() -> None:
-    wanted = Member(0.7, 0.0)
-    choice = choose_loss(lambda q, g, share: 0.9 - abs(q - 0.7) / 3 - g / 3, split_of(), seed=4)
+def first(q: float | QSchedule) -> float:
+    """What q begins with."""
+    return q.start if isinstance(q, QSchedule) else q
+
+
+def test_the_best_candidate_wins() -> None:
+    wanted = Candidate(0.7, 0.0)
+    choice = choose_loss(
+        lambda q, g, share: 0.9 - abs(first(q) - 0.7) / 3 - g / 3, split_of(), seed=4
+    )
     assert choice.search.best == wanted
 
 
+def test_a_schedule_can_win_and_is_read_back(tmp_path: Path) -> None:
+    choice = choose_loss(lambda q, g, share: 0.7 - first(q) / 5, split_of(), seed=4)
+    (tmp_path / "loss_choice.json").write_text(choice.to_json())
+
+    found = read_choice(tmp_path)
+
+    assert found == choice.search.best == Candidate(QSchedule(start=-1, end=0, over=0.5), 0.0)
+    loss = with_choice(LossConfig(decision=DecisionLoss(q="auto")), found)
+    assert loss.decision == DecisionLoss(q={"start": -1, "end": 0, "over": 0.5}, gamma=0.0)
+
+
 def test_cross_entropy_can_win_and_wins_ties() -> None:
-    choice = choose_loss(lambda q, g, share: 0.8 - abs(q) - g, split_of(), seed=0)
-    assert choice.search.best == CROSS_ENTROPY
-    assert choose_loss(lambda q, g, share: 0.8, split_of(), seed=0).search.best == CROSS_ENTROPY
+    choice = choose_loss(lambda q, g, share: 0.8 - abs(first(q)) - g, split_of(), seed=0)
+    assert choice.search.best == STANDARD
+    assert choose_loss(lambda q, g, share: 0.8, split_of(), seed=0).search.best == STANDARD
 
 
 def test_less_than_chance_leaves_cross_entropy() -> None:
     # Error at .9 with 100 and 100: .0222; half of it is asked for.
-    for gain, best in ((0.010, CROSS_ENTROPY), (0.012, Member(0.3, 0.0))):
+    for gain, best in ((0.010, STANDARD), (0.012, Candidate(0.3, 0.0))):
         choice = choose_loss(
             lambda q, g, share, gain=gain: 0.9 + gain * ((q, g) == (0.3, 0.0)),  # type: ignore[misc]
             split_of(),
@@ -164,7 +185,7 @@ def test_less_than_chance_leaves_cross_entropy() -> None:
 
 def test_a_training_that_fails_does_not_win() -> None:
     choice = choose_loss(
-        lambda q, g, share: math.nan if q > 0.5 else 0.6 + q / 10, split_of(), seed=0
+        lambda q, g, share: math.nan if first(q) > 0.5 else 0.6 + first(q) / 10, split_of(), seed=0
     )
     assert choice.search.best in [member for member in CANDIDATES if member.q == 0.3]
     record = json.loads(choice.to_json())
@@ -172,26 +193,27 @@ def test_a_training_that_fails_does_not_win() -> None:
 
 
 def test_the_record_tells_what_was_tried_and_why() -> None:
-    choice = choose_loss(lambda q, g, share: 0.7 + q / 10 + share / 10, split_of(60, 80), seed=9)
+    choice = choose_loss(
+        lambda q, g, share: 0.7 + first(q) / 10 + share / 10, split_of(60, 80), seed=9
+    )
     record = json.loads(choice.to_json())
     assert (record["q"], record["gamma"], record["seed"]) == (1.0, 1.0, 9)
     assert record["rows"] == {"train": 0, "refused": 60, "answered": 80}
     assert len(record["trials"]) == len(CANDIDATES) + KEEP[0] + 1
-    first = record["trials"][0]
-    assert first == {
+    assert record["trials"][0] == {
         "q": 0.0,
         "gamma": 0.0,
         "share_of_steps": BUDGETS[0],
         "score": pytest.approx(0.71),
         "kept": True,
     }
-    assert record["cost_in_trainings"] == pytest.approx(7 * 0.1 + 3 * 0.3)
+    assert record["cost_in_trainings"] == pytest.approx(len(CANDIDATES) * 0.1 + 3 * 0.3)
     assert "above the standard's" in record["reason"]
 
 
 def test_cross_entropy_must_be_a_candidate() -> None:
     with pytest.raises(ValueError, match="must include cross-entropy"):
-        choose_loss(lambda q, g, share: 0.5, split_of(), seed=0, candidates=[Member(0.7, 0.0)])
+        choose_loss(lambda q, g, share: 0.5, split_of(), seed=0, candidates=[Candidate(0.7, 0.0)])
 
 
 def test_auto_is_for_both_or_none() -> None:
