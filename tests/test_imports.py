@@ -60,9 +60,11 @@ def test_package_imports_only_what_the_design_allows(package: str) -> None:
 
 
 def test_loss_imports_torch_and_the_standard_library_only() -> None:
-    for path in sources("loss"):
-        foreign = packages_imported(path) - sys.stdlib_module_names - {"torch", "loss"}
-        assert not foreign, path.relative_to(ROOT)
+    known = sys.stdlib_module_names | {"torch", "loss"}
+    foreign = {path.name: packages_imported(path) - known for path in sources("loss")}
+    # torch for GPUs brings Triton along; this module is imported where there is one.
+    assert foreign.pop("softmax_kernels.py") == {"triton"}
+    assert not any(foreign.values()), foreign
 
 
 def test_server_is_imported_by_the_command_line_only() -> None:
