@@ -249,7 +249,7 @@ def test_search_for_the_loss_is_told_with_what_it_takes(
 
     # 224 rows, a fifth of each category set aside: 12 of 56, 12 of 56 and 23 of 112.
     assert "auto: q and gamma are chosen on 177 training rows and 47 others of them" in text
-    assert "1.3 to 1.6 times the steps" in text
+    assert "1.4 to 1.7 times the steps" in text
     assert "auto" not in _shown(out_of_reach)
 
 
