@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/refusal"))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--other-seeds", type=int, help="of losses but cross-entropy and auto")
-    parser.add_argument("--recipe", type=Path, default=Path("benchmarks/refusal.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("refusal.yaml"))
     parser.add_argument("--losses", nargs="+", choices=OTHERS, default=OTHERS, help="the others")
     parser.add_argument("--epochs", type=float, help="in place of the recipe's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -164,9 +164,9 @@ def main() -> None:
     others = options.seeds if options.other_seeds is None else options.other_seeds
     if not 0 <= others <= options.seeds or options.seeds < 2:
         parser.error("--seeds must be at least 2, --other-seeds at most as many")
-    for name in PARTS.values():
-        if not (options.data / name).is_file():
-            parser.error(f"{options.data / name} does not exist")
+    for path in (options.recipe, *(options.data / name for name in PARTS.values())):
+        if not path.is_file():
+            parser.error(f"{path} does not exist")
     options.out.mkdir(parents=True, exist_ok=True)
     setup = Setup(options.recipe, options.data.resolve(), options.epochs)
     with Runs(setup, options.out, options.jobs) as runs:

@@ -207,7 +207,7 @@ def _tell_what_is_odd(run: _Run, mixture: Mixture) -> None:
 
 
 def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
-    """Returns the losses as numbers; `auto` is searched for once and then read back."""
+    """Returns the losses without `auto`, which is searched for once and then read back."""
     if not is_auto(run.config.loss):
         return run.config.loss
     from training.search import read_choice, search, with_choice
