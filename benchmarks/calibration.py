@@ -26,8 +26,8 @@ from rich.progress import track
 from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
 from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration, save_calibration
-from models.controls import Rule
-from models.decision import Dials, decide, dial_row
+from models.controls import Rule, dial_row
+from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
 from training.calibrate import Job, calibrate

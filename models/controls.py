@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import NotRequired, TypedDict
+
+import numpy as np
 
 # Where the controls stand in vLLM's ``SamplingParams.extra_args``.
 EXTRA_ARGS_KEY = "rheostat"
@@ -22,18 +25,16 @@ class Rule(IntEnum):
 
 
 class WireControls(TypedDict):
-    """``Controls`` as plain values; msgpack carries infinities.
+    """``Controls`` as they travel.
 
     Attributes:
         rule: A ``Rule``.
-        bias: One a category.
-        selected: One a category.
+        row: The fp32 bytes of ``dial_row``, with nothing drawn yet.
         ticket: Where the margins go, a ``Ticket`` of server/margins.py; absent when nobody asks.
     """
 
     rule: int
-    bias: list[float]
-    selected: list[bool]
+    row: bytes
     ticket: NotRequired[tuple[str, int, int]]
 
 
@@ -63,7 +64,38 @@ class Controls:
 
     def to_wire(self) -> WireControls:
         """Returns what is put into ``extra_args``."""
-        return {"rule": int(self.rule), "bias": list(self.bias), "selected": list(self.selected)}
+        return {"rule": int(self.rule), "row": self._row}
+
+    @cached_property
+    def _row(self) -> bytes:
+        row = dial_row(self.bias, self.selected, self.rule, 0.0, 0.0)
+        with np.errstate(over="ignore"):  # a bias beyond fp32 is infinite
+            return np.array(row, np.float32).tobytes()
+
+
+def dial_row(
+    bias: Sequence[float],
+    selected: Sequence[bool],
+    rule: int,
+    temperature: float,
+    uniform: float,
+) -> list[float]:
+    """Returns one row of ``Dials`` (models/decision.py).
+
+    Where a bias is ``+inf`` only such categories stay in the race, and the largest margin among
+    them wins; adding the infinity itself would make them tie.
+
+    Args:
+        bias: One a category; ``-inf`` never, ``+inf`` always.
+        selected: One a category.
+        rule: A ``Rule``.
+        temperature: The request's.
+        uniform: Its draw.
+    """
+    shift = [*bias, 0.0]
+    if math.inf in bias:
+        shift = [0.0 if b == math.inf else -math.inf for b in shift]
+    return [*shift, *bias, *map(float, selected), float(rule), temperature, uniform]
 
 
 def bias_of_sensitivity(sensitivity: float) -> float:

@@ -7,14 +7,16 @@ order, the respond token last. Nothing here knows of vLLM, HTTP or files.
 import math
 import random
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from models.controls import Controls, Rule
+from models.controls import Controls, Rule, dial_row
 
 
-class Dials(NamedTuple):
+@dataclass(frozen=True)
+class Dials:
     """What a batch of requests asks of the decision, as rows of one matrix.
 
     The columns are sliced where a rule reads them, for every view costs as much as a sum.
@@ -27,7 +29,7 @@ class Dials(NamedTuple):
     rows: torch.Tensor
     categories: int
 
-    @property
+    @cached_property
     def shift(self) -> torch.Tensor:
         """``[rows, k + 1]`` added to each token's margin; ``-inf`` where it is out of the race."""
         return self.rows[:, : self.categories + 1]
@@ -58,31 +60,6 @@ class Dials(NamedTuple):
         return self.rows[:, 3 * self.categories + 3]
 
 
-def dial_row(
-    bias: Sequence[float],
-    selected: Sequence[bool],
-    rule: int,
-    temperature: float,
-    uniform: float,
-) -> list[float]:
-    """Returns one row of ``Dials``.
-
-    Where a bias is ``+inf`` only such categories stay in the race, and the largest margin among
-    them wins; adding the infinity itself would make them tie.
-
-    Args:
-        bias: One a category; ``-inf`` never, ``+inf`` always.
-        selected: One a category.
-        rule: A ``Rule``.
-        temperature: The request's.
-        uniform: Its draw.
-    """
-    shift = [*bias, 0.0]
-    if math.inf in bias:
-        shift = [0.0 if b == math.inf else -math.inf for b in shift]
-    return [*shift, *bias, *map(float, selected), float(rule), temperature, uniform]
-
-
 def uniform_draw(seed: int) -> float:
     """Returns the draw in [0, 1) that belongs to a request's seed.
 
@@ -95,7 +72,7 @@ def uniform_draw(seed: int) -> float:
 def decide(
     logits: torch.Tensor,
     dials: Dials,
-    rules: Collection[Rule],
+    rules: Collection[int],
     log_normaliser: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Chooses one control token a row.

@@ -59,6 +59,7 @@ from server.generation import Generation, Outputs
 from server.guard import Guard, build_guard
 from server.hiding import Hider
 from server.http_head import BoundedHead
+from server.huge_pages import collapse_memory
 from server.margins import MarginBoard
 from server.middleware import GENERATING, RefusalMiddleware
 from server.recorder import MarginRecorder
@@ -351,10 +352,12 @@ def _put_gate(app: Any, settings: Settings, policies: Policies) -> None:
 def _make_quick(app: Any) -> None:
     # The router, and the middleware that labels vLLM's HTTP metrics, try one route after the other;
     # vLLM reads variables of the environment several times a request; and the collector looks for
-    # cycles after so few new objects that most of them are requests still being answered.
+    # cycles after so few new objects that most of them are requests still being answered. What was
+    # made by now stays for good.
     app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in GENERATING)
     envs.enable_envs_cache()
     gc.set_threshold(YOUNG_OBJECTS)
+    collapse_memory()
 
 
 def _api_keys(args: Namespace) -> list[str]:

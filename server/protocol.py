@@ -4,7 +4,7 @@ import contextlib
 import marshal
 import math
 import reprlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -165,6 +165,10 @@ class RefusalOptions(DialOptions):
     policy: str | None = None
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         return hash((frozenset(self.categories.items()), self.decision, self.calibration))
 
     @property

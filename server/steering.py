@@ -22,13 +22,15 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
-from models.controls import EXTRA_ARGS_KEY, Rule, WireControls
-from models.decision import Dials, decide, dial_row, uniform_draw
+from models.controls import EXTRA_ARGS_KEY, Rule, WireControls, dial_row
+from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
+from server.huge_pages import collapse_memory
 from server.margin_rows import write_rows
 from server.margins import Ticket
 
 NEVER_CHOSEN = float("-inf")
+_MOST_KEPT = 128
 
 
 def controls_of(params: SamplingParams) -> WireControls | None:
@@ -50,19 +52,12 @@ def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _floats(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a bias beyond fp32 is infinite
-        return np.array(rows, np.float32)
-
-
-@lru_cache(maxsize=256)
-def _dials(rows: tuple[tuple[float, ...], ...], categories: int, device: torch.device) -> Dials:
-    # Batches repeat: a tenant's application sends the same dials with every request.
-    return Dials(_sent(_floats(rows), device), categories)
+def _table(rows: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(bytearray().join(rows), np.float32).reshape(len(rows), -1)
 
 
 class _Asking:
-    """The rows of a batch whose margins are asked for; made when the batch changes.
+    """The rows of a batch whose margins are asked for.
 
     Args:
         tickets: By row of the logits slice that is decided on.
@@ -80,12 +75,13 @@ class _Asking:
         write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
 
 
-def _row(controls: WireControls, params: SamplingParams) -> tuple[float, ...]:
-    bias, selected, rule = controls["bias"], controls["selected"], controls["rule"]
-    if rule != Rule.SAMPLE:
-        return tuple(dial_row(bias, selected, rule, 0.0, 0.0))
+def _row(controls: WireControls, params: SamplingParams) -> bytes:
+    row = controls["row"]
+    if controls["rule"] != Rule.SAMPLE:
+        return row
     uniform = 0.0 if params.seed is None else uniform_draw(params.seed)
-    return tuple(dial_row(bias, selected, rule, params.temperature, uniform))
+    drawn = np.array([params.temperature, uniform], np.float32).tobytes()
+    return row[: -len(drawn)] + drawn
 
 
 def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
@@ -96,27 +92,40 @@ def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
 class _Undecided(NamedTuple):
     """A request of V1's batch before its decision."""
 
-    row: tuple[float, ...]
-    rule: Rule
+    row: bytes
+    rule: int
     output_ids: list[int]
     ticket: Ticket | None
+
+
+class _Deciding(NamedTuple):
+    """The ``n`` rows of V1's batch that the next step decides.
+
+    Attributes:
+        rows: ``[n]`` int64.
+        places: ``[n, k + 1]`` int64, where their control tokens stand in the flat logits.
+        dials: Theirs.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    dials: Dials
 
 
 class SteeringV1(V1LogitsProcessor):
     """For vLLM's V1 model runner, where row i of the logits is request i of the batch.
 
     A request is undecided while its list of output tokens is empty. Only undecided requests cost
-    anything on the host, and only in the steps that they join, leave or move.
+    anything on the host.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        collapse_memory()
         self._ids = _control_ids(vllm_config, device)
-        self._categories = len(self._ids) - 1
+        self._chosen = torch.zeros((), device=device)
         self._undecided: dict[int, _Undecided] = {}
-        self._rows: torch.Tensor | None = None
-        self._asking: _Asking | None = None
-        self._dials: Dials | None = None
-        self._rules: set[Rule] = set()
+        # Batches repeat: a tenant's application sends the same dials with every request.
+        self._lately = lru_cache(maxsize=_MOST_KEPT)(self._deciding)
 
     def is_argmax_invariant(self) -> bool:
         """The decision changes the largest logit."""
@@ -124,43 +133,51 @@ class SteeringV1(V1LogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follows requests through the batch: removed, then added, then moved."""
-        changed = batch_update is not None and self._follow(batch_update)
+        if batch_update is not None:
+            self._follow(batch_update)
         decided = [index for index, request in self._undecided.items() if request.output_ids]
         for index in decided:
             del self._undecided[index]
-        if changed or decided:
-            self._rebuild()
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Masks in place; ``logits`` is ``[requests, vocabulary]`` fp32."""
-        if self._rows is None or self._dials is None:
+        if not self._undecided:
             return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
-        rows = self._rows
-        own = logits.index_select(1, self._ids).index_select(0, rows)
+        requests = self._undecided.values()
+        dial_rows = tuple(request.row for request in requests)
+        rows, places, dials = self._lately(tuple(self._undecided), dial_rows, logits.shape[1])
+        rules = {request.rule for request in requests}
+        tickets = {i: r.ticket for i, r in enumerate(requests) if r.ticket is not None}
+        own = logits.take(places)
         normaliser = None
-        if self._asking is not None or Rule.PAPER in self._rules:
+        if tickets or Rule.PAPER in rules:
             normaliser = logits[rows].logsumexp(dim=-1)
-        choice = decide(own, self._dials, self._rules, normaliser)
-        if self._asking is not None and normaliser is not None:
-            self._asking.write(normaliser, own)
+        choice = decide(own, dials, rules, normaliser)
+        if tickets and normaliser is not None:
+            _Asking(tickets, logits.device).write(normaliser, own)
         logits.index_fill_(1, self._ids, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
-        logits[rows, self._ids.take(choice)] = 0.0
-        return logits
+        return logits.index_put_((rows, self._ids.take(choice)), self._chosen)
 
-    def _follow(self, update: BatchUpdate) -> bool:
-        before = set(self._undecided)
+    def _deciding(
+        self, indices: tuple[int, ...], dial_rows: tuple[bytes, ...], vocabulary: int
+    ) -> _Deciding:
+        device = self._ids.device
+        rows = _sent(np.array(indices, np.int64), device)
+        dials = Dials(_sent(_table(dial_rows), device), len(self._ids) - 1)
+        return _Deciding(rows, rows.unsqueeze(1) * vocabulary + self._ids, dials)
+
+    def _follow(self, update: BatchUpdate) -> None:
         for index in update.removed:
             self._undecided.pop(index, None)
         for index, params, _, output_ids in update.added:
             self._undecided.pop(index, None)
             controls = controls_of(params)
             if controls is not None and not output_ids:
-                row, rule = _row(controls, params), Rule(controls["rule"])
-                self._undecided[index] = _Undecided(row, rule, output_ids, ticket_of(controls))
+                row, ticket = _row(controls, params), ticket_of(controls)
+                self._undecided[index] = _Undecided(row, controls["rule"], output_ids, ticket)
         for source, target, direction in update.moved:
             self._move(source, target, direction)
-        return bool(before or self._undecided)
 
     def _move(self, source: int, target: int, direction: MoveDirectionality) -> None:
         moving = self._undecided.pop(source, None)
@@ -169,18 +186,6 @@ class SteeringV1(V1LogitsProcessor):
             self._undecided[target] = moving
         if displaced is not None and direction is MoveDirectionality.SWAP:
             self._undecided[source] = displaced
-
-    def _rebuild(self) -> None:
-        if not self._undecided:
-            self._rows = self._dials = self._asking = None
-            return
-        device = self._ids.device
-        requests = self._undecided.values()
-        tickets = {row: r.ticket for row, r in enumerate(requests) if r.ticket is not None}
-        self._asking = _Asking(tickets, device) if tickets else None
-        self._rows = _sent(np.fromiter(self._undecided, np.int64), device)
-        self._dials = _dials(tuple(r.row for r in requests), self._categories, device)
-        self._rules = {request.rule for request in requests}
 
 
 class SteeringV2(V2LogitsProcessor):
@@ -191,6 +196,7 @@ class SteeringV2(V2LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        collapse_memory()
         device = req_states.device
         speculative = vllm_config.speculative_config
         self._drafts = speculative.num_speculative_tokens if speculative else 0
@@ -201,14 +207,14 @@ class SteeringV2(V2LogitsProcessor):
         self._values = torch.zeros(req_states.max_num_reqs, self._width + 1, device=device)
         self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
-        self._staged: dict[int, tuple[float, ...]] = {}
+        self._staged: dict[int, bytes] = {}
         self._tickets: dict[int, Ticket] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Overwrites everything that the slot's last request left."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
-        row = (0.0,) * self._width
+        row = bytes(4 * self._width)
         self._tickets.pop(req_idx, None)
         if controls is not None:
             ticket = ticket_of(controls)
@@ -218,7 +224,7 @@ class SteeringV2(V2LogitsProcessor):
                 self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
             row = _row(controls, sampling_params)
-        self._staged[req_idx] = (*row, float(controls is not None))
+        self._staged[req_idx] = row + np.float32(controls is not None).tobytes()
         return True
 
     def apply_staged_writes(self) -> None:
@@ -227,7 +233,7 @@ class SteeringV2(V2LogitsProcessor):
             return
         device = self._values.device
         slots = _sent(np.fromiter(self._staged, np.int64), device)
-        block = _sent(_floats(list(self._staged.values())), device)
+        block = _sent(_table(list(self._staged.values())), device)
         self._values.index_copy_(0, slots, block)
         self._staged.clear()
 

@@ -1,4 +1,5 @@
 import math
+import struct
 
 import pytest
 
@@ -52,10 +53,21 @@ def test_as_trained_is_greedy_without_bias() -> None:
     assert Controls.as_trained(2) == Controls(Rule.GREEDY, (0.0, 0.0), (False, False))
 
 
+def floats(row: bytes) -> list[float]:
+    return list(struct.unpack(f"{len(row) // 4}f", row))
+
+
 def test_wire_form_is_plain_values() -> None:
     wire = Controls(Rule.PAPER, (math.inf, -2.0), (True, False)).to_wire()
-    assert wire == {"rule": 2, "bias": [math.inf, -2.0], "selected": [True, False]}
+    assert wire.keys() == {"rule", "row"}
     assert type(wire["rule"]) is int
+    shift, bias = [0.0, -math.inf, -math.inf], [math.inf, -2.0]
+    assert floats(wire["row"]) == [*shift, *bias, 1.0, 0.0, 2.0, 0.0, 0.0]
+
+
+def test_biases_beyond_fp32_travel_as_always_and_never() -> None:
+    wire = Controls(Rule.GREEDY, (1e39, -1e39), (True, True)).to_wire()
+    assert floats(wire["row"])[:2] == [math.inf, -math.inf]
 
 
 def test_wire_form_survives_msgpack_with_infinities() -> None:

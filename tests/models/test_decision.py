@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from models.controls import Rule, bias_of_sensitivity, refused_by_own_rule
-from models.decision import Dials, decide, dial_row, uniform_draw
+from models.controls import Rule, bias_of_sensitivity, dial_row, refused_by_own_rule
+from models.decision import Dials, decide, uniform_draw
 
 INF = math.inf
 K = 3

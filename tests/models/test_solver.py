@@ -10,8 +10,8 @@ import torch
 
 from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration
-from models.controls import Rule, bias_of_sensitivity
-from models.decision import Dials, decide, dial_row
+from models.controls import Rule, bias_of_sensitivity, dial_row
+from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, bias_alone, curve, solve
 from tests.models.margins import NAMES, calibration_of, random_calibration
