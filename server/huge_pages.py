@@ -14,6 +14,8 @@ from pathlib import Path
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 # Larger ones, as some ARM kernels have, would fill up with what nobody uses.
 _LARGEST_PAGE = 2**21
+# Beyond it stand weights and caches, which would take as long to move as to load.
+_LARGEST_PLACE = 2**30
 _MADV_COLLAPSE = 25  # of Linux 6.1
 _OWN = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?")
 
@@ -35,7 +37,7 @@ def collapse_memory() -> int:
 
 
 def whole_pages(maps: str, page: int) -> Iterator[int]:
-    """Yields the addresses of the huge pages that lie wholly within a process's own memory.
+    """Yields where huge pages would lie wholly within what a process holds of its own.
 
     Args:
         maps: As Linux writes ``/proc/PID/maps``.
@@ -44,7 +46,8 @@ def whole_pages(maps: str, page: int) -> Iterator[int]:
     for line in maps.splitlines():
         if (found := _OWN.fullmatch(line)) is not None:
             start, end = int(found[1], 16), int(found[2], 16)
-            yield from range(-(-start // page) * page, end - page + 1, page)
+            if end - start <= _LARGEST_PLACE:
+                yield from range(-(-start // page) * page, end - page + 1, page)
 
 
 def _page_bytes(system: Path) -> int:

@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from tests.e2e.servers import Server, rheostat_server
+from tests.huge_pages import bytes_in_huge_pages, huge_pages_are_given
 
 
 def test_health_and_readiness(server: Server) -> None:
@@ -47,6 +48,15 @@ def test_metrics_count_requests_refusals_and_latency(server: Server) -> None:
     count = "rheostat_decision_latency_seconds_count"
     assert metric(after, count) - metric(before, count) == 3
     assert "vllm:num_requests_running" in after
+
+
+@pytest.mark.skipif(not huge_pages_are_given(), reason="this system gives no huge pages")
+def test_server_and_worker_hold_their_memory_in_huge_pages(server: Server) -> None:
+    serving = psutil.Process(server.process.pid)
+    worker = [one for one in serving.children(recursive=True) if one.name() == "VLLM::Worker"]
+    for process in (serving, *worker):
+        assert bytes_in_huge_pages(process.pid) > 100 * 2**20, process.name()
+    assert len(worker) == 1
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])

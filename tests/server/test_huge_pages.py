@@ -1,6 +1,5 @@
 """Which memory goes into huge pages, and that it does."""
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from server import huge_pages
 from server.huge_pages import collapse_memory, whole_pages
+from tests.huge_pages import huge_pages_are_given
 
 PAGE = 0x200000
 MAPS = """\
@@ -21,6 +21,7 @@ MAPS = """\
 05000000-05400000 rw-s 00000000 00:01 77                                 /dev/zero (deleted)
 06000000-06400000 rw-p 00000000 00:00 0                                  [stack]
 07000000-07100000 rw-p 00000000 00:00 0
+7f0000000000-7f0040200000 rw-p 00000000 00:00 0
 """
 
 
@@ -49,26 +50,19 @@ def test_systems_that_give_no_huge_pages_are_left_alone(
 
 
 FILLED = """
-from pathlib import Path
+import os
 from server.huge_pages import collapse_memory
-
-def huge():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+from tests.huge_pages import bytes_in_huge_pages
 
 held = [bytes(400) for _ in range(200_000)]
-before = huge()
-print(before, collapse_memory(), huge(), all(one == bytes(400) for one in held))
+before = bytes_in_huge_pages(os.getpid())
+counted = collapse_memory()
+intact = all(one == bytes(400) for one in held)
+print(before, counted, bytes_in_huge_pages(os.getpid()), intact)
 """
 
 
-def _gives_huge_pages() -> bool:
-    release = tuple(int(part) for part in platform.release().split(".")[:2] if part.isdigit())
-    gives = platform.system() == "Linux" and release >= (6, 1)
-    return gives and 0 < huge_pages._page_bytes(huge_pages._SYSTEM) <= PAGE
-
-
-@pytest.mark.skipif(not _gives_huge_pages(), reason="this system gives no huge pages")
+@pytest.mark.skipif(not huge_pages_are_given(), reason="this system gives no huge pages")
 def test_memory_in_use_lies_in_huge_pages_and_stays_as_it_was() -> None:
     told = subprocess.run(
         [sys.executable, "-c", FILLED], capture_output=True, text=True, check=True, timeout=60
