@@ -160,6 +160,19 @@ def test_v1_batches_of_other_dials_are_decided_anew(served: Served) -> None:
     assert [r.reference(served.config, row[0]) for r in requests] == [first, last] * 2
 
 
+def test_v1_decides_the_same_on_a_slice_of_padded_logits(served: Served) -> None:
+    requests = [Request(random.Random(seed)) for seed in (50, 51, 52)]
+    added: Any = [(i, r.params, None, r.output) for i, r in enumerate(requests)]
+    padded = torch.full((3, VOCABULARY + 20), 99.0)
+    padded[:, :VOCABULARY] = logits(3, 53)
+    view = padded[:, :VOCABULARY]
+    expected = [r.reference(served.config, row) for r, row in zip(requests, view, strict=True)]
+    processor = v1(served)
+    processor.update_state(BatchUpdate(3, [], added, []))
+    assert [chosen(row) for row in processor.apply(view)] == expected
+    assert (padded[:, VOCABULARY:] == 99.0).all()
+
+
 def test_v1_unsteered_request_is_never_decided(served: Served) -> None:
     request = Request(random.Random(2), steered=False)
     processor = v1(served)
