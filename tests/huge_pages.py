@@ -3,15 +3,17 @@
 import platform
 from pathlib import Path
 
-_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def huge_pages_are_given() -> bool:
-    """Returns whether a process that asks for huge pages gets them."""
+    """Returns whether a process that asks for huge pages of 2 MiB gets them."""
     release = platform.release().split(".")
-    if not _ENABLED.exists() or (int(release[0]), int(release[1])) < (6, 1):
+    if not _SYSTEM.exists() or (int(release[0]), int(release[1])) < (6, 1):
         return False
-    return "[never]" not in _ENABLED.read_text()
+    if "[never]" in (_SYSTEM / "enabled").read_text():
+        return False
+    return int((_SYSTEM / "hpage_pmd_size").read_text()) == 2**21
 
 
 def bytes_in_huge_pages(pid: int) -> int:
