@@ -1,4 +1,4 @@
-"""Huge pages for the memory that a process holds once it is ready to serve.
+"""Huge pages for the memory that a process holds before its first request.
 
 A request touches Python objects all over hundreds of megabytes: more pages than a processor keeps
 the addresses of, and in a virtual machine each one that it has not kept is looked up twice over.
