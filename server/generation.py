@@ -175,9 +175,9 @@ class Generation:
     def _checked_ids(self, prompt: Any) -> list[int]:
         ids = prompt_ids(prompt)
         hider = self.engine.hider
-        if self.call == 0:
-            check_length(ids, self.engine.model_config.max_model_len)
         text_so_far = self.steering.beam_search and self.call > 0
+        if not text_so_far:
+            check_length(ids, self.engine.model_config.max_model_len)
         if self.steering.opens_turn and not (self.steering.continues or text_so_far):
             check_opening(ids, self.engine.opening)
         allowed = self.steering.history_of(0 if self.steering.beam_search else self.call)

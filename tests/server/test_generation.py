@@ -376,6 +376,9 @@ def test_too_long_prompt_reaches_no_engine() -> None:
         collected(generation(engine, Steering(AS_TRAINED)), prompt)
     with pytest.raises(RequestError, match="may have 14"):
         asyncio.run(generation(engine, Steering(AS_TRAINED)).decision(prompt))
+    second = Generation(engine, Steering(AS_TRAINED), 1, parameters(), "id", {})
+    with pytest.raises(RequestError, match="may have 14"):
+        collected(second, prompt)
     assert engine.calls == []
 
 
