@@ -19,11 +19,9 @@ from server.context import Decision, Steering
 from server.hiding import Hider, drop_first_token
 from server.margins import MarginBoard, Margins, Ticket
 from server.prompts import (
-    before_last_turn,
-    check_control_tokens,
     check_length,
-    check_opening,
     check_params,
+    decision_step,
     prompt_ids,
     with_ids,
     without_id,
@@ -126,7 +124,7 @@ class Generation:
         """
         self.records = False
         prompt = without_id(prompt, self.engine.mark_id)
-        ids = self._checked_ids(prompt)
+        ids, _ = self._checked_ids(prompt)
         choice = (await self._ask(prompt, ids)).outputs[0]
         return self._decided(choice, self._seen_in(choice))
 
@@ -139,9 +137,9 @@ class Generation:
         hider = self.engine.hider
         try:
             prompt = self._unmarked(prompt)
-            ids = self._checked_ids(prompt)
+            ids, decided = self._checked_ids(prompt)
             visible = hider.visible(ids)
-            async with aclosing(self._stream(prompt, ids)) as stream:
+            async with aclosing(self._stream(prompt, ids, decided)) as stream:
                 async for output in stream:
                     hider.hide(output, visible)
                     self._note_refusals(output)
@@ -159,7 +157,7 @@ class Generation:
             )
         return kept
 
-    def _stream(self, prompt: Any, ids: list[int]) -> Outputs:
+    def _stream(self, prompt: Any, ids: list[int], decided: list[int]) -> Outputs:
         if self.steering.beam_search:
             if self.steering.continues:
                 raise RequestError("use_beam_search cannot continue a message", status=400)
@@ -169,21 +167,26 @@ class Generation:
                 )
             return self._beam(prompt, ids)
         if self._needs_decision_first():
-            return self._decide_first(prompt, ids)
+            return self._decide_first(prompt, ids, decided)
         return self._in_one_pass(prompt, ids)
 
-    def _checked_ids(self, prompt: Any) -> list[int]:
-        ids = prompt_ids(prompt)
-        hider = self.engine.hider
-        text_so_far = self.steering.beam_search and self.call > 0
+    def _checked_ids(self, prompt: Any) -> tuple[list[int], list[int]]:
+        """Returns a prompt's ids, and those of them that the decision sees."""
+        ids, steering = prompt_ids(prompt), self.steering
+        controls = self.engine.hider.control_ids
+        text_so_far = steering.beam_search and self.call > 0
         if not text_so_far:
             check_length(ids, self.engine.model_config.max_model_len)
-        if self.steering.opens_turn and not (self.steering.continues or text_so_far):
-            check_opening(ids, self.engine.opening)
-        allowed = self.steering.history_of(0 if self.steering.beam_search else self.call)
-        check_control_tokens(ids, self.engine.opening, allowed, hider)
-        check_params(self.params, hider.control_ids)
-        return ids
+        end = decision_step(
+            ids,
+            self.engine.opening,
+            controls,
+            written=steering.history_of(0 if steering.beam_search else self.call),
+            opens_turn=steering.opens_turn and not text_so_far,
+            continues=steering.continues,
+        )
+        check_params(self.params, controls)
+        return ids, ids if end == len(ids) else ids[:end]
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
@@ -253,13 +256,10 @@ class Generation:
         if token in self.texts:
             _end_with(choice, self.texts[token])
 
-    async def _decide_first(self, prompt: Any, ids: list[int]) -> Outputs:
-        opening = ids
-        if self.steering.continues:
-            opening = before_last_turn(ids, self.engine.manifest)
-        final = await self._decision_pass(prompt, opening)
+    async def _decide_first(self, prompt: Any, ids: list[int], decided: list[int]) -> Outputs:
+        final = await self._decision_pass(prompt, decided)
         streams = [
-            self._continue(prompt, ids, opening, choice.token_ids[0], index)
+            self._continue(prompt, ids, decided, choice.token_ids[0], index)
             if choice.token_ids[0] not in self.texts
             else self._ended(final, choice)
             for index, choice in enumerate(self._choices(final))
@@ -269,8 +269,8 @@ class Generation:
             async for output in one_stream:
                 yield output
 
-    async def _decision_pass(self, prompt: Any, opening: list[int]) -> Any:
-        final = await self._ask(prompt, opening)
+    async def _decision_pass(self, prompt: Any, decided: list[int]) -> Any:
+        final = await self._ask(prompt, decided)
         for index, choice in enumerate(self._choices(final)):
             self._record(index, self._decided(choice, self._seen_in(choice)), final)
         return final
@@ -289,7 +289,7 @@ class Generation:
         output.request_id, output.outputs, output.finished = self.request_id, [ended], True
         yield output
 
-    async def _ask(self, prompt: Any, opening: list[int]) -> Any:
+    async def _ask(self, prompt: Any, decided: list[int]) -> Any:
         # Greedy and the paper's rule choose the same token for every choice of a request.
         draws = self.steering.controls.rule is Rule.SAMPLE
         params = self._steered(
@@ -301,7 +301,7 @@ class Generation:
         )
         final = None
         stream = self.engine.generate_stock(
-            with_ids(prompt, opening), params, f"{self.request_id}-decision", **self.options
+            with_ids(prompt, decided), params, f"{self.request_id}-decision", **self.options
         )
         async for output in stream:
             final = output
@@ -310,7 +310,7 @@ class Generation:
         return final
 
     def _continue(
-        self, prompt: Any, ids: list[int], opening: list[int], token: int, index: int
+        self, prompt: Any, ids: list[int], decided: list[int], token: int, index: int
     ) -> Outputs:
         refused = token in self.engine.category_of
         params = copy.copy(self.params)
@@ -323,7 +323,7 @@ class Generation:
         goes_on = self.steering.continues and not refused
         request_id = self.request_id if self.params.n == 1 else f"{self.request_id}-{index}"
         stream = self.engine.generate_stock(
-            with_ids(prompt, ids if goes_on else [*opening, token]),
+            with_ids(prompt, ids if goes_on else [*decided, token]),
             params,
             request_id,
             **self.options,

@@ -7,6 +7,14 @@ from models.errors import RequestError
 from models.manifest import Manifest
 
 CATEGORY_FIELD = "refusal_category"
+# Where a part of each type has its text. Source: vLLM 0.32, renderers/chat_utils.py, MM_PARSER_MAP.
+_TEXT_KEYS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
 
 
 def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
@@ -112,7 +120,14 @@ def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool
 
 def _prefix_parts(parts: list[Any], token: str) -> list[Any]:
     for index, part in enumerate(parts):
-        for key in ("text", "refusal", "thinking"):
-            if isinstance(part, dict) and isinstance(part.get(key), str):
-                return [*parts[:index], {**part, key: token + part[key]}, *parts[index + 1 :]]
+        key = _text_key(part)
+        if key is not None:
+            return [*parts[:index], {**part, key: token + part[key]}, *parts[index + 1 :]]
     return [{"type": "text", "text": token}, *parts]
+
+
+def _text_key(part: Any) -> str | None:
+    # vLLM reads a part's text by its type, whatever other fields the part has.
+    kind = part.get("type") if isinstance(part, dict) else None
+    key = _TEXT_KEYS.get(kind) if isinstance(kind, str) else None
+    return key if key is not None and isinstance(part.get(key), str) else None

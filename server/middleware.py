@@ -171,6 +171,12 @@ class RefusalMiddleware:
             raise NotAllowedError("the policy allows no raw prompts: send messages", param="prompt")
         guarded = self._guard.guarded(unread, refuse=policy.control_text == "refuse")
         turns = open_turns(guarded, path, self._manifest)
+        if turns.continues and not policy.prefill:
+            raise NotAllowedError(
+                "the policy allows no prefill: end with another role's turn than the assistant's, "
+                "and leave continue_final_message and an unfinished status out",
+                param="input" if path == RESPONSES else "continue_final_message",
+            )
         steering = Steering(
             dials=policy.board.resolve(options, _temperature(body), explain=report),
             report=report,

@@ -28,6 +28,7 @@ class ActivePolicy:
         refusal_texts: What a refusal says, by category in manifest order; none: generated.
         enforce: Whether decisions are followed (else they are only made and told).
         raw_prompts: Whether prompts may be sent past the chat template.
+        prefill: Whether requests may begin the assistant's answer themselves.
         control_text: What becomes of control tokens in a client's text.
         report: Whether requests may ask for a report.
     """
@@ -37,6 +38,7 @@ class ActivePolicy:
     refusal_texts: tuple[str | None, ...] = ()
     enforce: bool = True
     raw_prompts: bool = True
+    prefill: bool = True
     control_text: Literal["plain", "refuse"] = "plain"
     report: bool = True
 
@@ -71,6 +73,7 @@ class ActivePolicy:
             "outside": "refuse" if bounds.refuses else "clamp",
             "enforce": self.enforce,
             "raw_prompts": self.raw_prompts,
+            "prefill": self.prefill,
             "control_text": self.control_text,
             "report": self.report,
             "categories": {

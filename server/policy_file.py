@@ -73,8 +73,10 @@ class PolicyEntry(_Strict):
         refusal_text: What a refusal says: ``generated`` by the model, ``template`` for the
             checkpoint's own, or a text; for all categories or one by one.
         enforce: Whether decisions are followed; else they are only made, counted and reported.
-        raw_prompts: Whether prompts may be sent past the chat template; none: where no category
-            has a floor.
+        raw_prompts: Whether prompts may be sent past the chat template. Like ``prefill`` and
+            ``report``, None allows it where no category has a floor.
+        prefill: Whether requests may begin the assistant's answer themselves: that text is never
+            judged.
         control_text: What becomes of control tokens in a client's text: ``plain`` text, or
             ``refuse`` the request.
         report: Whether requests may ask for a report, which tells margins.
@@ -87,8 +89,9 @@ class PolicyEntry(_Strict):
     refusal_text: Annotated[str | dict[str, str], BeforeValidator(_texts)] = GENERATED
     enforce: StrictBool = True
     raw_prompts: StrictBool | None = None
+    prefill: StrictBool | None = None
     control_text: Literal["plain", "refuse"] = "plain"
-    report: StrictBool = True
+    report: StrictBool | None = None
 
     def refusal_text_of(self, category: str) -> str:
         """Returns what the file says for a category: ``generated``, ``template`` or the text."""
@@ -242,8 +245,6 @@ def _policy_contradictions(policy: PolicyEntry) -> Iterator[Problem]:
             ("defaults", "decision"),
             "a policy with floors decides by greedy: other rules may answer what a floor refuses",
         )
-    if policy.defaults.report and not policy.report:
-        yield Problem(("defaults", "report"), "the policy's report: false allows none")
     for category in policy.floors.keys() & policy.ceilings.keys():
         floor, ceiling = policy.floors[category].bias, policy.ceilings[category].bias
         if floor is not None and ceiling is not None and floor > ceiling:

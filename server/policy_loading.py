@@ -108,14 +108,21 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
     ]
     if outside:
         raise _WrongError(outside)
+    # Raw prompts and prefilled text are not judged, and margins find the wordings that pass.
+    unguarded = not bounds.guarded
+    report = unguarded if entry.report is None else entry.report
+    if entry.defaults.report and not report:
+        problem = "reports are off in this policy; with a floor, they need report: true beside it"
+        raise _WrongError([Problem(("defaults", "report"), problem)])
     return ActivePolicy(
         name,
         board,
         _refusal_texts(entry, served.manifest),
         entry.enforce,
-        not bounds.guarded if entry.raw_prompts is None else entry.raw_prompts,
-        entry.control_text,
-        entry.report,
+        raw_prompts=unguarded if entry.raw_prompts is None else entry.raw_prompts,
+        prefill=unguarded if entry.prefill is None else entry.prefill,
+        control_text=entry.control_text,
+        report=report,
     )
 
 

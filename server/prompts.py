@@ -5,8 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from models.errors import RequestError
-from models.manifest import Manifest
-from server.hiding import Hider
 
 _CLIENT_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
 
@@ -54,22 +52,6 @@ def without_id(prompt: Any, token: int) -> Any:
     return kept
 
 
-def check_opening(ids: Sequence[int], opening: Sequence[int]) -> None:
-    """Holds a conversation's prompt to an end where the decision step begins.
-
-    Raises:
-        RequestError: It ends elsewhere.
-    """
-    if list(ids[-len(opening) :]) != list(opening):
-        raise RequestError(
-            "the prompt does not end where the assistant's turn begins, which is where this model "
-            "decides: leave add_generation_prompt, truncation and chat_template_kwargs as they "
-            "are, or send continue_final_message to go on with a turn",
-            param="messages",
-            status=400,
-        )
-
-
 def check_length(ids: Sequence[int], context: int) -> None:
     """Holds a prompt to a context of so many tokens.
 
@@ -86,30 +68,60 @@ def check_length(ids: Sequence[int], context: int) -> None:
         )
 
 
-def check_control_tokens(ids: list[int], opening: list[int], allowed: int, hider: Hider) -> None:
-    """Holds a prompt to the control tokens that the server itself put there.
+def decision_step(
+    ids: list[int],
+    opening: list[int],
+    controls: frozenset[int],
+    *,
+    written: int,
+    opens_turn: bool,
+    continues: bool,
+) -> int:
+    """Returns where a prompt is decided: how many of its ids the decision may see.
+
+    The server wrote one control token in front of each earlier assistant turn. The prompt holds
+    exactly these, each behind the chat template's opening, or it is rejected: whatever drops,
+    repeats or cuts off a turn could otherwise move the decision to another turn.
 
     Args:
-        ids: The prompt's.
+        ids: The rendered prompt's.
         opening: What the chat template puts in front of every decision step.
-        allowed: How many control tokens the server put in.
-        hider: Knows the control tokens.
+        controls: Ids of the control tokens.
+        written: How many control tokens the server wrote into the conversation.
+        opens_turn: Whether the prompt is a conversation, which ends with the opening.
+        continues: Whether it ends inside the last assistant turn instead.
 
     Raises:
-        RequestError: There are more, or one does not open a turn.
+        RequestError: The control tokens are others than the server wrote, or the prompt ends
+            elsewhere.
     """
-    controls = hider.control_ids
-    if controls.isdisjoint(ids):
-        return
-    places = [place for place, token in enumerate(ids) if token in controls]
-    opened = all(ids[max(0, place - len(opening)) : place] == opening for place in places)
-    if len(places) > allowed or not opened:
-        raise RequestError(
+    places = [] if controls.isdisjoint(ids) else [i for i, t in enumerate(ids) if t in controls]
+    if len(places) > written or not all(_ends_with(ids, opening, place) for place in places):
+        raise _wrong_prompt(
             "the input holds text that is one of this model's control tokens; only the "
-            "server sets these: remove it from the messages or the prompt",
-            param="messages",
-            status=400,
+            "server sets these: remove it from the messages or the prompt"
         )
+    if len(places) < written:
+        raise _wrong_prompt(
+            f"the prompt holds {len(places)} of the conversation's {written} assistant turns: "
+            "send each as text, and leave truncate_prompt_tokens and truncation out, which cut "
+            "turns off"
+        )
+    if opens_turn and _ends_with(ids, opening, len(ids)) is continues:
+        raise _wrong_prompt(
+            "the prompt does not end where the assistant's turn begins, which is where this model "
+            "decides: leave add_generation_prompt, truncation and chat_template_kwargs as they "
+            "are, or send continue_final_message to go on with a turn"
+        )
+    return places[-1] if continues else len(ids)
+
+
+def _ends_with(ids: list[int], opening: list[int], end: int) -> bool:
+    return ids[max(0, end - len(opening)) : end] == opening
+
+
+def _wrong_prompt(message: str) -> RequestError:
+    return RequestError(message, param="messages", status=400)
 
 
 def check_params(params: Any, control_ids: frozenset[int]) -> None:
@@ -127,19 +139,3 @@ def check_params(params: Any, control_ids: frozenset[int]) -> None:
                 param=name,
                 status=400,
             )
-
-
-def before_last_turn(ids: list[int], manifest: Manifest) -> list[int]:
-    """Returns what stands before the assistant turn that a prompt ends in.
-
-    Raises:
-        RequestError: That turn's control token was cut off.
-    """
-    respond = manifest.respond.id
-    if respond not in ids:
-        raise RequestError(
-            "continue_final_message: the prompt does not reach back to the start of that message",
-            param="messages",
-            status=400,
-        )
-    return ids[: len(ids) - 1 - ids[::-1].index(respond)]

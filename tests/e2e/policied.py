@@ -30,6 +30,8 @@ policies:
   desk:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
+    prefill: true
+    report: true
     defaults: {{report: true}}
   kiosk:
     floors: {{safety: {{bias: 60}}}}
@@ -39,6 +41,7 @@ policies:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
     enforce: false
+    report: true
   rated:
     floors: {{safety: {{rate: 0.9}}}}
   lab:

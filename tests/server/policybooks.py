@@ -19,12 +19,14 @@ policies:
   desk:
     defaults: {{categories: {{safety: 0.9}}}}
     floors: {{safety: 0.8}}
+    report: true
   lab:
     defaults: {{report: true}}
   kiosk:
     floors: {{humanizing: 0.5}}
     outside: refuse
     enforce: false
+    report: true
 tenants:
   acme:
     policies: [desk, lab]

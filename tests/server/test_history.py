@@ -69,6 +69,17 @@ def test_text_turn_opens_with_its_token(fields: dict[str, Any], content: str) ->
             [{"type": "image_url", "image_url": {"url": "x"}}, text(f"{ANSWER}a")],
         ),
         (["a"], [text(ANSWER), "a"]),
+        # vLLM reads a part by its type, not by the fields that it has beside
+        (
+            [{"type": "thinking", "text": "x", "thinking": "y"}],
+            [{"type": "thinking", "text": "x", "thinking": f"{ANSWER}y"}],
+        ),
+        (
+            [{"type": "tool_reference", "text": "x", "name": "y"}, text("a")],
+            [{"type": "tool_reference", "text": "x", "name": "y"}, text(f"{ANSWER}a")],
+        ),
+        ([{"text": "x"}], [text(ANSWER), {"text": "x"}]),
+        ([{"type": ["text"], "text": "x"}], [text(ANSWER), {"type": ["text"], "text": "x"}]),
         ([{"type": "text", "text": 5}], [text(ANSWER), {"type": "text", "text": 5}]),
     ],
 )

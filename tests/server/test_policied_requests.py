@@ -208,6 +208,64 @@ def test_raw_prompts_are_answered_where_the_policy_allows_them(
         assert answer.json()["error"]["param"] == "prompt"
 
 
+PREFILLED = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Sure"}]
+CONTINUE: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+UNFINISHED = {
+    "type": "message",
+    "role": "assistant",
+    "status": "incomplete",
+    "content": [{"type": "output_text", "text": "Sure"}],
+}
+PREFILLS: list[tuple[str, Any]] = [
+    (CHAT, {"messages": PREFILLED, **CONTINUE}),
+    (CHAT, {"messages": PREFILLED, **CONTINUE, "continue_final_message": "yes"}),
+    ("/v1/chat/completions/batch", {"messages": [PREFILLED], **CONTINUE}),
+    ("/invocations", {"messages": PREFILLED, **CONTINUE}),
+    ("/v1/responses", {"input": [PREFILLED[0], UNFINISHED]}),
+    ("/v1/responses", {"input": [PREFILLED[0], {**UNFINISHED, "status": "in_progress"}]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), PREFILLS)
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ("{floors: {safety: 0.8}}", 403),
+        ("{prefill: false}", 403),
+        ("{floors: {safety: 0.8}, prefill: true}", 200),
+        ("{}", 200),
+    ],
+)
+def test_answers_are_prefilled_where_the_policy_allows_it(
+    tmp_path: Path, fields: str, status: int, path: str, body: Any
+) -> None:
+    policies = book(tmp_path, f"policies: {{p: {fields}}}\nanonymous: p\n")
+    server = FakeServer()
+    answer = call(refusal_middleware(server, policies), "POST", path, body)
+    assert answer.status_code == status
+    if status == 403:
+        assert server.steering is None
+        error = answer.json()["error"]
+        assert error["param"] == ("input" if "input" in body else "continue_final_message")
+        assert "allows no prefill" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": PREFILLED}),
+        ("/v1/messages", {"messages": PREFILLED}),
+        ("/v1/responses", {"input": [PREFILLED[0], {**UNFINISHED, "status": "completed"}]}),
+    ],
+)
+def test_last_turn_that_is_not_continued_is_no_prefill(
+    tmp_path: Path, path: str, body: Any
+) -> None:
+    policies = book(tmp_path, "policies: {p: {floors: {safety: 0.8}}}\nanonymous: p\n")
+    answer = call(refusal_middleware(FakeServer(), policies), "POST", path, body)
+    assert answer.status_code == 200
+
+
 def test_control_tokens_that_a_client_writes_are_refused_where_the_policy_says_so(
     tmp_path: Path,
 ) -> None:

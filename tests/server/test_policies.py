@@ -202,8 +202,9 @@ anonymous: p
         "outside": "refuse",
         "enforce": True,
         "raw_prompts": False,
+        "prefill": False,
         "control_text": "refuse",
-        "report": True,
+        "report": False,
         "categories": {
             "safety": {
                 "default": {"bias": 0.0, "sensitivity": 0.5},

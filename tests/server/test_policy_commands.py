@@ -34,7 +34,7 @@ def test_every_problem_has_its_line(path: Path) -> None:
     done = run("check", str(path))
     assert done.exit_code == 1
     lines = done.output.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [f"{path}:3", f"{path}:9"]
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:3", f"{path}:10"]
 
 
 def test_checkpoint_says_what_it_cannot_do(path: Path, tmp_path: Path) -> None:

@@ -144,11 +144,6 @@ anonymous: lab
             "decision: sample}",
             "4: policies.desk.defaults.decision: a policy with floors decides by greedy",
         ),
-        (
-            "    outside: refuse",
-            "    report: false",
-            "4: policies.desk.defaults.report: the policy's report: false allows none",
-        ),
     ],
 )
 def test_wrong_field_is_told_with_its_line(

@@ -89,21 +89,23 @@ def test_default_dials_rest_at_the_floor(tmp_path: Path) -> None:
     assert board.unasked.clamped == ()
 
 
+@pytest.mark.parametrize("field", ["raw_prompts", "prefill", "report"])
 @pytest.mark.parametrize(
-    ("fields", "raw_prompts"),
+    ("fields", "allowed"),
     [
         ("{}", True),
         ("ceilings: {safety: 0.8}", True),
         ("floors: {safety: never}", True),
         ("floors: {safety: 0.1}", False),
-        ("floors: {safety: 0.1}\nraw_prompts: true", True),
-        ("raw_prompts: false", False),
+        ("floors: {safety: 0.1}\nFIELD: true", True),
+        ("FIELD: false", False),
     ],
 )
-def test_raw_prompts_are_allowed_where_nothing_is_guarded(
-    tmp_path: Path, fields: str, raw_prompts: bool
+def test_what_weakens_a_floor_is_off_by_default_where_there_is_one(
+    tmp_path: Path, field: str, fields: str, allowed: bool
 ) -> None:
-    assert policy(tmp_path, fields).raw_prompts is raw_prompts
+    active = policy(tmp_path, fields.replace("FIELD", field))
+    assert getattr(active, field) is allowed
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,16 @@ def test_other_fields_are_carried(tmp_path: Path) -> None:
             "floors: {safety: {rate: 0.9}}\nceilings: {safety: 0.5}",
             ("default",),
             "3: policies.p.floors.safety: a bias of",
+        ),
+        (
+            "floors: {safety: 0.8}\ndefaults: {report: true}",
+            (),
+            "4: policies.p.defaults.report: reports are off in this policy; with a floor, they",
+        ),
+        (
+            "report: false\ndefaults: {report: true}",
+            (),
+            "4: policies.p.defaults.report: reports are off in this policy",
         ),
         (
             "floors: {safety: 0.8}\ndefaults: {categories: {safety: 0.7}}",

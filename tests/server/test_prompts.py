@@ -5,13 +5,10 @@ from typing import Any
 import pytest
 
 from models.errors import RequestError
-from server.hiding import Hider
 from server.prompts import (
-    before_last_turn,
-    check_control_tokens,
     check_length,
-    check_opening,
     check_params,
+    decision_step,
     prompt_ids,
     with_ids,
     without_id,
@@ -67,35 +64,96 @@ def test_two_places_are_kept_for_the_decision_and_the_answer() -> None:
         check_length([0] * 9, 10)
 
 
+def step(ids: list[int], written: int, *, opens: bool = True, continues: bool = False) -> int:
+    return decision_step(
+        ids,
+        OPENING,
+        frozenset(MANIFEST.control_ids),
+        written=written,
+        opens_turn=opens,
+        continues=continues,
+    )
+
+
+ANSWERED = [1, *OPENING, RESPOND, 5]
+REFUSED = [*OPENING, SAFETY, 6]
+
+
 @pytest.mark.parametrize(
-    ("ids", "allowed", "passes"),
+    ("ids", "written", "decided"),
     [
-        ([1, 2, 3, 4], 0, True),
-        ([1, *OPENING, RESPOND, 5, *OPENING], 1, True),
-        ([1, *OPENING, RESPOND, 5, *OPENING, SAFETY, 6], 2, True),
-        ([1, *OPENING, RESPOND, 5, *OPENING, SAFETY, 6], 1, False),
-        ([1, *OPENING, RESPOND], 0, False),
-        ([1, RESPOND, 5], 1, False),
-        ([RESPOND], 1, False),
-        ([4, HUMANIZING], 1, False),
+        ([1, 2, *OPENING], 0, 4),
+        ([*ANSWERED, *OPENING], 1, 7),
+        ([*ANSWERED, *REFUSED, *OPENING], 2, 11),
     ],
 )
-def test_control_tokens_stand_where_the_server_puts_them(
-    ids: list[int], allowed: int, passes: bool
+def test_conversation_is_decided_where_it_ends(ids: list[int], written: int, decided: int) -> None:
+    assert step(ids, written) == decided == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "decided"),
+    [
+        (ANSWERED, 1, ANSWERED[:3]),
+        ([*ANSWERED, *OPENING, RESPOND, 7, 8], 2, [*ANSWERED, *OPENING]),
+        # Nothing of the turn is written yet.
+        ([1, *OPENING, RESPOND], 1, [1, *OPENING]),
+    ],
+)
+def test_continued_turn_is_decided_before_its_own_control_token(
+    ids: list[int], written: int, decided: list[int]
 ) -> None:
-    hider = Hider(MANIFEST, "mark")
-    if passes:
-        check_control_tokens(ids, OPENING, allowed, hider)
-        return
-    with pytest.raises(RequestError, match="control tokens") as caught:
-        check_control_tokens(ids, OPENING, allowed, hider)
+    assert ids[: step(ids, written, continues=True)] == decided
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_raw_prompt_may_end_anywhere(opens: bool) -> None:
+    assert step([1, 2, *OPENING], 0, opens=opens) == 4
+    assert step([1, 2], 0, opens=False) == 2
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("continues", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "written", "message"),
+    [
+        ([*ANSWERED, *REFUSED], 1, "is one of this model's control tokens"),
+        ([1, *OPENING, RESPOND], 0, "is one of this model's control tokens"),
+        ([1, RESPOND, *OPENING], 1, "is one of this model's control tokens"),
+        ([RESPOND, *OPENING], 1, "is one of this model's control tokens"),
+        ([4, HUMANIZING, *OPENING], 1, "is one of this model's control tokens"),
+        # Dropped, or cut off: the last turn's, the first one's, and both.
+        ([*ANSWERED, *OPENING], 2, "holds 1 of the conversation's 2 assistant turns"),
+        ([*ANSWERED, *OPENING, 7], 2, "holds 1 of the conversation's 2 assistant turns"),
+        ([*REFUSED, *OPENING], 2, "holds 1 of the conversation's 2 assistant turns"),
+        ([1, *OPENING], 2, "holds 0 of the conversation's 2 assistant turns"),
+        ([1], 1, "holds 0 of the conversation's 1 assistant turns"),
+    ],
+)
+def test_prompt_with_other_control_tokens_than_the_server_wrote_is_rejected(
+    ids: list[int], written: int, message: str, opens: bool, continues: bool
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        step(ids, written, opens=opens, continues=continues)
     assert caught.value.status == 400
 
 
-def test_continued_turn_is_cut_at_its_own_control_token() -> None:
-    assert before_last_turn([1, RESPOND, 2, RESPOND, 5, 6], MANIFEST) == [1, RESPOND, 2]
-    with pytest.raises(RequestError, match="continue_final_message"):
-        before_last_turn([1, 2], MANIFEST)
+@pytest.mark.parametrize(
+    ("ids", "written", "continues"),
+    [
+        ([1, *OPENING, 2], 0, False),
+        ([1], 0, False),
+        (ANSWERED, 1, False),
+        # A turn was opened although the last one was to be continued.
+        ([*ANSWERED, *OPENING], 1, True),
+    ],
+)
+def test_conversation_that_ends_elsewhere_is_rejected(
+    ids: list[int], written: int, continues: bool
+) -> None:
+    with pytest.raises(RequestError, match="does not end where") as caught:
+        step(ids, written, continues=continues)
+    assert caught.value.status == 400
 
 
 def test_prompt_without_the_mark_is_the_same_object() -> None:
@@ -120,13 +178,3 @@ def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
     assert kept["prompt_token_ids"] == [1, 5, 5, 2, 6]
     assert kept["mm_placeholders"] == {"image": [Place(1, 2), Place(4, 1)]}
     assert prompt["prompt_token_ids"] == [9, 1, 9, 5, 5, 2, 9, 6]
-
-
-@pytest.mark.parametrize(("ids", "passes"), [([1, *OPENING], True), ([1, *OPENING, 2], False)])
-def test_conversation_ends_with_the_opening(ids: list[int], passes: bool) -> None:
-    if passes:
-        check_opening(ids, OPENING)
-        return
-    with pytest.raises(RequestError, match="does not end where") as caught:
-        check_opening(ids, OPENING)
-    assert caught.value.status == 400
