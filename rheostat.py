@@ -104,15 +104,15 @@ def train(
     killed goes on from its last resume point when the same command is given again, and reaches the
     same losses. A finished checkpoint of the same recipe and data is kept.
     """
-    from training.config import load_config
-    from training.processes import is_first_process
-    from training.train import train as train_checkpoint
+    from training.config.recipe import load_config
+    from training.run.processes import is_first_process
+    from training.run.train import train as train_checkpoint
 
     recipe = load_config(config)
     if dry_run:
         from rich.console import Console
 
-        from training.preview import dry_run as show
+        from training.run.preview import dry_run as show
 
         show(recipe, Console())
         return
@@ -236,9 +236,11 @@ def calibrate(
 
     from models.calibration import calibration_path, load_calibration
     from models.checkpoint import resolve_checkpoint
-    from training import calibrate as calibration_run
-    from training import calibration_figures, calibration_report, prompts
-    from training.drift import check_recorded
+    from training.calibration import calibrate as calibration_run
+    from training.calibration import figures as calibration_figures
+    from training.calibration import prompts
+    from training.calibration import report as calibration_report
+    from training.calibration.drift import check_recorded
     from training.serving import exit_on_sigterm
 
     exit_on_sigterm()

@@ -24,20 +24,20 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
-from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration, save_calibration
+from models.confidence import refusals_allowed
 from models.controls import Rule, dial_row
 from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
-from training.calibrate import Job, calibrate
-from training.decision_metrics import calibration_error, refusal_probability
+from training.calibration.calibrate import Job, calibrate
+from training.calibration.margin_maps import apply_maps, log_losses
+from training.calibration.prompts import PromptFiles, read_prompts
+from training.calibration.recalibration import FITS, recalibration_report
+from training.data.rows import Row
 from training.demo_data.render import write
-from training.evaluation import refusal_scores
-from training.margin_maps import apply_maps, log_losses
-from training.prompts import PromptFiles, read_prompts
-from training.recalibration import FITS, recalibration_report
-from training.rows import Row
+from training.measure.metrics import calibration_error, refusal_probability
+from training.measure.report import refusal_scores
 from training.serving import serving, without_calibrations
 
 RATES = tuple(step / 10 for step in range(1, 10))

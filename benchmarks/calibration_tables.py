@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.plots import CATEGORY_COLOURS, DPI, blank, dress
+from training.measure.figures import CATEGORY_COLOURS, DPI, blank, dress
 
 BOUND = 0.02
 

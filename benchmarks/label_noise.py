@@ -33,7 +33,7 @@ from benchmarks.label_noise_report import Setting, as_markdown, draw
 from benchmarks.networks import TEST_EVERY, Candidate, Samples, accuracy, ranking, train
 from loss import members
 from loss.members import Member
-from training.halving import Choice, Plan, halving
+from training.run.halving import Choice, Plan, halving
 
 TABLES: dict[str, Callable[..., Any]] = {
     "digits": load_digits,

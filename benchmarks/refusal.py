@@ -1,7 +1,7 @@
 """Does a flexible loss help to learn refusals? Real prompts, many seeds, every loss tuned alike.
 
-The data are a folder with train.jsonl, calibration.jsonl and eval.jsonl (training/data.py reads
-them). Model and training are a recipe's: benchmarks/refusal.yaml learns the decision alone,
+The data are a folder with train.jsonl, calibration.jsonl and eval.jsonl, in our own format.
+Model and training are a recipe's: benchmarks/refusal.yaml learns the decision alone,
 benchmarks/prompts.yaml the responses too. Each static loss gets four trainings over learning rate
 and own parameter, chosen by the area under the ROC curve on calibration.jsonl; the flexible one
 gets `auto` at two learning rates, each a search and a training. Then the winners are trained once a

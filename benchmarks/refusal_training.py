@@ -111,9 +111,9 @@ def train_once(training: Training, setup: Setup) -> dict[str, Any]:
     import torch
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from training.assembly import Watch, assemble
-    from training.start import start_of
-    from training.trainer import Rhythm
+    from training.model.start import start_of
+    from training.run.assembly import Watch, assemble
+    from training.run.trainer import Rhythm
 
     torch.set_num_threads(1)
     q, gamma, rate, seed, measured = training
@@ -140,8 +140,8 @@ def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
     """Returns what `auto` chooses: `q`, `gamma`, `reason`, and what that cost."""
     import torch
 
-    from training.search import search
-    from training.start import start_of
+    from training.model.start import start_of
+    from training.run.search import search
 
     torch.set_num_threads(1)
     config = _config(setup, asked.learning_rate, asked.seed, AUTO, AUTO)
@@ -154,7 +154,7 @@ def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
 
 
 def _config(setup: Setup, *values: Any) -> Any:
-    from training.config import TrainConfig
+    from training.config.recipe import TrainConfig
 
     return TrainConfig.model_validate(recipe(setup, *values))
 
@@ -162,9 +162,9 @@ def _config(setup: Setup, *values: Any) -> Any:
 @cache
 def _world(setup: Setup) -> _World:
     """Returns what all trainings share: rows, tokenizer, and the rows as tokens."""
-    from training.data import encode_rows
-    from training.mixture import decision_weights, gather
-    from training.start import start_of
+    from training.data.encoding import encode_rows
+    from training.data.mixture import decision_weights, gather
+    from training.model.start import start_of
 
     config = _config(setup, 1e-3, 0, 0, 0)
     rows = gather(config.data, config.categories, demo_folder=None, single_token=False).rows
@@ -183,9 +183,9 @@ def _world(setup: Setup) -> _World:
 
 @cache
 def _monitor(setup: Setup, measured: str, most: int | None) -> Any:
-    from training.config import EvaluationConfig
-    from training.mixture import evaluation_rows
-    from training.monitor import DecisionMonitor
+    from training.config.recipe import EvaluationConfig
+    from training.data.mixture import evaluation_rows
+    from training.measure.monitor import DecisionMonitor
 
     world = _world(setup)
     config = _config(setup, 1e-3, 0, 0, 0)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.bounds import intervals, mean_allowed, prompts_needed, refusals_allowed
 from models.calibration import Calibration
+from models.confidence import intervals, mean_allowed, prompts_needed, refusals_allowed
 from models.controls import Rule, sensitivity_of_bias
 from models.errors import RequestError
 from models.sampling import SampleRule

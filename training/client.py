@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import Progress
 
 from models.errors import EvaluationError
-from training.data import Message, Row, read_rows
-from training.evaluation import ANSWER, Outcomes, Report, measure
+from training.data.encoding import Message, Row, read_rows
+from training.measure.report import ANSWER, Outcomes, Report, measure
 
 REQUESTS_AT_ONCE = 64
 MAX_NEW_TOKENS = 48
@@ -219,7 +219,7 @@ async def evaluate_server(
     progress: bool,
 ) -> Report:
     """Does what `evaluate` does, with a client that exists already."""
-    from training.judge import Judge
+    from training.measure.judge import Judge
 
     categories = await server.categories()
     rows = _drawn(read_rows(data, categories), limit, seed)

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from models.errors import ConfigError
-from training.config import load_config
+from training.config.recipe import load_config
 from training.demo_data.render import render
+from training.run.train import train
 from training.serving import HOST, exit_on_sigterm, serving
-from training.train import train
 
 SERVER_FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512"]
 MODEL_NAME = "demo"

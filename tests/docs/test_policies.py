@@ -10,7 +10,7 @@ from server.policies import PolicyBook
 from server.policy_file import GatewayEntry, PolicyEntry, PolicyFile, TenantEntry
 from server.policy_loading import Served, load_policies
 from tests.server.policybooks import headers
-from training.config import load_config
+from training.config.recipe import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "policies.md").read_text()

@@ -26,12 +26,12 @@ from rheostat import app
 from tests.docs.test_readme import ROOT, commands
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.recipes import MODEL, log_of
-from training.config import TrainConfig, load_config, packaged_recipes
-from training.loss_config import LossConfig, QSchedule
-from training.prompts import PromptFiles, columns, labels, read_prompts
-from training.rows import Row
-from training.sources import read_source
-from training.train import train
+from training.calibration.prompts import PromptFiles, columns, labels, read_prompts
+from training.config.loss import LossConfig, QSchedule
+from training.config.recipe import TrainConfig, load_config, packaged_recipes
+from training.data.rows import Row
+from training.data.sources import read_source
+from training.run.train import train
 
 PAGE = ROOT / "docs" / "training.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -357,7 +357,7 @@ def test_snippet_writes_what_evaluate_reads(folder: Path) -> None:
 
 
 def _rows_of(path: Path) -> list[Row]:
-    from training.data import read_rows
+    from training.data.encoding import read_rows
 
     return read_rows(path, CATEGORIES)
 

@@ -14,9 +14,9 @@ from models.manifest import Manifest, load_manifest
 from tests.e2e.calibrating import KEY, CalibratedServer, calibrate, calibration_prompts
 from tests.e2e.policied import Policied, policied_server
 from tests.e2e.servers import Server, rheostat_server, stock_server
-from training.config import load_config
+from training.config.recipe import load_config
 from training.demo_data.render import write
-from training.train import train
+from training.run.train import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.bounds import refusals_allowed
 from models.calibration import BENIGN, Calibration
+from models.confidence import refusals_allowed
 from models.controls import Rule, bias_of_sensitivity, dial_row
 from models.decision import Dials, decide
 from models.errors import RequestError

@@ -11,7 +11,12 @@ from typing import Any
 SPAWN = multiprocessing.get_context("forkserver")
 # The server imports once what each run would import for seconds.
 SPAWN.set_forkserver_preload(
-    ["training.train", "training.assembly", "training.plots", "training.calibrate"]
+    [
+        "training.run.train",
+        "training.run.assembly",
+        "training.measure.figures",
+        "training.calibration.calibrate",
+    ]
 )
 CHANGES = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
 LIMIT_S = 120
@@ -35,7 +40,7 @@ def run_calibration(job: Any, kill_at: int | None = None) -> tuple[int, int]:
     """Calibrates in another process.
 
     Args:
-        job: A `training.calibrate.Job` with a folder of its own.
+        job: A `training.calibration.calibrate.Job` with a folder of its own.
         kill_at: As for `run`.
 
     Returns:
@@ -71,8 +76,8 @@ def _act(
 def _train(values: dict[str, Any], out: Path) -> None:
     import torch
 
-    from training.config import TrainConfig
-    from training.train import train
+    from training.config.recipe import TrainConfig
+    from training.run.train import train
 
     torch.set_num_threads(1)
     train(TrainConfig.model_validate(values), out)
@@ -81,6 +86,6 @@ def _train(values: dict[str, Any], out: Path) -> None:
 def _calibrate(job: Any) -> None:
     from rich.console import Console
 
-    from training.calibrate import calibrate
+    from training.calibration.calibrate import calibrate
 
     calibrate(job, Console(stderr=True))

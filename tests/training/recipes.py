@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from training.config import TrainConfig
+from training.config.recipe import TrainConfig
 
 MODEL = {
     "vocab_size": 400,

@@ -1,7 +1,7 @@
 """One of two processes that shard a tiny model and compare its fused loss with the plain one.
 
-`tests/training/test_fused_head.py` starts it: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come
-from the environment, the ways of sharding from the command line.
+`tests/training/model/test_fused_head.py` starts it: RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT come from the environment, the ways of sharding from the command line.
 """
 
 import sys
@@ -15,8 +15,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.training.test_fused_head import Batch, _model
-from training.fused_head import FusedHead
+from tests.training.model.test_fused_head import Batch, _model
+from training.model.fused_head import FusedHead
 
 
 def _sharded(way: str, model: Any) -> nn.Module:

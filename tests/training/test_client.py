@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from models.errors import EvaluationError
 from tests.training.conftest import WriteRows, small_rows
 from training.client import RheostatClient, evaluate, evaluate_server, force
-from training.evaluation import Report, Share
+from training.measure.report import Report, Share
 
 NAMES = ["safety", "humanizing"]
 TEXTS = {

@@ -1,0 +1,247 @@
+from pathlib import Path
+
+import pytest
+
+from models.errors import ConfigError
+from models.tokens import COCONOT_DESCRIPTIONS
+from training.config.data import Source
+from training.config.recipe import CheckpointModel, ScratchModel, TrainConfig, load_config
+
+RECIPE = """
+name: small
+model: {vocab_size: 400, hidden_size: 64, layers: 2, heads: 2, intermediate_size: 128}
+data: {train: [rows.jsonl]}
+"""
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def _complaints(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(_write(folder, text))
+    return caught.value.message.splitlines()
+
+
+def test_recipe_from_file_is_read_with_defaults(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path, RECIPE))
+
+    assert isinstance(config.model, ScratchModel)
+    assert config.data.train == (Source(path="rows.jsonl"),)
+    assert list(config.categories) == list(COCONOT_DESCRIPTIONS)
+
+
+def test_recipe_of_the_package_is_found_by_its_bare_name() -> None:
+    config = load_config("demo")
+
+    assert config.name == "demo"
+    assert config.data.train == "demo"
+
+
+def test_model_with_checkpoint_key_is_an_existing_one(tmp_path: Path) -> None:
+    text = "name: a\nmodel: {checkpoint: some/model}\ndata: {train: demo}\n"
+
+    model = load_config(_write(tmp_path, text)).model
+
+    assert model == CheckpointModel(checkpoint="some/model")
+
+
+def test_each_wrong_field_is_one_line_with_its_path(tmp_path: Path) -> None:
+    text = RECIPE + "seed: -1\noptimisation: {epochs: none, batchsize: 3}\n"
+
+    lines = _complaints(tmp_path, text)
+
+    path = tmp_path / "recipe.yaml"
+    assert len(lines) == 3
+    assert f"{path}: seed: input should be greater than or equal to 0, got -1" in lines
+    assert any(line.startswith(f"{path}: optimisation.epochs: ") for line in lines)
+    assert (
+        f"{path}: optimisation.batchsize: no such field; check the spelling or take it out" in lines
+    )
+
+
+def test_wrong_field_of_the_model_names_no_internal_tag(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("layers: 2", "layers: 0"))
+
+    assert len(lines) == 1
+    assert ": model.layers: " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "4294967296"),
+        ("optimisation.epochs", ".inf"),
+        ("optimisation.learning_rate", ".nan"),
+        ("optimisation.weight_decay", ".inf"),
+        ("loss.decision.weight", ".inf"),
+        ("loss.decision.q", ".nan"),
+        ("loss.decision.gamma", "{safety: .inf}"),
+        ("loss.text.q", "{start: .nan, end: 1}"),
+    ],
+)
+def test_number_that_nothing_can_be_done_with_is_one_line(
+    tmp_path: Path, field: str, value: str
+) -> None:
+    *outer, name = field.split(".")
+    text = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(outer))
+
+    lines = _complaints(tmp_path, f"{RECIPE}{text}{'  ' * len(outer)}{name}: {value}\n")
+
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{tmp_path / 'recipe.yaml'}: {field}")
+    assert "number" not in lines[0].split(": ")[1]
+
+
+def test_heads_of_an_unservable_size_are_named(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("heads: 2", "heads: 4"))
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: model: hidden_size / heads must be 32, 64 or 128, got 64 / 4"
+    ]
+
+
+@pytest.mark.parametrize("value", ["rows.jsonl", "[]", "3", "[1]"])
+def test_training_files_must_be_a_list_or_demo(tmp_path: Path, value: str) -> None:
+    lines = _complaints(tmp_path, RECIPE.replace("[rows.jsonl]", value))
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: data.train: must be a list of sources, or the word demo"
+    ]
+
+
+def test_rows_longer_than_the_model_are_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "optimisation: {max_length: 1000}\n")
+
+    assert len(lines) == 1
+    assert "optimisation.max_length is 1000" in lines[0]
+
+
+def test_refusal_text_of_an_unknown_category_is_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "refusal_texts: {medical: See a doctor.}\n")
+
+    assert len(lines) == 1
+    assert "'medical'" in lines[0]
+    assert "safety" in lines[0]
+
+
+def test_category_name_that_requests_could_not_use_is_refused(tmp_path: Path) -> None:
+    lines = _complaints(tmp_path, RECIPE + "categories: {Not Good: bad}\n")
+
+    assert len(lines) == 1
+    assert "Not Good" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["respond", "answer"])
+def test_category_that_is_called_as_the_answers_are_is_refused(tmp_path: Path, name: str) -> None:
+    lines = _complaints(tmp_path, RECIPE + f"categories: {{{name}: bad}}\n")
+
+    assert lines == [
+        f"{tmp_path / 'recipe.yaml'}: categories: {name} is what the answers are called; choose "
+        "another name"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("lora: {target_modules: []}\n", "lora.target_modules"),
+        (
+            "optimisation: {gradient_accumulation_steps: 1000000}\n",
+            "optimisation.gradient_accumulation_steps",
+        ),
+        ("evaluation: {data: [{path: rows.jsonl, weight: 1.0e+9}]}\n", "evaluation.data.0.weight"),
+    ],
+)
+def test_value_that_no_run_could_use_is_refused(tmp_path: Path, text: str, field: str) -> None:
+    lines = _complaints(tmp_path, RECIPE + text)
+
+    assert all(line.startswith(f"{tmp_path / 'recipe.yaml'}: {field}") for line in lines)
+
+
+def test_refusal_text_is_the_recipes_own_before_the_default() -> None:
+    config = TrainConfig.model_validate(
+        {
+            "name": "a",
+            "model": {"checkpoint": "b"},
+            "data": {"train": "demo"},
+            "categories": {"safety": "harms", "legal": "law"},
+            "refusal_texts": {"legal": "Ask a lawyer."},
+        }
+    )
+
+    assert config.refusal_text("legal") == "Ask a lawyer."
+    assert "harm" in config.refusal_text("safety")
+
+
+def test_missing_recipe_lists_those_of_the_package() -> None:
+    with pytest.raises(ConfigError, match=r"no_such\.yaml.*demo"):
+        load_config("no_such.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [("seed: 1\nseed: 2\n", "seed"), ("optimisation: {epochs: 1, epochs: 2}\n", "epochs")],
+)
+def test_field_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
+    (line,) = _complaints(tmp_path, RECIPE + text)
+
+    assert f"the field {twice!r} stands there twice" in line
+
+
+def test_merged_field_may_be_overwritten(tmp_path: Path) -> None:
+    text = "optimisation: &o {epochs: 2}\nevaluation: {data: demo, rows: 3}\n"
+    assert load_config(_write(tmp_path, RECIPE + text)).optimisation.epochs == 2
+    merged = "data: {train: [{<<: &s {path: a.csv, weight: 2}, weight: 3}, {<<: *s}]}\n"
+    recipe = RECIPE.replace("data: {train: [rows.jsonl]}\n", merged)
+
+    train = load_config(_write(tmp_path, recipe)).data.train
+
+    assert not isinstance(train, str)
+    assert [source.weight for source in train] == [3, 2]
+
+
+def test_name_with_a_nul_character_is_refused(tmp_path: Path) -> None:
+    (line,) = _complaints(tmp_path, RECIPE.replace("rows.jsonl", '"rows\\0.jsonl"'))
+
+    assert line.endswith("data.train.0.path: must hold no NUL character, got 'rows\\x00.jsonl'")
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10_000, "1" * 2_000, "[" + "a," * 10_000 + "]", "&l [*l, *l, *l]"]
+)
+def test_wrong_value_is_told_in_brief(tmp_path: Path, value: str) -> None:
+    (line,) = _complaints(tmp_path, f"{RECIPE}report_to: {{a: {value}}}\n")
+
+    assert len(line.removeprefix(str(tmp_path))) < 300
+
+
+def test_vocabulary_that_no_trainer_could_hold_is_refused(tmp_path: Path) -> None:
+    (line,) = _complaints(
+        tmp_path, RECIPE.replace("vocab_size: 400", "vocab_size: 1000000000000000")
+    )
+
+    assert "model.vocab_size: input should be less than or equal to 1000000" in line
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "[" * 3000], ids=range(4))
+def test_file_that_is_no_mapping_is_one_line(tmp_path: Path, text: str) -> None:
+    assert len(_complaints(tmp_path, text)) == 1
+
+
+def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = load_config("demo")
+
+    again = load_config(_write(tmp_path, config.to_yaml()))
+
+    assert again == config
+    assert again.sha256() == config.sha256()
+
+
+def test_hash_changes_with_any_field() -> None:
+    config = load_config("demo")
+
+    assert config.model_copy(update={"seed": 1}).sha256() != config.sha256()

@@ -1,0 +1,157 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from models.errors import EvaluationError
+from training.measure.report import (
+    Outcomes,
+    Share,
+    clopper_pearson,
+    measure,
+    refusal_auc,
+    refusal_scores,
+)
+
+# Rows: two of "a" (one missed), one of "b" refused as "a", three to answer (one refused).
+OUTCOMES = Outcomes(
+    categories=["a", "b"],
+    margins=np.array(
+        [[2.0, -1.0], [-1.0, -3.0], [3.0, 2.0], [-4.0, -4.0], [-2.0, -5.0], [-6.0, 1.0]]
+    ),
+    truth=["a", "a", "b", None, None, None],
+    decided=["a", None, "a", None, None, "b"],
+    judged=["a", "answer", "a", "answer", "a", "b"],
+    texts=["no", "It is Paris.", "no", "It is PARIS.", "Rome", "no"],
+    answers=[None, None, None, "Paris", "Paris", "Paris"],
+    forced=["answer", "b", "answer", "b", "a", "answer"],
+    forced_judged=["answer", "b", "a", "a", "a", "answer"],
+)
+
+
+def test_report_counts_what_was_refused() -> None:
+    report = measure(OUTCOMES)
+
+    assert report.rows == 6
+    assert report.refused == {"a": Share(1, 2), "b": Share(1, 1)}
+    assert report.refused_in_all == Share(2, 3)
+    assert report.falsely_refused == Share(1, 3)
+    assert report.right_category == Share(1, 2)
+
+
+def test_right_answers_count_among_the_answered_whatever_the_case() -> None:
+    # Row 4 holds it, row 5 does not, row 6 was refused, row 2 has no known answer.
+    assert measure(OUTCOMES).right_answers == Share(1, 2)
+
+
+def test_flips_count_in_both_directions() -> None:
+    report = measure(OUTCOMES)
+
+    assert report.own_fidelity == Share(5, 6)
+    assert report.flip_to_respond == Share(2, 3)
+    assert report.flip_to_refuse == {"a": Share(1, 1), "b": Share(1, 2)}
+
+
+def test_margins_are_those_of_the_categorys_own_rows() -> None:
+    margins = measure(OUTCOMES).margins
+
+    assert margins["a"]["0"] == -1.0
+    assert margins["a"]["0.5"] == 0.5
+    assert margins["a"]["1"] == 2.0
+    assert margins["b"] == dict.fromkeys(margins["b"], 2.0)
+
+
+def test_score_is_the_log_odds_of_refusing_at_all() -> None:
+    scores = refusal_scores(np.array([[0.0, 0.0], [-1000.0, -1000.0], [1000.0, 0.0]]))
+
+    assert scores == pytest.approx([math.log(2), -1000 + math.log(2), 1000])
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    # Scores 3, 1 to refuse and 2, 1, 0 to answer: right are 3 + 1 and a tie of a half, of 6.
+    margins = np.array([[3.0], [1.0], [2.0], [1.0], [0.0]])
+
+    assert refusal_auc(margins, [True, True, False, False, False]) == pytest.approx(4.5 / 6)
+
+
+def test_auc_of_one_sort_of_rows_is_unknown() -> None:
+    assert refusal_auc(np.array([[1.0], [2.0]]), [True, True]) is None
+
+
+def test_interval_without_hits_is_the_closed_form() -> None:
+    # No hit in n: the upper end solves (1 - p)^n = 0.025.
+    low, high = clopper_pearson(0, 20)
+
+    assert low == 0.0
+    assert high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+def test_interval_ends_leave_a_tail_on_each_side() -> None:
+    low, high = clopper_pearson(3, 10)
+
+    def at_least(k: int, p: float) -> float:
+        return sum(math.comb(10, i) * p**i * (1 - p) ** (10 - i) for i in range(k, 11))
+
+    assert at_least(3, low) == pytest.approx(0.025)
+    assert 1 - at_least(4, high) == pytest.approx(0.025)
+
+
+def test_interval_of_all_and_of_nothing() -> None:
+    assert clopper_pearson(5, 5) == pytest.approx((0.025 ** (1 / 5), 1.0))
+    assert clopper_pearson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("hits", "total"), [(-1, 3), (4, 3)])
+def test_interval_of_impossible_counts_is_refused(hits: int, total: int) -> None:
+    with pytest.raises(ValueError, match="is no share"):
+        clopper_pearson(hits, total)
+
+
+def test_report_survives_json() -> None:
+    report = json.loads(measure(OUTCOMES, judge_accuracy=0.9).to_json())
+
+    assert report["falsely_refused"]["hits"] == 1
+    assert report["falsely_refused"]["value"] == pytest.approx(1 / 3)
+    assert report["falsely_refused"]["interval"][0] == pytest.approx(0.0084, abs=1e-4)
+    assert report["refused"]["a"]["total"] == 2
+    assert report["judge_accuracy"] == 0.9
+
+
+def test_table_shows_each_measure() -> None:
+    console = Console(width=120)
+
+    with console.capture() as captured:
+        console.print(measure(OUTCOMES).table())
+
+    text = captured.get()
+    assert "falsely refused" in text
+    assert "33.3%" in text
+    assert "1 / 3" in text
+
+
+def test_no_rows_are_an_error() -> None:
+    nothing: list[str] = []
+    empty = Outcomes(
+        ["a"],
+        np.zeros((0, 1)),
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+    )
+
+    with pytest.raises(EvaluationError, match="no rows"):
+        measure(empty)
+
+
+def test_columns_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="texts"):
+        replace(OUTCOMES, texts=["one"])
+    with pytest.raises(ValueError, match="margins"):
+        replace(OUTCOMES, margins=np.zeros((6, 3)))

@@ -1,0 +1,1 @@
+"""The calibration: from prompts with known categories to margins."""

@@ -1,0 +1,286 @@
+"""`rheostat calibrate`: the margins of prompts with known categories, read off the engine."""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from models.calibration import (
+    BENIGN,
+    CALIBRATIONS,
+    Calibration,
+    CalibrationInfo,
+    calibration_path,
+    load_calibration,
+    save_calibration,
+)
+from models.checkpoint import load_checkpoint
+from models.errors import ConfigError, EvaluationError
+from models.hashes import Hashes, checkpoint_hashes
+from training.calibration.partial_scores import PartialScores, remove_partial
+from training.calibration.prompts import PromptFiles, identified, read_prompts, repeated
+from training.calibration.recalibration import recalibrated
+from training.calibration.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
+from training.data.rows import Row
+from training.serving import serving, without_calibrations
+
+SERVED_NAME = "calibrated"
+# One token a prompt repays no compilation.
+SERVER_FLAGS = ("--enforce-eager",)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be calibrated, and with what.
+
+    Attributes:
+        model: The checkpoint's folder.
+        prompts: Prompts with their categories.
+        name: What the calibration is called.
+        url: A server that already serves the checkpoint; None starts one.
+        api_key: For a server that wants one.
+        flags: Flags of vLLM for the server that is started.
+        out: Folder whose `calibrations/` gets the result; None for the checkpoint's own.
+        force: Whether a calibration of that name is measured anew.
+    """
+
+    model: Path
+    prompts: PromptFiles
+    name: str = "default"
+    url: str | None = None
+    api_key: str | None = None
+    flags: tuple[str, ...] = ()
+    out: Path | None = None
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder whose `calibrations/` gets the result."""
+        return self.out or self.model
+
+
+class Measured(NamedTuple):
+    """What became of a job.
+
+    Attributes:
+        calibration: The calibration.
+        path: Its file.
+        kept: Whether the calibration was there already.
+        scored: Prompts that were sent to the engine; the others had been scored before.
+        seconds: How long that took, without the server's start.
+        repeated: Prompts that say what an earlier one says.
+    """
+
+    calibration: Calibration
+    path: Path
+    kept: bool = False
+    scored: int = 0
+    seconds: float = 0.0
+    repeated: int = 0
+
+    def sentence(self) -> str:
+        """Returns what happened, for people."""
+        if self.kept:
+            return f"{self.path}: is there already, of the same data and checkpoint"
+        speed = 60 * self.scored / max(self.seconds, 1e-9)
+        told = f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
+        if not self.repeated:
+            return told
+        return f"{told}; {self.repeated} repeat an earlier one, and count as often as they occur"
+
+
+def calibrate(job: Job, console: Console) -> Measured:
+    """Measures a checkpoint's margins and saves them as a calibration.
+
+    What has been scored is kept at once: killed at any moment and started again, the same job goes
+    on where it was. A calibration that the same job has already finished is kept.
+
+    Args:
+        job: What is to be done.
+        console: Where progress goes, when it is a terminal.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be served.
+        ConfigError: The data are wrong or too few, or another calibration has that name.
+        EvaluationError: The server does not start or does not answer as it should.
+    """
+    manifest, _ = load_checkpoint(job.model)
+    names = tuple(manifest.names)
+    rows = read_prompts(job.prompts, names)
+    hashes = checkpoint_hashes(job.model)
+    key = _fingerprint(names, hashes, rows, job.flags)
+    info = CalibrationInfo(
+        name=_checked_name(job.name),
+        created=datetime.now(UTC),
+        categories=names,
+        hashes=hashes,
+        data_sha256=identified(job.prompts),
+        seeds={} if job.prompts.limit is None else {"sample": job.prompts.seed},
+        job_sha256=key,
+        rheostat=version("rheostat"),
+    )
+    path = calibration_path(job.folder, job.name)
+    partial_path = path.with_name(f"{job.name}.partial.jsonl")
+    if path.exists() and not job.force:
+        kept = _same(path, info)
+        remove_partial(partial_path, key)
+        return Measured(kept, path, kept=True)
+    with PartialScores(partial_path, key, len(rows), len(names)) as partial:
+        if job.force and path.exists() and not partial.missing(len(rows)):
+            partial.begin_anew()  # what a finished run left when it was killed in its last moment
+        missing = partial.missing(len(rows))
+        seconds = _score(job, rows, info, partial, console) if missing else 0.0
+        margins, log_normaliser = partial.arrays(len(rows))
+        calibration = recalibrated(
+            Calibration(margins, log_normaliser, _indices(rows, names), info)
+        )
+        _remove_unfinished(path)
+        save_calibration(job.folder, calibration)
+        partial.remove()
+    return Measured(
+        calibration, path, scored=len(missing), seconds=seconds, repeated=repeated(rows)
+    )
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", name):
+        raise ConfigError(
+            f"--name {name!r}: must be lower-case letters, digits, - and _, a letter first"
+        )
+    return name
+
+
+def _fingerprint(
+    names: Sequence[str], hashes: Hashes, rows: Sequence[Row], flags: Sequence[str]
+) -> str:
+    """Returns the hash of everything that the scores depend on, the prompts' order included."""
+    prompts = [[row.category, [message.model_dump() for message in row.prompt]] for row in rows]
+    content = [list(names), hashes.model_dump(), list(flags), prompts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _indices(rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.int64]:
+    found = [row.category for row in rows]
+    return np.array([BENIGN if c is None else names.index(c) for c in found], dtype=np.int64)
+
+
+def _same(path: Path, info: CalibrationInfo) -> Calibration:
+    """Returns the calibration that is there where it is this job's; else raises."""
+    kept = load_calibration(path)
+    if kept.info.job_sha256 == info.job_sha256:
+        return kept
+    theirs, ours = kept.info, info
+    what = "a different checkpoint" if theirs.hashes != ours.hashes else "different prompts"
+    if theirs.hashes == ours.hashes and theirs.data_sha256 == ours.data_sha256:
+        what = "the same files read in a different way, or with different flags"
+    raise ConfigError(
+        f"{path} was measured on {what}; --force replaces it, --name puts another beside it"
+    )
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Removes what earlier runs of that name were writing when they were killed."""
+    for unfinished in path.parent.glob(f"{path.name}.*.partial"):
+        unfinished.unlink(missing_ok=True)
+
+
+def _score(
+    job: Job, rows: Sequence[Row], info: CalibrationInfo, partial: PartialScores, console: Console
+) -> float:
+    with _server(job, console) as url, _bar(console) as bar:
+        started = monotonic()
+        task = bar.add_task("scoring", total=len(rows), completed=len(partial))
+
+        def keep(places: Sequence[int], scores: Sequence[Scores]) -> None:
+            _check_finite(places, scores, rows, info.categories)
+            partial.add(places, scores)
+            bar.advance(task, len(places))
+
+        missing = partial.missing(len(rows))
+        asyncio.run(_ask(url, job.api_key, rows, info, missing, keep))
+        return monotonic() - started
+
+
+async def _ask(
+    url: str,
+    api_key: str | None,
+    rows: Sequence[Row],
+    info: CalibrationInfo,
+    missing: Sequence[int],
+    keep: OnScores,
+) -> None:
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as http:
+        client = ScoringClient(http)
+        _check_served(url, await client.served(), info)
+        await client.score(rows, info.categories, missing, keep)
+
+
+def _check_served(url: str, served: Served, info: CalibrationInfo) -> None:
+    if served.names != info.categories:
+        raise EvaluationError(
+            f"{url} serves a checkpoint of the categories {', '.join(served.names)}, not the one "
+            f"to calibrate, which has {', '.join(info.categories)}"
+        )
+    for what, theirs in served.hashes.model_dump().items():
+        ours = getattr(info.hashes, what)
+        if theirs != ours:
+            raise EvaluationError(
+                f"{url} serves a checkpoint with the {what} {theirs[:12]}, not the one to "
+                f"calibrate, whose {what} is {ours[:12]}"
+            )
+
+
+def _check_finite(
+    places: Sequence[int], scores: Sequence[Scores], rows: Sequence[Row], names: Sequence[str]
+) -> None:
+    for place, score in zip(places, scores, strict=True):
+        values = (*score.margins, score.log_normaliser)
+        for name, value in zip((*names, "the vocabulary"), values, strict=True):
+            if not np.isfinite(value):
+                raise EvaluationError(
+                    f"{rows[place].origin}: the margin of {name!r} is {value}, no finite number: "
+                    "the model's weights or its arithmetic are broken (try --dtype float32)"
+                )
+
+
+@contextmanager
+def _server(job: Job, console: Console) -> Iterator[str]:
+    if job.url is not None:
+        yield job.url.rstrip("/").removesuffix("/v1")
+        return
+    log = job.folder / CALIBRATIONS / f"{job.name}-server.log"
+    flags = (*SERVER_FLAGS, *job.flags)
+    with ExitStack() as stack:
+        model = stack.enter_context(without_calibrations(job.model))
+        with console.status(f"starting vLLM (its log: {log})"):
+            url = stack.enter_context(
+                serving(model, SERVED_NAME, log, flags, inherit_settings=False)
+            )
+        yield url
+    log.unlink(missing_ok=True)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,1 @@
+"""The recipe: what a training is told, read from YAML and validated."""

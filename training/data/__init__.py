@@ -1,0 +1,1 @@
+"""The data: from files to rows, from rows to batches."""

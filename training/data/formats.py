@@ -1,0 +1,201 @@
+"""How the rows of a file read as ours: columns, category names, chats, CoCoNot."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.errors import ConfigError
+from training.config.data import Source, label
+from training.data.rows import BadRow
+
+Values = Mapping[str, Any]
+
+# The labels of CoCoNot's files (arXiv 2407.12043; github.com/allenai/noncompliance, data/).
+COCONOT_LABELS = {
+    "Requests with safety concerns": "safety",
+    "Humanizing requests": "humanizing",
+    "Incomplete requests": "incomplete",
+    "Indeterminate requests": "indeterminate",
+    "Unsupported requests": "unsupported",
+}
+COCONOT_ANSWERED = ("contrast", "pref")
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant"}
+
+
+class Cells(dict[str, Any]):
+    """Cells of a text table, where an empty one is no value rather than an empty text."""
+
+
+def cells_as_values(header: Sequence[str], cells: Sequence[str]) -> Values | BadRow:
+    """Returns a line of a text table by column name."""
+    if len(cells) == len(header):
+        return Cells(zip(header, cells, strict=True))
+    return BadRow(
+        f"has {len(cells)} cells, the header {len(header)}; a cell with a delimiter or a line "
+        "break in it must be in double quotes"
+    )
+
+
+def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
+    """Says once for the whole table what every row of it would lack."""
+    found = list(columns)
+    if not found:
+        raise ConfigError(f"{name}: is empty; its first line must name the columns")
+    if repeated := sorted({column for column in found if found.count(column) > 1}):
+        raise ConfigError(f"{name}: the column {repeated[0]!r} stands there twice")
+    needed = {field: to for field, to in source.columns.items() if to is not None}
+    if source.format == "rows" and not {"messages", needed.get("messages")} & set(found):
+        needed = {"prompt": "prompt", "response": "response", "category": "category", **needed}
+        if source.category is not None:
+            del needed["category"]
+        if source.columns.get("response", "") is None:
+            del needed["response"]
+    for field, column in needed.items():
+        if column not in found:
+            raise ConfigError(
+                f"{name}: has no column {column!r}; its columns are {', '.join(found)}; say which "
+                f"of them is the {field} with columns: {{{field}: NAME}}{_without(field)}"
+                f"{_as_one_column(found)}"
+            )
+
+
+def _as_one_column(found: Sequence[str]) -> str:
+    if len(found) > 1 or not any(delimiter in found[0] for delimiter in ",;|\t"):
+        return ""
+    return "; columns are separated by commas in a .csv file, by tabs in a .tsv file"
+
+
+def _without(field: str) -> str:
+    return {
+        "category": ", or what all its rows are with category: NAME",
+        "response": ", or that there is none with columns: {response: null}",
+    }.get(field, "")
+
+
+def _from_rows(values: Values, source: Source) -> Values:
+    row = _renamed(values, source)
+    if source.category is not None:
+        return {**row, "category": source.category}
+    for field in ("category", "near_miss"):
+        if field in row:
+            row[field] = _category(row[field], source.categories)
+    if isinstance(row.get("messages"), list):
+        row["messages"] = [_with_category(turn, source.categories) for turn in row["messages"]]
+    return row
+
+
+def _renamed(values: Values, source: Source) -> dict[str, Any]:
+    row = dict(values)
+    for field, column in source.columns.items():
+        if column is not None and column not in values:
+            raise BadRow(f"{field}: there is no {column!r}; there are {', '.join(values)}")
+        row[field] = None if column is None else values[column]
+    if isinstance(values, Cells):
+        for field in ("messages", "response", "answer", "pair", "near_miss"):
+            if row.get(field) == "":
+                row[field] = None
+    if row.get("messages", "") is None:
+        del row["messages"]
+    if isinstance(row.get("messages"), str):
+        row["messages"] = _turns_in(row["messages"])
+    return row
+
+
+def _turns_in(cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"messages: is no JSON: {error}") from error
+
+
+def _category(value: Any, categories: Mapping[str, str | None]) -> Any:
+    if value is None:
+        return None
+    return categories.get(label(value), label(value))
+
+
+def _with_category(turn: Any, categories: Mapping[str, str | None]) -> Any:
+    if isinstance(turn, dict) and turn.get("category") is not None:
+        return {**turn, "category": _category(turn["category"], categories)}
+    return turn
+
+
+def _from_chat(values: Values, source: Source) -> Values:
+    row = _renamed(values, source)
+    turns = row.get("messages", row.get("conversations"))
+    if turns is None:
+        asked: dict[str, Any] = {f: row[f] for f in ("prompt", "response") if f in row}
+        return {**asked, "category": None}
+    if not isinstance(turns, list):
+        raise BadRow("messages: must be a list of turns")
+    messages = [_chat_turn(turn) for turn in turns]
+    # UltraChat repeats the first user turn as `prompt`; others keep it there alone.
+    if row.get("prompt") and not any(turn["role"] == "user" for turn in messages[:2]):
+        messages.insert(0, {"role": "user", "content": row["prompt"]})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise BadRow("messages: no turn is the assistant's")
+    return {"messages": messages}
+
+
+def _chat_turn(turn: Any) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise BadRow("messages: a turn must be an object with role and content")
+    role = turn.get("role", turn.get("from"))
+    content = _text_of(turn.get("content", turn.get("value")))
+    if not content.strip():
+        raise BadRow(f"messages: a turn of role {role!r} has no text")
+    return {"role": SPEAKERS.get(str(role), role), "content": content}
+
+
+def _text_of(content: Any) -> str:
+    """Returns the text of a turn, which may come as a list of parts."""
+    if isinstance(content, list):
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+            raise BadRow("messages: a turn has parts that are no text")
+        return "".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _from_coconot(values: Values, source: Source) -> Values:
+    row = _renamed(values, source)
+    named = {**COCONOT_LABELS, **source.categories}
+    category = _category(row.get("category"), named)
+    answered = _is_answered(row, source)
+    if category is None and not answered:
+        raise BadRow("category: is missing; only CoCoNot's contrast and preference rows have none")
+    return {
+        "prompt": row.get("prompt"),
+        "category": None if answered else category,
+        "near_miss": category if answered else None,
+        "response": _last_reply(row.get("response", row.get("chosen"))) or None,
+    }
+
+
+def _last_reply(response: Any) -> Any:
+    """Returns the text of a response; those of the preference file are whole conversations."""
+    if not isinstance(response, list):
+        return response
+    return _chat_turn(response[-1])["content"] if response else None
+
+
+def _is_answered(row: Values, source: Source) -> bool:
+    if row.get("is_refusal") is not None:
+        return label(row["is_refusal"]) in ("0", "false")
+    if row.get("chosen") is not None:
+        return True
+    if source.subset is not None:
+        return source.subset in COCONOT_ANSWERED
+    path = Path(source.name)
+    words = re.split(r"[^a-z]+", f"{path.parent.name} {path.stem}".lower())
+    return any(word in COCONOT_ANSWERED for word in words)
+
+
+FORMATS: Mapping[str, Callable[[Values, Source], Values]] = {
+    "rows": _from_rows,
+    "chat": _from_chat,
+    "coconot": _from_coconot,
+}

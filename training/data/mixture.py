@@ -1,0 +1,389 @@
+"""Rows of several sources, made into one set: checked, deduplicated, drawn and weighed."""
+
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.errors import ConfigError
+from models.tokens import SINGLE
+from training.config.data import DEMO, DataConfig, Origin, Source
+from training.config.loss import LossConfig
+from training.data.encoding import DecisionWeights
+from training.data.rows import Record, Refused, Row, checked, complaint
+from training.data.sources import Reading, read
+
+RESPOND = "respond"
+CONFLICTS_TOLD = 5
+PAIRS_TOLD = 10
+PROMPT_CHARACTERS = 80
+
+PromptKey = tuple[tuple[str, str], ...]
+
+
+class SourceCounts(NamedTuple):
+    """What became of one source.
+
+    Attributes:
+        name: As the recipe calls it.
+        read: Rows that could be used.
+        left_out: Rows that could not, and were left out.
+        why: One line for each reason of that.
+        duplicates: Rows that say what an earlier row says.
+        taken: Rows in the mixture, by category; None stands for the answers.
+    """
+
+    name: str
+    read: int
+    left_out: int
+    why: str
+    duplicates: int
+    taken: Counter[str | None]
+
+
+class Mixture(NamedTuple):
+    """What is learnt from, and how it came to be.
+
+    Attributes:
+        rows: The rows, as often as they are taken.
+        sources: Counts by source.
+        deduplicated: Whether duplicates were dropped.
+        conflicts: Prompts that come with several decisions and are no pair.
+        conflict_examples: The first of them, one line each.
+        near_misses: Rows in the mixture that look like a category and are to be answered.
+        pairs: Counterfactual pairs in the mixture.
+        without_response: Rows in the mixture of which only the control token is learnt.
+    """
+
+    rows: list[Row]
+    sources: tuple[SourceCounts, ...]
+    deduplicated: bool
+    conflicts: int
+    conflict_examples: tuple[str, ...]
+    near_misses: Counter[str]
+    pairs: int
+    without_response: int
+
+    @property
+    def categories(self) -> Counter[str | None]:
+        """Rows by category; None stands for the answers."""
+        return sum((source.taken for source in self.sources), Counter[str | None]())
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the counts in a form that can be written as JSON."""
+        return {
+            "rows": len(self.rows),
+            "categories": _named(self.categories),
+            "sources": {
+                source.name: {
+                    "read": source.read,
+                    "left_out": source.left_out,
+                    "duplicates": source.duplicates,
+                    "taken": _named(source.taken),
+                }
+                for source in self.sources
+            },
+            "deduplicated": self.deduplicated,
+            "conflicts": self.conflicts,
+            "near_misses": dict(self.near_misses),
+            "pairs": self.pairs,
+            "without_response": self.without_response,
+        }
+
+
+def gather(
+    data: DataConfig,
+    categories: Collection[str],
+    *,
+    demo_folder: Path | None = None,
+    single_token: bool = False,
+) -> Mixture:
+    """Reads the training data and mixes them.
+
+    Rows are deduplicated first, then each source is limited and weighted. Draws depend on
+    `data.seed` and the source's place in the list alone, and never tear a pair apart.
+
+    Args:
+        data: What the recipe says.
+        categories: The names that a row may give as its category.
+        demo_folder: Where the demo's data lie or are written to; None renders them in memory.
+        single_token: Whether every category becomes the one category `refuse`.
+
+    Raises:
+        ConfigError: A source cannot be read, rows are wrong, a pair is not whole, or a source
+            yields nothing.
+    """
+    readings = _read_all(data.train, categories, data.seed, demo_folder, "train", single_token)
+    _check_pairs([row for _, reading in readings for row in reading.rows])
+    conflicts = _conflicts([row for _, reading in readings for row in reading.rows])
+    repeated = _repeated([reading.rows for _, reading in readings])
+    rows: list[Row] = []
+    counts: list[SourceCounts] = []
+    for number, (source, reading) in enumerate(readings):
+        twice = {id(row) for row in reading.rows if id(row) in repeated}
+        kept = [row for row in reading.rows if not (data.deduplicate and id(row) in twice)]
+        taken = _take(kept, source, random.Random(f"{data.seed}/{number}"))
+        rows += taken
+        counts.append(_count(source, reading, len(twice), taken))
+    if not rows:
+        raise ConfigError(f"data.train: no row is left of {', '.join(c.name for c in counts)}")
+    return Mixture(
+        rows=rows,
+        sources=tuple(counts),
+        deduplicated=data.deduplicate,
+        conflicts=len(conflicts),
+        conflict_examples=tuple(conflicts[:CONFLICTS_TOLD]),
+        near_misses=Counter(row.near_miss for row in rows if row.near_miss is not None),
+        pairs=len({_pair_key(row) for row in rows if row.pair is not None}),
+        without_response=sum(row.response is None for row in rows),
+    )
+
+
+def evaluation_rows(
+    origin: Origin,
+    categories: Collection[str],
+    *,
+    limit: int,
+    seed: int,
+    demo_folder: Path | None = None,
+    single_token: bool = False,
+) -> list[Row]:
+    """Reads what is measured during the training.
+
+    Args:
+        origin: Sources, or `demo`: the demo's calibration rows.
+        categories: The names that a row may give as its category.
+        limit: At most so many rows, drawn at random, in their order.
+        seed: Seed of that draw.
+        demo_folder: As in `gather`.
+        single_token: As in `gather`.
+
+    Raises:
+        ConfigError: A source cannot be read, or rows are wrong.
+    """
+    readings = _read_all(origin, categories, seed, demo_folder, "calibration", single_token)
+    rows = [
+        row
+        for number, (source, reading) in enumerate(readings)
+        for row in _take(reading.rows, source, random.Random(f"{seed}/{number}"))
+    ]
+    if len(rows) <= limit:
+        return rows
+    chosen = random.Random(seed).sample(range(len(rows)), limit)
+    return [rows[at] for at in sorted(chosen)]
+
+
+def decision_weights(rows: Sequence[Row], data: DataConfig, loss: LossConfig) -> DecisionWeights:
+    """Returns the loss weights of all tokens, class balance and near misses counted in.
+
+    With `data.balance` b, the decisions of a category whose weights sum to S sum to S**(1 - b)
+    afterwards, times what leaves the sum over all categories as it was.
+
+    Args:
+        rows: What is trained on.
+        data: Says how much classes are balanced and near misses weigh.
+        loss: Says what decisions and text weigh.
+    """
+    weights = DecisionWeights(
+        plain=loss.decision.weight,
+        pair=loss.decision.pair_weight,
+        text=loss.text.weight,
+        near_miss=data.near_miss_weight,
+    )
+    if not data.balance:
+        return weights
+    sums: dict[str | None, float] = defaultdict(float)
+    for row in rows:
+        turns = (turn for turn in row.messages if turn.role == "assistant")
+        for turn, weight in zip(turns, weights.of_decisions(row), strict=True):
+            sums[turn.category] += weight
+    total = sum(sums.values())
+    scale = total / (sum(s ** (1 - data.balance) for s in sums.values() if s) or 1.0)
+    factors = {name: scale * s**-data.balance for name, s in sums.items() if s}
+    return weights._replace(factors=factors)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read_all(
+    origin: Origin,
+    categories: Collection[str],
+    seed: int,
+    demo_folder: Path | None,
+    split: str,
+    single_token: bool,
+) -> list[tuple[Source, Reading]]:
+    known = [*categories, SINGLE] if single_token else categories
+    if isinstance(origin, str):
+        readings = [_read_demo(known, seed, demo_folder, split)]
+    else:
+        readings = [(source, read(source, known)) for source in origin]
+    if not single_token:
+        return readings
+    return [
+        (source, reading._replace(rows=[_with_one_category(row) for row in reading.rows]))
+        for source, reading in readings
+    ]
+
+
+def _read_demo(
+    categories: Collection[str], seed: int, folder: Path | None, split: str
+) -> tuple[Source, Reading]:
+    from training.demo_data.render import render, write
+
+    if folder is None:
+        source = Source(path=f"{DEMO}/{split}")
+        refused: list[Refused] = []
+        records = (
+            Record(dict(values), f"{DEMO}/{split}", number, "row")
+            for number, values in enumerate(render(seed)[split], start=1)
+        )
+        rows = list(checked(records, categories, refused))
+        if refused:
+            raise ConfigError(complaint(refused))
+        return source, Reading(rows, "", 0)
+    source = Source(path=str(folder / f"{split}.jsonl"))
+    if not Path(str(source.path)).is_file():
+        write(folder, seed)
+    return source, read(source, categories)
+
+
+def _with_one_category(row: Row) -> Row:
+    messages = tuple(
+        turn if turn.category is None else turn.model_copy(update={"category": SINGLE})
+        for turn in row.messages
+    )
+    return replace(row, messages=messages, near_miss=row.near_miss and SINGLE)
+
+
+# --- what rows say of each other ------------------------------------------------------------------
+
+
+def normalised(text: str) -> str:
+    """Returns a text without case, Unicode form (NFKC) and the kind of white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def prompt_key(row: Row) -> PromptKey:
+    """Returns what two rows that ask the same have in common."""
+    return tuple((turn.role, normalised(turn.content)) for turn in row.prompt)
+
+
+def _pair_key(row: Row) -> tuple[str | None, PromptKey]:
+    return row.pair, prompt_key(row)
+
+
+def _check_pairs(rows: Sequence[Row]) -> None:
+    pairs: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.pair is not None:
+            pairs[_pair_key(row)].append(row)
+    torn = [pair for pair in pairs.values() if len({row.category is None for row in pair}) == 1]
+    if not torn:
+        return
+    lines = [
+        f"{pair[0].origin}: pair {pair[0].pair!r} has no "
+        f"{'refused' if pair[0].category is None else 'answered'} row of this prompt"
+        for pair in torn[:PAIRS_TOLD]
+    ]
+    if len(torn) > PAIRS_TOLD:
+        lines.append(f"and {len(torn) - PAIRS_TOLD} more pairs")
+    lines.append(
+        "a pair is one prompt, once refused and once answered; for a prompt that only looks like "
+        "one to refuse use near_miss"
+    )
+    raise ConfigError("\n".join(lines))
+
+
+def _conflicts(rows: Sequence[Row]) -> list[str]:
+    decided: dict[PromptKey, Row] = {}
+    told: dict[PromptKey, str] = {}
+    for row in rows:
+        if row.pair is not None:
+            continue
+        key = prompt_key(row)
+        first = decided.setdefault(key, row)
+        if first.category != row.category and key not in told:
+            told[key] = (
+                f"{first.origin} says {first.category or RESPOND}, {row.origin} says "
+                f"{row.category or RESPOND}: {_short(row.prompt[-1].content)!r}"
+            )
+    return list(told.values())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= PROMPT_CHARACTERS else f"{text[:PROMPT_CHARACTERS]}…"
+
+
+def _repeated(sources: Sequence[Sequence[Row]]) -> set[int]:
+    """Returns the identities of the rows that say what another row says.
+
+    Of rows that say the same, the first one with a response stays, or else the first one.
+    """
+    stays: dict[Any, Row] = {}
+    repeated: set[int] = set()
+    for row in (row for rows in sources for row in rows):
+        key = (*_pair_key(row), row.category)
+        first = stays.setdefault(key, row)
+        if first is row:
+            continue
+        if first.response is None and row.response is not None:
+            stays[key], row = row, first
+        repeated.add(id(row))
+    return repeated
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _take(rows: Sequence[Row], source: Source, rng: random.Random) -> list[Row]:
+    if source.limit is not None:
+        rows = _drawn(rows, source.limit, rng)
+    whole, fraction = divmod(source.weight, 1)
+    taken = [*rows] * int(whole)
+    taken += _drawn(rows, round(len(rows) * fraction), rng)
+    if rows and not taken:
+        raise ConfigError(f"{source.name}: weight {source.weight} leaves none of {len(rows)} rows")
+    return taken
+
+
+def _drawn(rows: Sequence[Row], wanted: int, rng: random.Random) -> list[Row]:
+    """Returns a random subset in its old order; the rows of a pair stay together."""
+    if wanted >= len(rows):
+        return list(rows)
+    units = list(_units(rows))
+    rng.shuffle(units)
+    chosen: list[int] = []
+    for unit in units:
+        if len(chosen) + len(unit) <= wanted:
+            chosen += unit
+    return [rows[at] for at in sorted(chosen)]
+
+
+def _units(rows: Sequence[Row]) -> Iterator[list[int]]:
+    pairs: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.pair is None:
+            yield [at]
+        else:
+            pairs.setdefault(row.pair, []).append(at)
+    yield from pairs.values()
+
+
+def _count(source: Source, reading: Reading, duplicates: int, taken: Sequence[Row]) -> SourceCounts:
+    return SourceCounts(
+        name=source.name,
+        read=len(reading.rows),
+        left_out=reading.left_out_rows,
+        why=reading.left_out,
+        duplicates=duplicates,
+        taken=Counter(row.category for row in taken),
+    )
+
+
+def _named(counts: Counter[str | None]) -> dict[str, int]:
+    return {name or RESPOND: number for name, number in counts.items()}

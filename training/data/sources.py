@@ -1,0 +1,239 @@
+"""Where training rows come from: files and data sets of several formats, read into our own rows."""
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.errors import ConfigError
+from training.config.data import Source
+from training.data.formats import FORMATS, Values, cells_as_values, check_columns
+from training.data.rows import BadRow, Record, Refused, Row, checked, complaint
+
+CHUNK_BYTES = 1 << 20
+# A prompt may be a long document; Python's own limit of a cell is 128 KiB.
+LARGEST_CELL = 1 << 30
+
+
+class Reading(NamedTuple):
+    """What a source gave.
+
+    Attributes:
+        rows: Its rows, in its order.
+        left_out: One line for each reason why rows were left out; empty where none were.
+        left_out_rows: How many.
+    """
+
+    rows: list[Row]
+    left_out: str
+    left_out_rows: int
+
+
+def read_source(source: Source, categories: Collection[str]) -> list[Row]:
+    """Reads a source into rows, before any limit or weight.
+
+    Args:
+        source: Where the rows are and how they read.
+        categories: The names of ours that a row may give as its category.
+
+    Raises:
+        ConfigError: The source cannot be read or holds no rows, or rows are wrong: the message
+            names file, line and reason of each kind of mistake.
+    """
+    return read(source, categories).rows
+
+
+def read(source: Source, categories: Collection[str]) -> Reading:
+    """Reads a source as `read_source` does, and tells what `bad_rows: drop` left out."""
+    refused: list[Refused] = []
+    rows = list(checked(_ours(source), categories, refused))
+    if refused and source.bad_rows == "error":
+        raise ConfigError(complaint(refused))
+    if not rows:
+        reason = f": every one is wrong\n{complaint(refused)}" if refused else ""
+        raise ConfigError(f"{source.name}: holds no rows{reason}")
+    return Reading(rows, complaint(refused) if refused else "", len(refused))
+
+
+def identify(source: Source) -> dict[str, str]:
+    """Returns what tells one state of a source from another.
+
+    Returns:
+        The file's name and its SHA-256; or `hub:NAME@REVISION` and the commit; for a folder laid
+        out like a hub repository, each data file in it.
+
+    Raises:
+        ConfigError: The source cannot be read.
+    """
+    if source.path is not None:
+        return {source.path: _sha256(Path(source.path))}
+    builder = _hub_builder(source)
+    if Path(str(source.hub)).is_dir():
+        files = sorted(
+            {str(file) for files in builder.config.data_files.values() for file in files}
+        )
+        return {f"hub:{file}": _sha256(Path(file)) for file in files}
+    return {f"hub:{source.hub}@{source.revision or 'main'}": str(builder.hash)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _ours(source: Source) -> Iterator[Record]:
+    convert = FORMATS[source.format]
+    for record in _records(source):
+        if isinstance(record.values, BadRow):
+            yield record
+            continue
+        try:
+            yield record._replace(values=convert(record.values, source))
+        except BadRow as error:
+            yield record._replace(values=error)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _records(source: Source) -> Iterator[Record]:
+    if source.path is None:
+        return _hub_records(source)
+    path = Path(source.path)
+    readers: dict[str, Callable[[Path, Source], Iterator[Record]]] = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json_list,
+        ".csv": _delimited,
+        ".tsv": _delimited,
+        ".parquet": _parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"{path}: is of an unknown kind; the ending must be one of {', '.join(readers)}"
+        )
+    return _readable(path, reader(path, source))
+
+
+def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"
+        ) from error
+
+
+def _json_lines(path: Path, source: Source) -> Iterator[Record]:
+    # Not str.splitlines(): a JSON string may hold U+2028 as it is, which is a line end to that.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield Record(_json_object(line), str(path), number, "line")
+
+
+def _json_object(line: str) -> Values | BadRow:
+    try:
+        values: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"is no JSON: {error}")
+    return values if isinstance(values, dict) else BadRow("must be a JSON object, one a line")
+
+
+def _json_list(path: Path, source: Source) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read()
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
+        raise ConfigError(f"{path}: is no JSON: {error}{hint}") from error
+    if not isinstance(values, list):
+        raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
+    for number, value in enumerate(values, start=1):
+        fields = value if isinstance(value, dict) else BadRow("must be a JSON object")
+        yield Record(fields, str(path), number, "row")
+
+
+def _delimited(path: Path, source: Source) -> Iterator[Record]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(LARGEST_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+            check_columns(str(path), header, source)
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    yield Record(cells_as_values(header, cells), str(path), line, "line")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ConfigError(f"{path}:{reader.line_num}: is no CSV: {error}") from error
+
+
+def _parquet(path: Path, source: Source) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_columns(str(path), file.schema_arrow.names, source)
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            for number, values in enumerate(chain.from_iterable(batches), start=1):
+                yield Record(values, str(path), number, "row")
+    except pa.ArrowException as error:
+        raise ConfigError(f"{path}: is no parquet file: {_first_line(error)}") from error
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def _hub_records(source: Source) -> Iterator[Record]:
+    dataset: Any = _from_hub(
+        source, lambda load: load.load_dataset(**_where(source), split=source.split)
+    )
+    check_columns(source.name, dataset.column_names, source)
+    for number, values in enumerate(dataset, start=1):
+        yield Record(values, source.name, number, "row")
+
+
+def _hub_builder(source: Source) -> Any:
+    return _from_hub(source, lambda load: load.load_dataset_builder(**_where(source)))
+
+
+def _where(source: Source) -> dict[str, Any]:
+    return {"path": source.hub, "name": source.subset, "revision": source.revision}
+
+
+def _from_hub(source: Source, load: Callable[[Any], Any]) -> Any:
+    """Calls `datasets`, which runs no code of a data set's own and unpickles nothing."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return load(datasets)
+    except Exception as error:  # what it raises ranges from OSError to its own and the hub's
+        raise ConfigError(
+            f"{source.name}: the hub did not give this data set: {_first_line(error)}; check the "
+            "name and the network, or save it as a file and use path"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

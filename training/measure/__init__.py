@@ -1,0 +1,1 @@
+"""The measurements: how a model decides and what its texts do."""

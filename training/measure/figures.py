@@ -1,0 +1,392 @@
+"""Figures of a training run: what was minimised, and what the decisions became."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.measure.metrics import FALSE_REFUSALS, Bin, refusal_probability, reliability
+from training.measure.report import clopper_pearson, refusal_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from training.measure.monitor import Measurement
+
+FOLDER = "plots"
+DPI = 110
+# Okabe and Ito's palette, told apart with every common form of colour blindness.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+CATEGORY_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+LINE_STYLES = ("-", "--", ":", "-.")
+GRID: Mapping[str, Any] = {"color": "#DDDDDD", "linewidth": 0.6}
+COLUMNS = 3
+PERCENTAGES = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
+Log = Sequence[Mapping[str, Any]]
+
+
+class Look(NamedTuple):
+    """How one logged quantity is drawn.
+
+    Attributes:
+        key: What it is logged under.
+        label: What the legend calls it.
+        colour: Of its line.
+        style: Marker and line, as matplotlib writes them.
+    """
+
+    key: str
+    label: str
+    colour: str
+    style: str
+
+
+class Curve(NamedTuple):
+    """A quantity over the training.
+
+    Attributes:
+        steps: Where it was noted.
+        values: What it was.
+    """
+
+    steps: list[int]
+    values: list[float]
+
+
+LOSS_PANELS = (
+    (
+        "Decision: the control token",
+        (
+            Look("decision_loss", "training rows", BLUE, "-"),
+            Look("eval_vocabulary_loss", "held-out rows", RED, "o-"),
+            Look("eval_loss", "held-out rows, among control tokens", GREEN, "s--"),
+        ),
+    ),
+    (
+        "Text: the tokens behind it",
+        (
+            Look("text_loss", "training rows", BLUE, "-"),
+            Look("eval_text_loss", "held-out rows", RED, "o-"),
+        ),
+    ),
+)
+METRIC_LOOKS = (
+    Look("eval_auc", "AUC", BLACK, "o-"),
+    Look("eval_refused", "refused of what should be", BLUE, "s-"),
+    Look("eval_refused_at_5", "the same at 5 % false refusals", GREEN, "^--"),
+    Look("eval_right_category", "right category among refused", PURPLE, "D:"),
+    Look("eval_falsely_refused", "refused of what should not be", RED, "v-"),
+    Look("eval_calibration_error", "calibration error", ORANGE, "x--"),
+)
+
+
+def save_training_plots(
+    folder: Path, log_history: Log, measurement: "Measurement | None" = None
+) -> list[Path]:
+    """Writes a run's figures as PNG files into `plots` within a folder.
+
+    Args:
+        folder: The checkpoint's folder.
+        log_history: What the trainer logged; entries without `step` are not looked at.
+        measurement: Of the finished model; without it there are only curves over steps.
+
+    Returns:
+        The files. A figure for which nothing was logged is not made.
+    """
+    figures: dict[str, Figure | None] = {
+        "loss": loss_curves(log_history),
+        "history": metric_history(log_history),
+    }
+    if measurement is not None:
+        to_refuse = np.array([name is not None for name in measurement.truth])
+        scores = refusal_scores(measurement.margins)
+        figures["margins"] = margin_histograms(measurement)
+        figures["reliability"] = reliability_diagram(scores, to_refuse)
+        figures["trade_off"] = trade_off(measurement)
+    target = folder / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            written.append(target / f"{name}.png")
+            figure.savefig(written[-1], dpi=DPI)
+    return written
+
+
+def logged(log_history: Log, key: str) -> Curve:
+    """Returns what was logged under a key."""
+    entries = [entry for entry in log_history if key in entry and "step" in entry]
+    return Curve(
+        [int(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries]
+    )
+
+
+def loss_curves(log_history: Log) -> "Figure | None":
+    """Draws the losses of decision and text, as trained and as measured on held-out rows.
+
+    Args:
+        log_history: Entries with `step` and any of `decision_loss`, `text_loss`, `eval_loss`,
+            `eval_vocabulary_loss`, `eval_text_loss`.
+
+    Returns:
+        The figure, None where none of them was logged.
+    """
+    shown = [(title, _logged_lines(log_history, looks)) for title, looks in LOSS_PANELS]
+    shown = [(title, lines) for title, lines in shown if lines]
+    if not shown:
+        return None
+    figure, axes = blank(1, len(shown), (5.6 * len(shown), 4.0))
+    for axis, (title, lines) in zip(axes, shown, strict=True):
+        _draw(axis, lines)
+        if all(value > 0 for _, curve in lines for value in curve.values):
+            _logarithmic(axis)
+        dress(axis, title, "optimiser step", "mean loss per token (nats)")
+        axis.legend(frameon=False)
+    return figure
+
+
+def metric_history(log_history: Log) -> "Figure | None":
+    """Draws what was measured on held-out rows over the training.
+
+    Args:
+        log_history: Entries with `step` and `eval_` metrics of `DecisionMonitor.measure`.
+
+    Returns:
+        The figure, None where nothing was measured.
+    """
+    lines = _logged_lines(log_history, METRIC_LOOKS)
+    if not lines:
+        return None
+    figure, (axis,) = blank(1, 1, (8.6, 4.4))
+    _draw(axis, lines)
+    axis.set_ylim(-0.02, 1.02)
+    dress(axis, "Decisions on held-out rows", "optimiser step", "share of the rows")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def margin_histograms(measurement: "Measurement") -> "Figure":
+    """Draws, for each category, how its margins lie for its own, other and benign rows."""
+    names = measurement.categories
+    truth = np.array([name or "" for name in measurement.truth])
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = blank(rows, columns, (max(5.2, 4.0 * columns + 0.6), 2.9 * rows + 0.9))
+    for column, name in enumerate(names):
+        groups = (
+            ("its own rows", truth == name, BLUE, "-"),
+            ("rows of other categories", (truth != name) & (truth != ""), ORANGE, "--"),
+            ("rows to be answered", truth == "", GREEN, "-"),
+        )
+        _histograms(axes[column], measurement.margins[:, column], groups)
+        dress(axes[column], name, "margin (nats)", "density")
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    handles, labels = _all_labels(axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("Margins: log-odds of refusing against responding")
+    return figure
+
+
+def reliability_diagram(
+    scores: NDArray[np.float64], to_refuse: NDArray[np.bool_], title: str = "Reliability"
+) -> "Figure":
+    """Draws how often rows of a predicted probability of refusing are to be refused.
+
+    Args:
+        scores: `[n]` log-odds of refusing at all, n at least 1.
+        to_refuse: `[n]`.
+        title: Above the figure.
+    """
+    bins = reliability(scores, to_refuse)
+    figure, (upper, lower) = blank(2, 1, (5.4, 6.2), height_ratios=(3, 1), sharex=True)
+    upper.plot((0, 1), (0, 1), color="#888888", linewidth=1, label="perfectly calibrated")
+    upper.errorbar(
+        [entry.predicted for entry in bins],
+        [entry.hits / entry.total for entry in bins],
+        yerr=np.array([_whiskers(entry) for entry in bins]).T,
+        fmt="o",
+        color=BLUE,
+        markersize=5,
+        capsize=2,
+        linewidth=1.2,
+        label="bins of equal mass, 95 % interval",
+    )
+    error = sum(b.total * abs(b.predicted - b.hits / b.total) for b in bins) / len(scores)
+    dress(upper, f"{title}: calibration error {error:.3f}", "", "share to be refused")
+    upper.set_ylim(-0.03, 1.03)
+    upper.legend(frameon=False, loc="best")
+    probability = refusal_probability(scores)
+    for label, members, colour, style in (
+        ("to be refused", to_refuse, BLUE, "-"),
+        ("to be answered", ~to_refuse, GREEN, "--"),
+    ):
+        lower.hist(
+            probability[members],
+            np.linspace(0, 1, 21).tolist(),
+            histtype="step",
+            color=colour,
+            linestyle=style,
+            linewidth=1.4,
+            label=label,
+        )
+    _logarithmic(lower, (1,))
+    lower.set_ylim(bottom=0.8)
+    lower.legend(frameon=False, loc="upper center", fontsize=8)
+    dress(lower, "", "predicted p(refuse) among the control tokens", "rows")
+    lower.set_xlim(-0.02, 1.02)
+    return figure
+
+
+def trade_off(measurement: "Measurement") -> "Figure | None":
+    """Draws what is refused rightly against what is refused falsely, as one common bias moves.
+
+    Args:
+        measurement: Of rows to refuse and rows to answer.
+
+    Returns:
+        The figure, None where all rows are of one sort.
+    """
+    truth = np.array([name or "" for name in measurement.truth])
+    scores = refusal_scores(measurement.margins)
+    benign = truth == ""
+    if benign.all() or not benign.any():
+        return None
+    refused = measurement.margins.max(axis=1) >= 0
+    figure, (axis,) = blank(1, 1, (7.4, 4.8))
+    for number, name in enumerate(measurement.categories):
+        if (truth == name).any() and len(measurement.categories) > 1:
+            curve = _trade_off_curve(scores[truth == name], scores[benign])
+            colour = CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)]
+            style = LINE_STYLES[number // len(CATEGORY_COLOURS) % len(LINE_STYLES)]
+            axis.step(*curve, style, where="post", color=colour, linewidth=1, label=name)
+    curve = _trade_off_curve(scores[~benign], scores[benign])
+    axis.step(*curve, where="post", color=BLACK, linewidth=2, label="all rows to be refused")
+    axis.plot(
+        [100 * refused[benign].mean()],
+        [100 * refused[~benign].mean()],
+        "o",
+        color=BLACK,
+        markersize=8,
+        markerfacecolor="white",
+        label="as trained",
+    )
+    axis.axvline(100 * FALSE_REFUSALS, color="#888888", linestyle=":", label="5 % false refusals")
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(0, 100)
+    axis.set_xticks(PERCENTAGES, [f"{tick:g}" for tick in PERCENTAGES])
+    axis.minorticks_off()
+    dress(axis, "Trade-off", "refused of what should not be (%)", "refused of what should be (%)")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _logged_lines(log_history: Log, looks: Sequence[Look]) -> list[tuple[Look, Curve]]:
+    lines = [(look, logged(log_history, look.key)) for look in looks]
+    return [(look, curve) for look, curve in lines if curve.steps]
+
+
+def _draw(axis: "Axes", lines: Sequence[tuple[Look, Curve]]) -> None:
+    for look, (steps, values) in lines:
+        axis.plot(
+            steps,
+            values,
+            look.style,
+            color=look.colour,
+            label=look.label,
+            markersize=4.5,
+            linewidth=1.4,
+        )
+
+
+def _trade_off_curve(
+    own: NDArray[np.float64], benign: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns percentages refused among benign and own rows, as the threshold falls."""
+    thresholds = np.unique(np.concatenate((own, benign)))[::-1]
+    falsely = 1 - np.searchsorted(np.sort(benign), thresholds) / len(benign)
+    rightly = 1 - np.searchsorted(np.sort(own), thresholds) / len(own)
+    return 100 * np.append(0, falsely), 100 * np.append(0, rightly)
+
+
+def _histograms(
+    axis: "Axes",
+    margins: NDArray[np.float64],
+    groups: Sequence[tuple[str, NDArray[np.bool_], str, str]],
+) -> None:
+    low, high = min(0.0, float(margins.min())), max(0.0, float(margins.max()))
+    edges = np.linspace(low, max(high, low + 1e-6), 41).tolist()
+    for label, members, colour, style in groups:
+        if members.any():
+            axis.hist(margins[members], edges, density=True, color=colour, alpha=0.18)
+            axis.hist(
+                margins[members],
+                edges,
+                density=True,
+                histtype="step",
+                color=colour,
+                linestyle=style,
+                linewidth=1.4,
+                label=label,
+            )
+    axis.axvline(0, color=BLACK, linewidth=1)
+
+
+def _all_labels(axes: "Sequence[Axes]") -> tuple[list[Any], list[str]]:
+    known: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    return list(known.values()), list(known)
+
+
+def _whiskers(entry: Bin) -> tuple[float, float]:
+    share = entry.hits / entry.total
+    low, high = clopper_pearson(entry.hits, entry.total)
+    return max(0.0, share - low), max(0.0, high - share)
+
+
+def blank(
+    rows: int, columns: int, inches: tuple[float, float], **options: Any
+) -> "tuple[Figure, list[Axes]]":
+    """Returns an empty figure and its axes, row by row."""
+    # Without pyplot: nothing global is changed, no window is wanted, nothing is left open.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def _logarithmic(axis: "Axes", ticks: tuple[int, ...] = (1, 2, 5)) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=ticks))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def dress(axis: "Axes", title: str, x_label: str, y_label: str) -> None:
+    """Gives an axis its title, labels and grid."""
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(visible=True, **GRID)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

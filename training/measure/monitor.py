@@ -1,0 +1,386 @@
+"""Measures a model on the decision token while it is trained."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from models.errors import ConfigError, EvaluationError
+from models.manifest import Manifest
+from training.data.encoding import DecisionWeights, Example, Row, TooLong, encode_rows, fit_one
+from training.measure.metrics import Floats, decision_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Entries of the logits that one forward pass may make: 512 MiB in fp32.
+LOGITS_AT_ONCE = 2**27
+TEXT_ROWS = 256
+
+Result = TypeVar("Result")
+
+
+class Measurement(NamedTuple):
+    """What was measured, one entry a row in the order of the rows.
+
+    Attributes:
+        margins: `[n, k]` log-odds of refusing for a category against responding, from fp32 logits.
+        truth: The category a row should be refused for, or None.
+        categories: The `k` names, in manifest order.
+        metrics: See `DecisionMonitor.measure`.
+    """
+
+    margins: Floats
+    truth: tuple[str | None, ...]
+    categories: tuple[str, ...]
+    metrics: dict[str, float]
+
+
+class TokenSequence(NamedTuple):
+    """A sequence and where something is predicted in it.
+
+    Attributes:
+        ids: `[tokens]`.
+        positions: Places whose next token is asked for.
+        targets: The right token at each of these places.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    targets: Sequence[int]
+
+
+class Batch(NamedTuple):
+    """Sequences padded on the right to one length.
+
+    Nothing attends to what comes later, so padding there changes no other place and needs no mask.
+
+    Attributes:
+        members: `[B]` which sequences they are.
+        input_ids: `[B, T]` int64.
+        kept: `[U]` int64, the places that are asked for in any of them.
+        row: `[N]` int64, for each asked place its sequence in the batch.
+        column: `[N]` int64, its place within `kept`.
+        target: `[N]` int64, the right token there.
+    """
+
+    members: list[int]
+    input_ids: torch.Tensor
+    kept: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    target: torch.Tensor
+
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Returns the `[N, V]` fp32 logits at the asked places, of `[B, U, V]` that are made."""
+        device = next(model.parameters()).device
+        output = model(
+            input_ids=self.input_ids.to(device),
+            logits_to_keep=self.kept.to(device),
+            use_cache=False,
+        )
+        picked: torch.Tensor = output.logits[self.row.to(device), self.column.to(device)]
+        return picked.float()
+
+
+class DecisionMonitor:
+    """Measures how well a model decides, and how well it still writes, on rows kept for that.
+
+    Everything is rendered and put into batches once. With several processes every one of them must
+    call `measure` at the same time: each takes its share of the batches, in equally many forward
+    passes (FSDP hangs otherwise), and all of them get the whole result, the same to the bit.
+
+    Args:
+        rows: The rows, none of them trained on. A row without response is measured on its decision
+            alone.
+        tokenizer: It holds the control tokens and a chat template.
+        manifest: Names the control tokens.
+        max_length: Longest row in tokens, None for any length.
+        too_long: What happens to longer rows, as in the training: their responses are cut, they
+            are left out, or they are an error.
+        batch_size: Rows of one forward pass; fewer where their logits would take too much memory.
+        text_rows: The text loss is measured on at most so many rows, drawn once.
+        seed: Seed of that draw.
+
+    Attributes:
+        rows: The rows that are measured.
+        left_out: How many were too long and are not.
+
+    Raises:
+        ConfigError: There are no rows, or one of them cannot be encoded or is too long.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: "PreTrainedTokenizerBase",
+        manifest: Manifest,
+        *,
+        max_length: int | None,
+        too_long: TooLong = "cut",
+        batch_size: int = 32,
+        text_rows: int = TEXT_ROWS,
+        seed: int = 0,
+    ) -> None:
+        given = len(rows)
+        if max_length is not None and too_long in ("drop", "cut_or_drop"):
+            rows = fitting(rows, tokenizer, manifest, max_length, too_long)
+        if not rows:
+            why = f": all {given} are too long for the model" if given else ""
+            raise ConfigError(f"evaluation.data: there are no rows to measure on{why}")
+        self.rows = tuple(rows)
+        self.left_out = given - len(rows)
+        examples = encode(rows, tokenizer, manifest, max_length, too_long)
+        decisions = [decision_of(example, manifest) for example in examples]
+        named: dict[int, str | None] = {c.id: c.name for c in manifest.categories}
+        self._controls = manifest.control_ids
+        self._categories = tuple(manifest.names)
+        self._truth = tuple(named.get(decision.targets[0]) for decision in decisions)
+        self._near_miss = [row.near_miss for row in rows]
+        vocabulary = len(tokenizer)
+        pad_id = padding_id(tokenizer)
+        self._decisions = batches(decisions, batch_size, vocabulary, pad_id)
+        drawn = _drawn(examples, text_rows, self._controls, seed)
+        self._texts = {
+            kept: batches(
+                [text_of(example, self._controls, keep_controls=kept) for example in drawn],
+                batch_size,
+                vocabulary,
+                pad_id,
+            )
+            for kept in (True, False)
+        }
+
+    def metric_names(self) -> set[str]:
+        """Returns the metrics that these rows can tell: what `measure` will return."""
+        nothing = np.zeros((len(self._truth), len(self._categories)))
+        known = {*self._decision_metrics(nothing), "vocabulary_loss"}
+        return known | {"text_loss"} if self._texts[True] else known
+
+    def measure(self, model: torch.nn.Module) -> Measurement:
+        """Measures a model; its modes, gradients and random state stay as they are.
+
+        Args:
+            model: A causal language model whose `forward` knows `logits_to_keep`, bare or wrapped
+                for several processes.
+
+        Returns:
+            Margins, truth and metrics. The metrics are those of `decision_metrics`, and
+
+            * `loss`: cross-entropy of the right control token among the control tokens, what
+              serving depends on, since it masks all others;
+            * `vocabulary_loss`: the same over the whole vocabulary, what the training minimises;
+              the difference is what the model gives to tokens that are none of the control tokens;
+            * `text_loss`: mean cross-entropy of the response tokens behind the right control token.
+
+        Raises:
+            EvaluationError: A logit is not finite.
+        """
+        with measuring(model):
+            parts = shared(self._decisions, lambda batch: self._decide(model, batch))
+        margins = np.empty((len(self._truth), len(self._categories)))
+        losses = np.empty(len(self._truth))
+        for batch, (found, loss) in zip(self._decisions, parts, strict=True):
+            margins[batch.members] = found
+            losses[batch.members] = loss
+        if broken := int((~np.isfinite(margins)).any(axis=1).sum()):
+            raise EvaluationError(
+                f"the decision of {broken} of {len(margins)} rows is not a finite number: the "
+                "training has diverged; lower optimisation.learning_rate or use bf16: false"
+            )
+        metrics = self._decision_metrics(margins)
+        metrics["vocabulary_loss"] = float(losses.mean())
+        if (text_loss := self.text_loss(model)) is not None:
+            metrics["text_loss"] = text_loss
+        return Measurement(margins, self._truth, self._categories, metrics)
+
+    def text_loss(self, model: torch.nn.Module, *, control_tokens: bool = True) -> float | None:
+        """Returns the mean cross-entropy in nats of the response tokens, None without any.
+
+        The end-of-turn token is one of them, the control token is not.
+
+        Args:
+            model: As in `measure`.
+            control_tokens: Whether each response stands behind its right control token. Without
+                them the rows read as the model knew them before it had any: compare that, before
+                the training, with the loss behind control tokens after it.
+        """
+        with measuring(model):
+            parts = shared(self._texts[control_tokens], lambda batch: _cross_entropy(model, batch))
+        tokens = sum(count for _, count in parts)
+        return sum(loss for loss, _ in parts) / tokens if tokens else None
+
+    def _decide(self, model: torch.nn.Module, batch: Batch) -> tuple[Floats, Floats]:
+        """Returns `[B, k]` margins and `[B]` cross-entropies over the whole vocabulary."""
+        logits = batch.logits(model)
+        controls = logits[:, self._controls]
+        margins = controls[:, :-1] - controls[:, -1:]
+        losses = torch.nn.functional.cross_entropy(
+            logits, batch.target.to(logits.device), reduction="none"
+        )
+        return margins.double().cpu().numpy(), losses.double().cpu().numpy()
+
+    def _decision_metrics(self, margins: Floats) -> dict[str, float]:
+        return decision_metrics(margins, self._truth, self._categories, self._near_miss)
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    manifest: Manifest,
+    max_length: int | None,
+    too_long: TooLong = "cut",
+) -> list[Example]:
+    """Returns the rows as in training; every token of the assistant has a weight above 0."""
+    weights = DecisionWeights(plain=1.0, pair=1.0)
+    return encode_rows(rows, tokenizer, manifest, weights, max_length, too_long)
+
+
+def fitting(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    manifest: Manifest,
+    max_length: int,
+    too_long: TooLong = "drop",
+) -> list[Row]:
+    """Returns the rows that are not left out as too long."""
+    examples = encode(rows, tokenizer, manifest, None)
+    return [
+        row
+        for row, example in zip(rows, examples, strict=True)
+        if fit_one(example, max_length, too_long) is not None
+    ]
+
+
+def decision_of(example: Example, manifest: Manifest) -> TokenSequence:
+    """Returns the prompt of the last assistant turn; its control token is the target."""
+    controls = set(manifest.control_ids)
+    at = max(place for place, token in enumerate(example.input_ids) if token in controls)
+    return TokenSequence(example.input_ids[:at], [at - 1], [example.input_ids[at]])
+
+
+def text_of(
+    example: Example, control_ids: Sequence[int], *, keep_controls: bool = True
+) -> TokenSequence:
+    """Returns the whole row; what the assistant says behind its control tokens is the target."""
+    controls = set(control_ids)
+    ids: list[int] = []
+    positions: list[int] = []
+    for token, weight in zip(example.input_ids, example.weights, strict=True):
+        if token not in controls:
+            if weight > 0:
+                positions.append(len(ids) - 1)
+            ids.append(token)
+        elif keep_controls:
+            ids.append(token)
+    return TokenSequence(ids, positions, [ids[place + 1] for place in positions])
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Returns what shorter sequences are filled with; nothing ever attends to it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def batches(
+    sequences: Sequence[TokenSequence], batch_size: int, vocabulary: int, pad_id: int
+) -> list[Batch]:
+    """Puts sequences of about the same length together.
+
+    Args:
+        sequences: The sequences.
+        batch_size: Most sequences of one batch.
+        vocabulary: Entries of the vocabulary. A batch ends before its logits, one for each
+            sequence, asked place and entry, exceed `LOGITS_AT_ONCE`.
+        pad_id: What shorter sequences are filled with, on the right.
+    """
+    order = sorted(
+        range(len(sequences)), key=lambda at: (sequences[at].positions[0], len(sequences[at].ids))
+    )
+    groups: list[list[int]] = []
+    kept: set[int] = set()
+    for at in order:
+        wider = kept | set(sequences[at].positions)
+        rows = len(groups[-1]) + 1 if groups else 0
+        if not rows or rows > batch_size or rows * len(wider) * vocabulary > LOGITS_AT_ONCE:
+            groups.append([])
+            wider = set(sequences[at].positions)
+        groups[-1].append(at)
+        kept = wider
+    return [_batch(group, [sequences[at] for at in group], pad_id) for group in groups]
+
+
+@contextmanager
+def measuring(model: torch.nn.Module) -> Iterator[None]:
+    """Turns dropout and gradients off, and every module's mode back to what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        # Not inference_mode: what a module keeps from a first forward pass within it (rotary
+        # tables, FSDP's buffers) could not take part in the training afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def shared(work: Sequence[Batch], do: Callable[[Batch], Result]) -> list[Result]:
+    """Returns the result of each batch, in order, each done by one of the processes.
+
+    Args:
+        work: The batches, the same in every process.
+        do: What is done with each. Every process calls it equally often, some for nothing.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    world = torch.distributed.get_world_size() if distributed else 1
+    own: dict[int, Result] = {}
+    for start in range(0, len(work), world):
+        at = min(start + rank, len(work) - 1)
+        result = do(work[at])
+        if start + rank == at:
+            own[at] = result
+    everyones: list[Any] = [own]
+    if world > 1:
+        everyones = [None] * world
+        torch.distributed.all_gather_object(everyones, own)
+    whole = {at: result for part in everyones for at, result in part.items()}
+    return [whole[at] for at in range(len(work))]
+
+
+def _drawn(
+    examples: Sequence[Example], count: int, control_ids: Sequence[int], seed: int
+) -> list[Example]:
+    with_text = [example for example in examples if text_of(example, control_ids).positions]
+    if len(with_text) <= count:
+        return with_text
+    return random.Random(seed).sample(with_text, count)
+
+
+def _batch(members: list[int], sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
+    longest = max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id)
+    for at, sequence in enumerate(sequences):
+        input_ids[at, : len(sequence.ids)] = torch.tensor(sequence.ids)
+    asked = [(at, place) for at, sequence in enumerate(sequences) for place in sequence.positions]
+    kept = sorted({place for _, place in asked})
+    columns = {place: column for column, place in enumerate(kept)}
+    column = torch.tensor([columns[place] for _, place in asked])
+    row = torch.tensor([at for at, _ in asked])
+    target = torch.tensor([token for sequence in sequences for token in sequence.targets])
+    return Batch(members, input_ids, torch.tensor(kept), row, column, target)
+
+
+def _cross_entropy(model: torch.nn.Module, batch: Batch) -> tuple[float, int]:
+    """Returns the sum over the asked places, and how many there are."""
+    logits = batch.logits(model)
+    losses = torch.nn.functional.cross_entropy(
+        logits, batch.target.to(logits.device), reduction="none"
+    )
+    return float(losses.double().sum()), len(losses)

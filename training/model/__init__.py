@@ -1,0 +1,1 @@
+"""The model: what a training starts from, its adapters and its loss."""

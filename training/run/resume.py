@@ -1,0 +1,108 @@
+"""Points from which a training run goes on, each there in full or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from training.run.folder import sync
+
+KEPT = 2
+STATE_NAME = "trainer_state.json"
+
+
+class ResumePoints:
+    """The resume points and best weights of one run.
+
+    A point is written under a name that nobody reads, brought to the disk and then renamed. Best
+    weights outlive a point that would need them.
+
+    Args:
+        folder: Where they lie; made when the first one is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.scratch = folder / "writing"
+        """Where transformers writes the next point, as `checkpoint-STEP`."""
+
+    def open(self) -> Path | None:
+        """Removes what a killed run left unfinished.
+
+        Returns:
+            The newest point; None where there is none.
+        """
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        points = self._points()
+        self._prune_best(points)
+        return points[-1] if points else None
+
+    def commit(self, step: int, best_step: int | None) -> None:
+        """Makes what was written the newest point and removes those that are no longer needed.
+
+        Args:
+            step: Of the point.
+            best_step: Step of the best weights so far.
+        """
+        name = f"checkpoint-{step}"
+        self._publish(self.scratch / name, self._folder / name)
+        points = self._points()
+        for old in points[:-KEPT]:
+            # Half removed it would pass for a point.
+            shutil.rmtree(old.rename(self.scratch / old.name))
+        self._prune_best(points[-KEPT:], best_step)
+
+    def commit_best(self, written: Path, step: int) -> None:
+        """Keeps the best weights so far.
+
+        Args:
+            written: The folder in `scratch` that holds them.
+            step: When they were reached.
+        """
+        self._publish(written, self.best(step))
+        if not self._points():
+            self._prune_best([], step)
+
+    def best(self, step: int) -> Path:
+        """Returns where the best weights of a step lie."""
+        return self._folder / f"best-{step}"
+
+    def remove(self) -> None:
+        """Removes all of it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _points(self) -> list[Path]:
+        return sorted(self._folder.glob("checkpoint-*"), key=_step)
+
+    def _publish(self, written: Path, place: Path) -> None:
+        for path in sorted(written.rglob("*")):
+            if path.is_file():
+                _sync_file(path)
+            else:
+                sync(path)
+        sync(written)
+        # Replayed steps write it again.
+        shutil.rmtree(place, ignore_errors=True)
+        written.rename(place)
+        sync(self._folder)
+
+    def _prune_best(self, points: list[Path], best_step: int | None = None) -> None:
+        needed = {best_step, *map(_best_step, points)}
+        for best in self._folder.glob("best-*"):
+            if _step(best) not in needed:
+                shutil.rmtree(best)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _best_step(point: Path) -> int | None:
+    state = json.loads((point / STATE_NAME).read_text(encoding="utf-8"))
+    step: int | None = state["best_global_step"]
+    return step
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
