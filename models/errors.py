@@ -3,6 +3,7 @@
 RheostatError
 ├── RequestError           the caller can mend it (HTTP 4xx)
 │   ├── UnknownCallerError nobody that the server knows is calling (401)
+│   │   └── ExpiredKeyError   somebody whose key has expired is
 │   └── NotAllowedError    the caller's policies do not allow it (403)
 └── ServiceError           the operator can mend it (HTTP 5xx; one line and exit 1 on the CLI)
     ├── CheckpointError    the model folder does not keep the contract of models/manifest.py
@@ -65,6 +66,12 @@ class UnknownCallerError(RequestError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, status=401, headers={"www-authenticate": "Bearer"})
+
+
+class ExpiredKeyError(UnknownCallerError):
+    """A request with a key that was good once."""
+
+    code = "expired_api_key"
 
 
 class NotAllowedError(RequestError):

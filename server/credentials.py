@@ -1,13 +1,18 @@
-"""Keys of callers: kept as hashes, compared in constant time, read off HTTP headers."""
+"""Keys of callers: kept as hashes, looked up by them, read off HTTP headers.
+
+A hash is looked up like any key of a dictionary, whose time may tell how much of a stored hash was
+matched. Nobody can use that: to try prefixes of a stored hash, an attacker needs keys with chosen
+hashes, which costs 2^n hashes for n bits, and a hash that is known in full is still no key, because
+keys are 256 random bits.
+"""
 
 import hashlib
-import hmac
 import re
 import secrets
-from collections.abc import Iterable, Mapping
-from typing import Annotated, TypeVar
+from datetime import UTC, date, datetime, time
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from starlette.datastructures import Headers
 
 from models.errors import ConfigError
@@ -16,8 +21,6 @@ SCHEME = "sha256:"
 # 128 bits in base64 without padding. Hashes are unsalted: what can be guessed can be found.
 SHORTEST_KEY = 22
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
-
-Owner = TypeVar("Owner")
 
 
 def _checked_hash(value: str) -> str:
@@ -30,6 +33,42 @@ def _checked_hash(value: str) -> str:
 
 
 KeyHash = Annotated[str, AfterValidator(_checked_hash)]
+
+
+def _instant(value: Any) -> Any:
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return datetime.combine(value, time(), UTC)
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise ValueError("write a date, 2027-01-31, or a time with its zone, 2027-01-31T12:00:00Z")
+    return value
+
+
+class StoredKey(BaseModel):
+    """What is kept of a key.
+
+    Attributes:
+        hash: As ``hash_key`` returns it.
+        expires: From when on the key is not accepted; a date is its first instant in UTC.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hash: KeyHash
+    expires: Annotated[datetime, BeforeValidator(_instant)] | None = None
+
+    def expired(self, at: datetime) -> bool:
+        """Returns whether the key is not accepted any more."""
+        return self.expires is not None and at >= self.expires
+
+
+def _entry(value: Any) -> Any:
+    if not isinstance(value, str | dict | StoredKey):
+        raise ValueError("write the hash of a key, or {hash: sha256:..., expires: 2027-01-31}")
+    return {"hash": value} if isinstance(value, str) else value
+
+
+# In a file: a hash alone, or an object.
+KeyEntry = Annotated[StoredKey, BeforeValidator(_entry)]
 
 
 def hash_key(key: str | bytes) -> str:
@@ -68,24 +107,9 @@ def presented_keys(headers: Headers) -> list[bytes]:
     return [key.strip() for key in keys if key.strip()]
 
 
-def owner_of(key: bytes, owners: Mapping[str, Owner]) -> Owner | None:
-    """Returns whose key it is, in a time that tells nothing of the hashes.
-
-    Args:
-        key: As it was presented.
-        owners: By hash, as ``hash_key`` writes it.
-    """
-    shown = hash_key(key)
-    found = None
-    for known, owner in owners.items():  # all of them, also after the one that fits
-        if hmac.compare_digest(shown, known):
-            found = owner
-    return found
-
-
-def is_any(key: bytes, hashes: Iterable[str]) -> bool:
-    """Returns whether a key is one of those that are known by their hashes."""
-    return owner_of(key, dict.fromkeys(hashes, True)) is True
+def now() -> datetime:
+    """Returns the time in UTC."""
+    return datetime.now(UTC)
 
 
 def _latin(value: str) -> bytes:

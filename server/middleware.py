@@ -21,6 +21,7 @@ from server.bodies import (
     with_header_dials,
 )
 from server.context import BODY, STEERING, Steering
+from server.credentials import now
 from server.events import SEPARATOR, shape_events
 from server.guard import Guard
 from server.policies import ActivePolicy, CallerSource, caller_of
@@ -28,7 +29,7 @@ from server.protocol import FIELD, RefusalOptions, parse_options
 from server.score import SCORE
 from server.settings import Settings
 from server.shaping import Shaper
-from server.trace import DecisionTrace, Traced, now
+from server.trace import DecisionTrace, Traced
 from server.turns import RESPONSES, open_turns
 from server.verdicts import Verdicts
 

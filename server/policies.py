@@ -2,17 +2,18 @@
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from models.controls import Controls, Rule, sensitivity_of_bias
-from models.errors import NotAllowedError, UnknownCallerError
+from models.errors import ExpiredKeyError, NotAllowedError, UnknownCallerError
 from server.context import CALLER, DEFAULT_POLICY
-from server.credentials import hash_key, is_any, owner_of, presented_keys
+from server.credentials import StoredKey, hash_key, now, presented_keys
 from server.dials import DialBoard, Resolution
 from server.policy_file import GENERATED, GatewayEntry
 from server.protocol import FIELD, RefusalOptions
@@ -154,17 +155,19 @@ class PolicyBook:
 
     Attributes:
         policies: By name.
-        keys: Callers by the hash of their key.
+        keys: By the hash of a key, the key and whose it is.
         anonymous: Callers who are no tenant; none: they are refused.
         gateway: Where a header may name the tenant.
         headers: Callers by what the gateway says.
+        clock: The time in UTC; keys expire by it.
     """
 
     policies: Mapping[str, ActivePolicy]
-    keys: Mapping[str, Caller]
+    keys: Mapping[str, tuple[StoredKey, Caller]]
     anonymous: Caller | None
     gateway: GatewayEntry | None = None
     headers: Mapping[str, Caller] | None = None
+    clock: Callable[[], datetime] = now
 
     @classmethod
     def for_everybody(cls, board: DialBoard, api_keys: Sequence[str] = ()) -> "PolicyBook":
@@ -176,7 +179,8 @@ class PolicyBook:
         """
         policy = ActivePolicy(DEFAULT_POLICY, board)
         caller = Caller(None, (policy,))
-        keys = {hash_key(key): caller for key in api_keys}
+        stored = [StoredKey(hash=hash_key(key)) for key in api_keys]
+        keys = {key.hash: (key, caller) for key in stored}
         return cls({policy.name: policy}, keys, None if keys else caller)
 
     def caller(self, headers: Headers) -> Caller:
@@ -186,7 +190,7 @@ class PolicyBook:
             UnknownCallerError: Nobody that may call, two at once, or a tenant that no gateway
                 vouches for.
         """
-        known = [owner_of(key, self.keys) for key in presented_keys(headers)]
+        known = [self._by_key(key) for key in presented_keys(headers)]
         known.append(self._by_gateway(headers))
         callers = {caller.tenant: caller for caller in known if caller is not None}
         if len(callers) > 1:
@@ -206,6 +210,17 @@ class PolicyBook:
         bias = tuple(max(0.0, *column) for column in floors)
         return Resolution(Controls(Rule.GREEDY, bias, (True,) * len(bias)))
 
+    def _by_key(self, key: bytes) -> Caller | None:
+        stored, caller = self.keys.get(hash_key(key), (None, None))
+        if stored is not None:
+            self._check_expiry(stored, "this key")
+        return caller
+
+    def _check_expiry(self, stored: StoredKey, what: str) -> None:
+        # Only whoever has the key learns of its end: by any other, no stored key is found.
+        if stored.expired(self.clock()):
+            raise ExpiredKeyError(f"{what} expired at {stored.expires}: ask for a new one")
+
     def _by_gateway(self, headers: Headers) -> Caller | None:
         if self.gateway is None:
             return None
@@ -213,11 +228,13 @@ class PolicyBook:
         shown = headers.getlist(self.gateway.secret_header)
         if not named and not shown:
             return None
-        secret = shown[0].encode("latin-1") if len(shown) == 1 else b""
-        if len(named) > 1 or not is_any(secret, self.gateway.secrets):
+        secret = hash_key(shown[0].encode("latin-1")) if len(shown) == 1 else ""
+        stored = next((one for one in self.gateway.secrets if one.hash == secret), None)
+        if len(named) > 1 or stored is None:
             raise UnknownCallerError(
                 f"{self.gateway.tenant_header} counts only once, and with the gateway's secret"
             )
+        self._check_expiry(stored, f"the secret in {self.gateway.secret_header}")
         return (self.headers or {}).get(named[0]) if named else None
 
     def _why_unknown(self, headers: Headers) -> str:

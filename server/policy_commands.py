@@ -1,6 +1,8 @@
 """``rheostat policy``: looks at a policy file before a server does, and makes the keys for it."""
 
 import sys
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +10,10 @@ import typer
 
 if TYPE_CHECKING:
     from server.policies import PolicyBook
+    from server.policy_file import PolicyFile
+
+# Long enough to give a tenant a new key.
+EXPIRES_SOON = timedelta(days=14)
 
 policy = typer.Typer(no_args_is_help=True, help="Check a policy file, make keys for it.")
 
@@ -26,8 +32,9 @@ def check(
     """Say every problem of a policy file with its line, or what it holds.
 
     With --model also whether its categories exist, and whether its rates can be had from the
-    checkpoint's calibrations.
+    checkpoint's calibrations. Keys that have expired or will within 14 days are told as well.
     """
+    from server.credentials import now
     from server.policy_file import read_policy_file
     from server.yaml_lines import FileError
 
@@ -42,6 +49,8 @@ def check(
         f"{file}: {len(read.policies)} policies ({', '.join(read.policies)}), {len(read.tenants)} "
         f"tenants, unknown callers: {read.anonymous or '401'}"
     )
+    for warning in _expiries(read, now()):
+        typer.echo(f"{file}: {warning}", err=True)
     for active in book.policies.values() if book else ():
         names, bounds = active.board.names, active.board.bounds
         for name, floor, ceiling in zip(names, bounds.floors, bounds.ceilings, strict=True):
@@ -63,6 +72,20 @@ def hash_key() -> None:
         key = credentials.generate_key()
         typer.echo(f"key:  {key}")
     typer.echo(f"hash: {credentials.hash_key(key)}")
+
+
+def _expiries(file: "PolicyFile", now: datetime) -> Iterator[str]:
+    entries = [
+        (f"tenants.{name}.keys.{place}", key)
+        for name, tenant in file.tenants.items()
+        for place, key in enumerate(tenant.keys)
+    ]
+    secrets = file.gateway.secrets if file.gateway else ()
+    entries += [(f"gateway.secrets.{place}", secret) for place, secret in enumerate(secrets)]
+    for where, key in entries:
+        if key.expired(now + EXPIRES_SOON):
+            verb = "expired" if key.expired(now) else "expires"
+            yield f"{where}: warning: {verb} at {key.expires}"
 
 
 def _loaded(file: Path, model: str) -> "PolicyBook":

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from models.manifest import Name
-from server.credentials import KeyHash
+from server.credentials import KeyEntry, StoredKey
 from server.protocol import HEADER, POLICY_HEADER, Dial, DialOptions
 from server.yaml_lines import FieldPath, Problem, YamlFile
 
@@ -34,6 +34,11 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     if repeated:
         raise ValueError(f"{repeated[0]} stands there twice")
     return values
+
+
+def _distinct_keys(keys: tuple[StoredKey, ...]) -> tuple[StoredKey, ...]:
+    _distinct(tuple(key.hash for key in keys))
+    return keys
 
 
 def _free_header(name: str) -> str:
@@ -54,7 +59,7 @@ def _texts(value: Any) -> Any:
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 HeaderName = Annotated[str, AfterValidator(_free_header)]
 HeaderValue = Annotated[str, StringConstraints(pattern=r"^[!-~]([ -~]{0,126}[!-~])?$")]
-Hashes = Annotated[tuple[KeyHash, ...], AfterValidator(_distinct)]
+Keys = Annotated[tuple[KeyEntry, ...], AfterValidator(_distinct_keys)]
 
 
 class _Strict(BaseModel):
@@ -105,12 +110,12 @@ class TenantEntry(_Strict):
 
     Attributes:
         policies: What it may choose from; the first is what its requests follow by themselves.
-        keys: Hashes of its API keys.
+        keys: Hashes of its API keys, each with the time when it expires where it does.
         header: What the gateway says in its tenant header for it.
     """
 
     policies: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)]
-    keys: Hashes = ()
+    keys: Keys = ()
     header: HeaderValue | None = None
 
 
@@ -120,12 +125,12 @@ class GatewayEntry(_Strict):
     Attributes:
         tenant_header: The header that names the tenant.
         secret_header: The header that shows that the gateway wrote it.
-        secrets: Hashes of what that header may hold.
+        secrets: Hashes of what that header may hold; they may expire like keys.
     """
 
     tenant_header: HeaderName
     secret_header: HeaderName
-    secrets: Annotated[tuple[KeyHash, ...], Field(min_length=1), AfterValidator(_distinct)]
+    secrets: Annotated[tuple[KeyEntry, ...], Field(min_length=1), AfterValidator(_distinct_keys)]
 
 
 class PolicyFile(_Strict):
@@ -183,6 +188,8 @@ def _known(path: FieldPath) -> list[str]:
     """Returns the fields of the model that stands at a path of the file."""
     if path[-1:] == ("defaults",):
         return list(DialOptions.model_fields)
+    if isinstance(path[-1] if path else "", int):
+        return list(StoredKey.model_fields)
     places: dict[str | int, type[BaseModel]] = {
         "policies": PolicyEntry,
         "tenants": TenantEntry,
@@ -227,12 +234,12 @@ def _unknown_policies(file: PolicyFile) -> Iterator[Problem]:
 def _shared_credentials(file: PolicyFile) -> Iterator[Problem]:
     owners: dict[str, str] = {}
     if file.gateway:
-        owners = dict.fromkeys(file.gateway.secrets, "the gateway")
+        owners = {secret.hash: "the gateway" for secret in file.gateway.secrets}
     for name, tenant in file.tenants.items():
         for place, key in enumerate(tenant.keys):
-            if owners.setdefault(key, name) != name:
+            if owners.setdefault(key.hash, name) != name:
                 path: FieldPath = ("tenants", name, "keys", place)
-                yield Problem(path, f"is the key of {owners[key]} already")
+                yield Problem(path, f"is the key of {owners[key.hash]} already")
     headers: dict[str, str] = {}
     for name, tenant in file.tenants.items():
         if tenant.header is not None and headers.setdefault(tenant.header, name) != name:

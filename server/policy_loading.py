@@ -84,7 +84,11 @@ def _book(file: PolicyFile, policies: Mapping[str, ActivePolicy]) -> PolicyBook:
     }
     return PolicyBook(
         policies,
-        {key: callers[name] for name, tenant in file.tenants.items() for key in tenant.keys},
+        {
+            key.hash: (key, callers[name])
+            for name, tenant in file.tenants.items()
+            for key in tenant.keys
+        },
         Caller(None, (policies[file.anonymous],)) if file.anonymous else None,
         file.gateway,
         {t.header: callers[name] for name, t in file.tenants.items() if t.header is not None},

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,8 +172,3 @@ def _target(target: Target) -> dict[str, Any]:
 
 def _number_or_word(bias: float) -> float | str:
     return {math.inf: "always", -math.inf: "never"}.get(bias, bias)
-
-
-def now() -> datetime:
-    """Returns the time in UTC."""
-    return datetime.now(UTC)

@@ -1,4 +1,5 @@
 import hashlib
+from datetime import UTC, date, datetime, timedelta
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -6,16 +7,16 @@ from starlette.datastructures import Headers
 
 from models.errors import ConfigError
 from server.credentials import (
+    KeyEntry,
     KeyHash,
+    StoredKey,
     check_strength,
     generate_key,
     hash_key,
-    is_any,
-    owner_of,
     presented_keys,
 )
 
-OWNERS = {hash_key("first"): "a", hash_key("second"): "b"}
+KEY_ENTRY: TypeAdapter[StoredKey] = TypeAdapter(KeyEntry)
 
 
 def headers(*pairs: tuple[str, str]) -> Headers:
@@ -42,20 +43,6 @@ def test_generated_keys_are_strong_and_differ() -> None:
 def test_weak_or_unsendable_key_is_refused(key: str) -> None:
     with pytest.raises(ConfigError):
         check_strength(key)
-
-
-def test_owner_is_found_wherever_the_hash_stands() -> None:
-    assert owner_of(b"first", OWNERS) == "a"
-    assert owner_of(b"second", OWNERS) == "b"
-    assert owner_of(b"third", OWNERS) is None
-    assert owner_of(b"", OWNERS) is None
-    assert owner_of(b"first", {}) is None
-    assert is_any(b"second", OWNERS)
-    assert not is_any(b"third", OWNERS)
-
-
-def test_hash_itself_is_no_key() -> None:
-    assert owner_of(hash_key("first").encode(), OWNERS) is None
 
 
 @pytest.mark.parametrize(
@@ -96,3 +83,39 @@ def test_keys_are_read_off_both_headers(sent: list[tuple[str, str]], keys: list[
 def test_what_is_no_hash_is_refused_with_the_command_that_makes_one(value: str) -> None:
     with pytest.raises(ValidationError, match="rheostat policy hash-key"):
         TypeAdapter(KeyHash).validate_python(value)
+
+
+HASH = hash_key("key")
+NOON = datetime(2027, 1, 31, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("written", "expires"),
+    [
+        (HASH, None),
+        ({"hash": HASH}, None),
+        ({"hash": HASH, "expires": date(2027, 1, 31)}, datetime(2027, 1, 31, tzinfo=UTC)),
+        ({"hash": HASH, "expires": NOON}, NOON),
+    ],
+)
+def test_key_is_written_with_or_without_its_end(written: object, expires: datetime | None) -> None:
+    assert KEY_ENTRY.validate_python(written) == StoredKey(hash=HASH, expires=expires)
+
+
+@pytest.mark.parametrize("expires", ["soon", 5, datetime(2027, 1, 31), "2027-01-31"])
+def test_end_of_a_key_that_means_no_instant_is_refused(expires: object) -> None:
+    with pytest.raises(ValidationError, match="a time with its zone"):
+        KEY_ENTRY.validate_python({"hash": HASH, "expires": expires})
+
+
+@pytest.mark.parametrize(("written", "said"), [(5, "write the hash"), ({"hash": 5}, "string")])
+def test_what_is_no_key_is_refused(written: object, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        KEY_ENTRY.validate_python(written)
+
+
+def test_key_is_good_until_the_instant_at_which_it_expires() -> None:
+    key = StoredKey(hash=HASH, expires=NOON)
+    assert not key.expired(NOON - timedelta(microseconds=1))
+    assert key.expired(NOON)
+    assert not StoredKey(hash=HASH).expired(datetime.max.replace(tzinfo=UTC))

@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from starlette.datastructures import Headers
 
 from models.controls import Controls, Rule
-from models.errors import NotAllowedError, UnknownCallerError
+from models.errors import ExpiredKeyError, NotAllowedError, UnknownCallerError
 from server.context import CALLER
+from server.credentials import hash_key
 from server.policies import Caller, PolicyBook, caller_of
 from server.protocol import parse_options
 from tests.server.boards import board
@@ -134,6 +137,41 @@ def test_caller_that_the_gate_found_is_not_looked_for_again(policies: PolicyBook
     raw = [(b"x-api-key", ACME_KEY.encode())]
     assert caller_of({"headers": raw, CALLER: caller}, policies) is caller
     assert caller_of({"headers": raw}, policies).tenant == "acme"
+
+
+# keys that expire
+
+ENDS = datetime(2027, 1, 31, tzinfo=UTC)
+EXPIRING = TWO_TENANTS.replace(
+    f'["{hash_key(ACME_KEY)}"]', f"[{{hash: {hash_key(ACME_KEY)}, expires: 2027-01-31}}]"
+).replace(
+    f'["{hash_key(SECRET)}"]', f"[{{hash: {hash_key(SECRET)}, expires: 2027-01-31T00:00:00Z}}]"
+)
+BY_KEY = {"x_api_key": ACME_KEY}
+BY_GATEWAY = {"x_tenant": "shop-1", "x_gateway_secret": SECRET}
+
+
+@pytest.mark.parametrize("sent", [BY_KEY, BY_GATEWAY], ids=["key", "secret"])
+@pytest.mark.parametrize("anonymous", ["", "anonymous: kiosk\n"])
+def test_expired_key_is_refused_without_a_reload_and_its_holder_told_so(
+    tmp_path: Path, sent: dict[str, str], anonymous: str
+) -> None:
+    policies = book(tmp_path, EXPIRING + anonymous)
+    before = replace(policies, clock=lambda: ENDS - timedelta(seconds=1))
+    assert before.caller(headers(**sent)).tenant in ("acme", "shop")
+    after = replace(policies, clock=lambda: ENDS)
+    with pytest.raises(ExpiredKeyError, match="expired at 2027-01-31 00:00:00") as caught:
+        after.caller(headers(**sent))
+    assert (caught.value.status, caught.value.code) == (401, "expired_api_key")
+    assert after.caller(headers(x_api_key=SHOP_KEY)).tenant == "shop"
+
+
+def test_other_callers_do_not_learn_of_an_expired_key(tmp_path: Path) -> None:
+    after = replace(book(tmp_path, EXPIRING), clock=lambda: ENDS)
+    for sent in ({"x_api_key": ACME_KEY[:-1]}, {"x_tenant": "shop-1", "x_gateway_secret": "no"}):
+        with pytest.raises(UnknownCallerError) as caught:
+            after.caller(headers(**sent))
+        assert "expired" not in caught.value.message
 
 
 # which policy

@@ -1,3 +1,4 @@
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from models.manifest import save_manifest
 from rheostat import app
 from server.credentials import check_strength, hash_key
 from tests.server.manifests import MANIFEST
-from tests.server.policybooks import TWO_TENANTS
+from tests.server.policybooks import ACME_KEY, SECRET, TWO_TENANTS
 
 
 def run(*arguments: str, stdin: str = "") -> Result:
@@ -47,6 +48,25 @@ def test_checkpoint_says_what_it_cannot_do(path: Path, tmp_path: Path) -> None:
     done = run("check", str(path), "--model", str(tmp_path))
     assert done.exit_code == 1
     assert f"{path}:4: policies.desk.floors.weather: this checkpoint has no such" in done.output
+
+
+def test_keys_that_end_soon_are_told(path: Path) -> None:
+    now = datetime.now(UTC)
+    ends = {name: (now + timedelta(days=days)).date() for name, days in (("a", 13), ("b", 16))}
+    written = TWO_TENANTS.replace(
+        f'["{hash_key(ACME_KEY)}"]',
+        f"[{{hash: {hash_key(ACME_KEY)}, expires: 2020-01-01}},"
+        f" {{hash: {hash_key('a')}, expires: {ends['a']}}},"
+        f" {{hash: {hash_key('b')}, expires: {ends['b']}}}]",
+    ).replace(f'["{hash_key(SECRET)}"]', f"[{{hash: {hash_key(SECRET)}, expires: {now.date()}}}]")
+    path.write_text(written)
+    done = run("check", str(path))
+    assert done.exit_code == 0
+    assert done.stderr.splitlines() == [
+        f"{path}: tenants.acme.keys.0: warning: expired at 2020-01-01 00:00:00+00:00",
+        f"{path}: tenants.acme.keys.1: warning: expires at {ends['a']} 00:00:00+00:00",
+        f"{path}: gateway.secrets.0: warning: expired at {now.date()} 00:00:00+00:00",
+    ]
 
 
 def test_new_key_is_printed_once_beside_its_hash() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from models.solver import Target
-from server.credentials import hash_key
+from server.credentials import StoredKey, hash_key
 from server.policy_file import PolicyEntry, PolicyFile, ReadPolicies, read_policy_file
 from server.yaml_lines import FileError
 
@@ -75,7 +75,7 @@ def test_whole_file_is_read(tmp_path: Path) -> None:
     ]
     assert (lab.enforce, lab.floors, lab.refusal_text_of("safety")) == (False, {}, "generated")
     assert file.tenants["Acme-1"].policies == ("desk", "lab")
-    assert file.tenants["Acme-1"].keys == (KEY,)
+    assert file.tenants["Acme-1"].keys == (StoredKey(hash=KEY),)
     assert file.gateway is not None
     assert (file.gateway.tenant_header, file.gateway.secret_header) == (
         "x-tenant",
@@ -125,7 +125,10 @@ anonymous: lab
         ("[desk, lab]", "[]", "18: tenants.Acme-1.policies: Tuple should have at least 1"),
         ("[desk, lab]", "[desk, desk]", "18: tenants.Acme-1.policies: desk stands there twice"),
         ("[desk, lab]", "[desk, labs]", "18: tenants.Acme-1.policies.1: no policy is named 'labs'"),
-        (f"- {KEY}", "- secret", "20: tenants.Acme-1.keys.0: a hash is written sha256:"),
+        (f"- {KEY}", "- secret", "20: tenants.Acme-1.keys.0.hash: a hash is written sha256:"),
+        (f"- {KEY}", f"- {{hash: {KEY}, ends: 1}}", "20: tenants.Acme-1.keys.0.ends: unknown f"),
+        (f"- {KEY}", f"- {{hash: {KEY}, expires: now}}", "20: tenants.Acme-1.keys.0.expires: wri"),
+        (f"- {KEY}", "- 5", "20: tenants.Acme-1.keys.0: write the hash of a key"),
         (f"- {KEY}", f"- {OTHER}", "20: tenants.Acme-1.keys.0: is the key of the gateway"),
         ("Acme-1:", "Acme 1:", "17: tenants.Acme 1: String should match"),
         ("header: shop", "", "21: tenants.shop: needs keys, or a header"),
@@ -160,6 +163,11 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
     assert [line.partition(":")[0] for line in problems(tmp_path, text)] == ["18", "28"]
     text = WHOLE.replace("outside: refuse", "outside: x").replace("enforce: false", "enforce: x")
     assert [line.partition(":")[0] for line in problems(tmp_path, text)] == ["10", "15"]
+
+
+def test_key_stands_once_however_it_is_written(tmp_path: Path) -> None:
+    twice = WHOLE.replace(f'["{OTHER}"]', f'["{OTHER}", {{hash: "{OTHER}"}}]')
+    assert problems(tmp_path, twice) == [f"27: gateway.secrets: {OTHER} stands there twice"]
 
 
 def test_header_needs_a_gateway(tmp_path: Path) -> None:
