@@ -44,6 +44,7 @@ policies:
     report: true
   rated:
     floors: {{safety: {{rate: 0.9}}}}
+    report: true
   lab:
     defaults: {{categories: {{safety: never}}}}
   strict:
