@@ -71,7 +71,7 @@ def load_checkpoint(directory: Path) -> tuple[Manifest, "PreTrainedTokenizerBase
     Raises:
         CheckpointError: A file is missing or broken; a control token is not one id, or another id
             than the manifest says, or outside the embedding; or the chat template does not end
-            where the decision step begins.
+            where the decision step begins, or drops earlier assistant turns.
     """
     manifest = load_manifest(directory)
     _check_embedding(directory, manifest)
@@ -217,6 +217,7 @@ def _check_template(
             tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         )
         whole = str(tokenizer.apply_chat_template(turn, tokenize=False))
+        later = str(tokenizer.apply_chat_template([*turn, *question], tokenize=False))
     except Exception as error:  # A template is a program: it may fail in any way.
         raise CheckpointError(f"{directory}: the chat template fails: {error}") from error
     before: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
@@ -225,4 +226,10 @@ def _check_template(
         raise CheckpointError(
             f"{directory}: the chat template does not end where the decision step begins: after "
             f"{prompt[-40:]!r} the assistant's turn does not start with {control.token!r}"
+        )
+    # The server rejects prompts whose earlier turns lost their control tokens.
+    if tokenizer.encode(later, add_special_tokens=False).count(control.id) != 1:
+        raise CheckpointError(
+            f"{directory}: the chat template does not print an earlier assistant turn exactly "
+            f"once: {control.token!r} is not once in a conversation that goes on after such a turn"
         )

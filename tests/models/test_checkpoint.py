@@ -133,6 +133,26 @@ def test_template_that_ends_elsewhere_is_one_error(toy: Path, template: str) -> 
     assert "'[refuse:safety]'" in message
 
 
+DROPS_EARLIER = TEMPLATE.replace(
+    "{{ m.content }}", "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}"
+)
+PRINTS_TWICE = TEMPLATE.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% if not loop.last and m.role == 'assistant' %}{{ m.content }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("template", [DROPS_EARLIER, PRINTS_TWICE])
+def test_template_that_drops_or_repeats_an_earlier_turn_is_one_error(
+    toy: Path, template: str
+) -> None:
+    assert template != TEMPLATE
+    (toy / "chat_template.jinja").write_text(template)
+    assert "does not print an earlier assistant turn exactly once" in message_of(
+        load_checkpoint, toy
+    )
+
+
 @pytest.mark.parametrize("template", ["{% for %}", "{{ 5 + 'a' }}", "{{ messages[9].x.y }}"])
 def test_template_that_fails_is_one_error(toy: Path, template: str) -> None:
     (toy / "chat_template.jinja").write_text(template)
