@@ -7,173 +7,35 @@ server/prompts.py takes its id out before the engine sees the prompt. What is le
 text, byte for byte, in ordinary tokens.
 """
 
+import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import RequestError
 from models.manifest import Manifest
-from server.history import CATEGORY_FIELD
 from server.limits import prompts_in
+from server.places import (
+    ARGUMENTS,
+    CONTAINERS,
+    CONVERSATIONS,
+    RAW,
+    ROLES,
+    STRUCTURE,
+    TEXTS,
+    UNRENDERED,
+    WORDS,
+    Place,
+    place_in,
+    place_of,
+)
+from server.special_text import Protected, Spans, SpecialText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Spans = Callable[[str], list[tuple[int, int]]]
-
-# Of a body's fields those that no chat template prints. Every other one is guarded.
-UNRENDERED = frozenset(
-    {
-        "allowed_token_ids",
-        "bad_words",
-        "cache_salt",
-        "logit_bias",
-        "model",
-        "prompt_cache_key",
-        "request_id",
-        "response_format",
-        "safety_identifier",
-        "stop",
-        "stop_sequences",
-        "structured_outputs",
-        "text",
-        "tool_choice",
-        "user",
-    }
-)
-# The top-level strings that are text; others are flags and names.
-TEXTS = frozenset({"system", "instructions", "input", "prompt", "suffix"})
-# Their writer makes the turns, so only control tokens are broken in them.
-RAW = frozenset({"prompt", "suffix"})
-CONVERSATIONS = ("messages", "input")
-# A grammar may be made of tools: a mark in one would come back in the answer. Prose is safe.
-TOOLS = frozenset({"tools", "functions"})
-PROSE = frozenset({"description", "title", "$comment"})
-# Words of the protocol, which routes compare and no template prints unchecked.
-STRUCTURE = frozenset({"role", "type", "status", CATEGORY_FIELD})
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _HOLDS_TEXT = (str, list, dict)
-_MOST_ROUNDS = 4
-
-
-class Protected(NamedTuple):
-    """A special token of the served tokenizer.
-
-    Attributes:
-        text: What spells it.
-        normalised: Whether the tokenizer looks for it in normalised text, where other characters
-            may spell it too.
-    """
-
-    text: str
-    normalised: bool = False
-
-
-class SpecialText:
-    """Finds and breaks special tokens in strings.
-
-    Args:
-        tokens: What must not be spelt. They are found as the tokenizer finds them, by their text;
-            where one is looked for in normalised text, every string is encoded.
-        mark: The text of the mark.
-        spans: Gives the places, start and end, where the tokenizer finds one of them in a string.
-    """
-
-    def __init__(self, tokens: Sequence[Protected], mark: str, spans: Spans) -> None:
-        texts = sorted((token.text for token in tokens), key=len, reverse=True)
-        self.mark = mark
-        self._spans = spans
-        self._encodes_all = any(token.normalised for token in tokens)
-        self._firsts = sorted({text[0] for text in texts})
-        self._found = re.compile("|".join(map(re.escape, texts)))
-        # A token of n characters may be shared by several strings that a template prints side by
-        # side. Then the first holds two of its characters or more, or the last holds n - 1, or
-        # one between them lies wholly within the token.
-        self._heads = frozenset(text[:end] for text in texts for end in range(2, len(text)))
-        self._middles = frozenset(
-            text[start:end]
-            for text in texts
-            for start in range(1, len(text))
-            for end in range(start + 1, len(text))
-        )
-        self._longest_head = max(map(len, texts)) - 1
-        self._tails = tuple(text[1:] for text in texts if len(text) > 1)
-
-    def may_meet(self, texts: Sequence[str], keys: Sequence[str]) -> bool:
-        """Returns whether any of a body's strings needs a closer look, alone or beside others.
-
-        Args:
-            texts: Those that a template may print.
-            keys: Those that it prints as names, if at all.
-        """
-        return (
-            self.may_spell("\n".join((*texts, *keys)))
-            or not self._middles.isdisjoint(texts)
-            or any(text.startswith(self._tails) for text in texts)
-        )
-
-    def may_break(self, text: str) -> bool:
-        """Returns whether ``broken`` could change a string."""
-        return self.may_spell(text) or text in self._middles or text.startswith(self._tails)
-
-    def spells(self, text: str) -> bool:
-        """Returns whether the tokenizer would find a special token in a string."""
-        if not self.may_spell(text):
-            return False
-        return bool(self._found.search(text)) or (self._encodes_all and bool(self._spans(text)))
-
-    def broken(self, text: str) -> str:
-        """Returns a string with a mark in every special token that it spells or could help spell.
-
-        Raises:
-            RequestError: The tokenizer finds one all the same.
-        """
-        text = self.unspelt(text)
-        if text in self._middles or text.startswith(self._tails):
-            text = self.mark + text
-        return text + self.mark if self._ends_in_head(text) else text
-
-    def unspelt(self, text: str) -> str:
-        """Returns a string with a mark in every special token that it spells by itself.
-
-        Raises:
-            RequestError: The tokenizer finds one all the same.
-        """
-        if not self.spells(text):
-            return text
-        text = self._without_texts(text)
-        return self._without_spans(text) if self._encodes_all else text
-
-    def may_spell(self, text: str) -> bool:
-        """Returns whether a string needs a closer look."""
-        return self._encodes_all or any(map(text.__contains__, self._firsts))
-
-    def _split(self, match: "re.Match[str]") -> str:
-        return match[0][0] + self.mark + match[0][1:]
-
-    def _without_texts(self, text: str) -> str:
-        # A token that was broken may have hidden another one.
-        for _ in range(_MOST_ROUNDS):
-            text, found = self._found.subn(self._split, text)
-            if not found:
-                return text
-        raise _unbreakable()
-
-    def _without_spans(self, text: str) -> str:
-        for _ in range(_MOST_ROUNDS):
-            spans = self._spans(text)
-            if not spans:
-                return text
-            for start, end in reversed(spans):
-                place = min(start + 1, end)
-                text = text[:place] + self.mark + text[place:]
-        raise _unbreakable()
-
-    def _ends_in_head(self, text: str) -> bool:
-        end = text[-self._longest_head :]
-        return self.may_spell(end) and any(end[i:] in self._heads for i in range(len(end) - 1))
 
 
 class _Room:
@@ -205,6 +67,7 @@ class Guard:
         control: Breaks control tokens alone: for raw prompts.
         roles: The roles that a message may have.
         characters: The most that the model's context can hold.
+        categories: The names that ``refusal_category`` may hold.
     """
 
     def __init__(
@@ -213,10 +76,12 @@ class Guard:
         control: SpecialText,
         roles: frozenset[str] = ROLES,
         characters: float = math.inf,
+        categories: frozenset[str] = frozenset(),
     ) -> None:
         self._special = special
         self._control = control
         self._roles = roles
+        self._words = WORDS | roles | categories
         self._characters = characters
 
     @property
@@ -233,11 +98,12 @@ class Guard:
 
         Raises:
             RequestError: A role is none; a key, or a tool's name or schema, spells a special
-                token; special tokens are refused; or there is more text than its prompts may have.
+                token; special tokens are refused; a tool call's arguments cannot be decoded; or
+                there is more text than its prompts may have.
         """
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
-        if not self._special.may_meet(*_strings(body)):
+        if not self._special.may_meet(*_strings(body, self._words)):
             return body
         room = _Room(self._characters * prompts_in(body))
         try:
@@ -253,10 +119,10 @@ class Guard:
         special = self._control if name in RAW else self._special
         if isinstance(value, int | float | None):
             return value
-        walk = _Walk(special, refuse, room)
+        walk = _Walk(special, refuse, room, self._words)
         if isinstance(value, str) and name not in TEXTS and not refuse:
             return special.unspelt(value) if walk.looks_closer(value, name) else value
-        return walk.walked(value, name, schema=name in TOOLS)
+        return walk.walked(value, name, place_of(name))
 
     def _check_roles(self, messages: Any, path: str) -> None:
         for place, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -273,23 +139,62 @@ class Guard:
                 )
 
 
-def _strings(body: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _strings(body: dict[str, Any], words: frozenset[str]) -> tuple[list[str], set[str]]:
     texts: list[str] = []
-    keys: list[str] = []
-    nodes = [value for name, value in body.items() if name not in UNRENDERED]
-    for node in nodes:  # which grow on the way
-        if isinstance(node, str):
-            texts.append(node)
-        elif isinstance(node, list):
-            nodes.extend(node)
-        elif isinstance(node, dict):
-            keys.extend(node)
-            nodes.extend(
-                value
-                for key, value in node.items()
-                if not (key in STRUCTURE and isinstance(value, str))
-            )
-    return texts, keys
+    names: set[str] = set()
+    protocol: list[Any] = []
+    others: list[Any] = []
+    for name, value in body.items():
+        if name not in UNRENDERED:
+            (protocol if place_of(name) == "protocol" else others).append(value)
+    for nodes, exempt in ((protocol, words), (others, frozenset[str]())):
+        for node in nodes:  # which grow on the way
+            if isinstance(node, list):
+                nodes.extend(node)
+            elif isinstance(node, dict):
+                names.update(node)
+                _sort(node, exempt, texts, nodes, others)
+            elif isinstance(node, str):
+                texts.append(node)
+    return texts, names
+
+
+def _sort(
+    node: dict[str, Any],
+    words: frozenset[str],
+    texts: list[str],
+    contained: list[Any],
+    others: list[Any],
+) -> None:
+    for key, entry in node.items():
+        if isinstance(entry, str):
+            if key == ARGUMENTS:
+                others.append(_decoded(entry))
+            elif key not in STRUCTURE or entry not in words:
+                texts.append(entry)
+        elif isinstance(entry, list | dict):
+            (contained if key in CONTAINERS else others).append(entry)
+
+
+def _decoded(arguments: str) -> Any:
+    """Returns what vLLM makes of a tool call's arguments; the same text where that is no JSON.
+
+    Raises:
+        RequestError: vLLM would fail at it.
+    """
+    try:
+        value = json.loads(arguments)
+        if "\\u" in arguments:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        return arguments
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            "the arguments of a tool call nest too deeply, or hold a number that is too long or "
+            "half of a surrogate pair",
+            status=400,
+        ) from error
+    return value if isinstance(value, list | dict) else arguments
 
 
 # Of what stands around a value, and its key or place in that; only an error makes a text of it.
@@ -310,6 +215,7 @@ class _Walk(NamedTuple):
     special: SpecialText
     refuse: bool
     room: _Room
+    words: frozenset[str]
 
     def looks_closer(self, text: str, path: _Path) -> bool:
         if not self.special.may_spell(text):
@@ -317,53 +223,62 @@ class _Walk(NamedTuple):
         self.room.take(text, path)
         return True
 
-    def walked(self, value: Any, path: _Path, *, schema: bool) -> Any:
+    def walked(self, value: Any, path: _Path, place: Place) -> Any:
         if isinstance(value, str):
-            return self._string(value, path, schema) if self.special.may_break(value) else value
+            return self._string(value, path, place) if self.special.may_break(value) else value
         if isinstance(value, list):
-            return self._list(value, path, schema)
+            return self._list(value, path, place)
         if isinstance(value, dict):
-            return self._mapping(value, path, schema)
+            return self._mapping(value, path, place)
         return value
 
-    def _list(self, value: list[Any], path: _Path, schema: bool) -> list[Any]:
+    def _list(self, value: list[Any], path: _Path, place: Place) -> list[Any]:
         changed = value
-        for place, entry in enumerate(value):
+        for index, entry in enumerate(value):
             if not isinstance(entry, _HOLDS_TEXT):
                 continue
-            new = self.walked(entry, (path, place), schema=schema)
+            new = self.walked(entry, (path, index), place)
             if new is not entry:
                 changed = list(value) if changed is value else changed
-                changed[place] = new
+                changed[index] = new
         return changed
 
-    def _mapping(self, value: dict[str, Any], path: _Path, schema: bool) -> dict[str, Any]:
+    def _mapping(self, value: dict[str, Any], path: _Path, place: Place) -> dict[str, Any]:
         changed = value
         for key, entry in value.items():
-            if key in STRUCTURE and isinstance(entry, str):
-                continue
-            if self.looks_closer(key, path) and self.special.spells(key):
+            self.looks_closer(key, path)
+            if self.special.completes(key):
                 raise _spelt(path, "a key")
-            prose = key in PROSE and isinstance(entry, str)
-            new = self.walked(entry, (path, key), schema=schema and not prose)
+            new = self._entry(key, entry, (path, key), place)
             if new is not entry:
                 changed = dict(value) if changed is value else changed
                 changed[key] = new
         return changed
 
-    def _string(self, text: str, path: _Path, schema: bool) -> str:
+    def _entry(self, key: str, entry: Any, path: _Path, place: Place) -> Any:
+        if isinstance(entry, str):
+            if place == "protocol" and key in STRUCTURE and entry in self.words:
+                return entry
+            if place != "schema" and key == ARGUMENTS:
+                return self._arguments(entry, path)
+        return self.walked(entry, path, place_in(place, key, entry))
+
+    def _arguments(self, text: str, path: _Path) -> str:
+        value = _decoded(text)
+        new = self.walked(value, path, "text")
+        if new is value:
+            return text
+        return new if isinstance(new, str) else json.dumps(new, ensure_ascii=False)
+
+    def _string(self, text: str, path: _Path, place: Place) -> str:
         closer = self.looks_closer(text, path)
-        if closer and (schema or self.refuse) and self.special.spells(text):
-            raise _spelt(path, "a tool's name or schema" if schema else "the text")
-        return text if schema else self.special.broken(text)
-
-
-def _unbreakable() -> RequestError:
-    return RequestError(
-        "the input holds text that this model's tokenizer reads as a special token however it is "
-        "broken: remove it",
-        status=400,
-    )
+        if place == "schema":
+            if self.special.completes(text):
+                raise _spelt(path, "a tool's name or schema")
+            return text
+        if closer and self.refuse and self.special.spells(text):
+            raise _spelt(path, "the text")
+        return self.special.broken(text)
 
 
 def _spelt(path: _Path, what: str) -> RequestError:
@@ -401,7 +316,7 @@ def build_guard(
         return SpecialText(list(tokens.values()), mark, _spans_of(tokenizer, frozenset(tokens)))
 
     roles = ROLES | _quoted_roles(tokenizer)
-    return Guard(text(special), text(control), roles, characters)
+    return Guard(text(special), text(control), roles, characters, frozenset(manifest.names))
 
 
 def new_mark() -> str:

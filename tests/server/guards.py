@@ -1,6 +1,7 @@
 """A guard for tests without a tokenizer: for the control tokens and two turn markers."""
 
-from server.guard import Guard, Protected, SpecialText
+from server.guard import Guard
+from server.special_text import Protected, SpecialText
 from tests.server.manifests import MANIFEST
 
 MARK = "mark0"
@@ -17,4 +18,6 @@ def special_text(*texts: str) -> SpecialText:
 
 
 CONTROL = [control.token for control in MANIFEST.control_tokens]
-GUARD = Guard(special_text(*CONTROL, *TURNS), special_text(*CONTROL))
+GUARD = Guard(
+    special_text(*CONTROL, *TURNS), special_text(*CONTROL), categories=frozenset(MANIFEST.names)
+)

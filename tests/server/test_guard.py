@@ -1,6 +1,7 @@
 """Special tokens in a client's text, on real tokenizers: what the model gets is text."""
 
 import itertools
+import json
 import random
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from models.errors import RequestError
 from models.manifest import Manifest
 from models.tokens import COCONOT_DESCRIPTIONS, add_control_tokens
-from server.guard import Guard, SpecialText, build_guard, protected_tokens
+from server.guard import Guard, build_guard, protected_tokens
+from server.special_text import SpecialText
 from tests.server.guards import CONTROL, GUARD, MARK, TURNS, special_text
+from tests.server.manifests import MANIFEST
 from tests.toy import MARKERS, TEMPLATE, byte_tokenizer
 
 CHAT_PARTS = (
@@ -195,9 +198,148 @@ def test_every_field_that_a_template_may_print_is_guarded(field: dict[str, Any])
 
 
 def test_words_of_the_protocol_stay_as_they_are() -> None:
-    turn = {"role": "user", "content": "Hello", "type": "end", "refusal_category": "safety"}
-    body = {"messages": [turn], "stop": ["[respond]"], "bad_words": ["<|end|>"]}
-    assert GUARD.guarded(body) is body
+    special = special_text("<user>", "<text>", "<in_progress>", "<safety>", "<function>")
+    guard = Guard(special, special, categories=frozenset(MANIFEST.names))
+    part = {"type": "text", "text": "Hello"}
+    call = {"type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    turn = {
+        "role": "user",
+        "type": "message",
+        "status": "in_progress",
+        "refusal_category": "safety",
+        "content": [part, {"type": "tool_result", "content": [part]}],
+        "tool_calls": [call],
+    }
+    bodies: list[dict[str, Any]] = [
+        {"messages": [turn]},
+        {"messages": [[turn]]},
+        {"input": [turn]},
+        {"messages": [turn], "stop": ["<user>"], "bad_words": ["<text>"]},
+    ]
+    for body in bodies:
+        assert guard.guarded(body) is body
+
+
+@pytest.mark.parametrize("field", ["type", "role", "status", "refusal_category"])
+@pytest.mark.parametrize("word", ["<|end|>", "[respond]", "|end|>"])
+def test_words_that_are_none_of_the_protocol_are_text(field: str, word: str) -> None:
+    for holder in (
+        {"content": [{field: word}]},
+        {"content": [{"type": "tool_result", "content": [{field: word}]}]},
+        {"tool_calls": [{field: word}]},
+    ):
+        turn = {"role": "user", **holder}
+        for body in ({"messages": [turn]}, {"input": [turn]}):
+            guarded = str(GUARD.guarded(body))
+            assert word not in guarded.replace(f"{MARK}{word}", "")
+            assert guarded.replace(MARK, "") == str(body)
+
+
+def test_words_of_the_protocol_elsewhere_are_text() -> None:
+    guard = Guard(special_text("<text>"), special_text("<text>"))
+    body = {"messages": [{"role": "user", "content": [{"input": {"type": "text", "a": "<"}}]}]}
+    assert str(guard.guarded(body)).count(MARK) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": "\\u003c|end|>"}',
+        '{"a": "<\\u007Cend|>"}',
+        '{"a": ["\\u005Brespond\\u005d", {"b": "<\\u007cend|>"}], "n": 1}',
+        '{"a": "x<|en", "b": "d|>"}',
+        '{"a": "\\u003c|end|>", "a": "<|end|>"}',
+    ],
+)
+def test_arguments_are_guarded_as_vllm_decodes_them(arguments: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    item = {"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}
+    chat = GUARD.guarded({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    responses = GUARD.guarded({"input": [item]})
+    for text in (
+        chat["messages"][0]["tool_calls"][0]["function"]["arguments"],
+        responses["input"][0]["arguments"],
+    ):
+        values = "".join(map(str, json.loads(text).values()))
+        assert MARK in values
+        assert "<|end|>" not in values
+        assert "[respond]" not in values
+        assert json.loads(text.replace(MARK, "")) == json.loads(arguments)
+
+
+def test_arguments_that_are_no_json_are_text() -> None:
+    for arguments in ("<|end|>", '{"a": "<|end|>"', '"\\u003c|end|>"', "[respond]", "7"):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        guarded = GUARD.guarded({"messages": [{"role": "assistant", "tool_calls": [call]}]})
+        assert "<|end|>" not in str(guarded)
+        assert str(guarded).replace(MARK, "") == str(
+            {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": "\\ud800"}'],
+    ids=["depth", "digits", "surrogate"],
+)
+def test_arguments_that_vllm_cannot_decode_are_refused(arguments: str) -> None:
+    for body in (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+            ]
+        },
+        {"input": [{"type": "function_call", "arguments": arguments}]},
+    ):
+        with pytest.raises(RequestError, match="arguments") as caught:
+            GUARD.guarded(body)
+        assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("special", ["refuse", "break"])
+def test_keys_of_arguments_hold_no_special_token(special: str) -> None:
+    call = {"function": {"arguments": '{"\\u003c|end|>": 1}'}}
+    with pytest.raises(RequestError, match="a key"):
+        GUARD.guarded(
+            {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+            refuse=special == "refuse",
+        )
+
+
+@pytest.mark.parametrize("name", ["|end|", "x<|en", "|end|> x", " |end| "])
+def test_names_that_a_tag_makes_a_special_token_of_are_refused(name: str) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"documents": [{name: "x"}]},
+        {"tools": [{"function": {"name": name}}]},
+        {"tools": [{"function": {"parameters": {"properties": {name: {}}}}}]},
+        {"tools": [{"function": {"parameters": {"properties": {"x": {"type": name}}}}}]},
+        {"response_format": {"json_schema": {"schema": {"enum": [name]}}}},
+        {"messages": [{"role": "system", "content": [{"tool": {"definition": {"name": name}}}]}]},
+    ]
+    for body in bodies:
+        with pytest.raises(RequestError, match="spells a special token") as caught:
+            GUARD.guarded(body)
+        assert caught.value.status == 400
+    assert GUARD.guarded({"documents": [{"end": "x", "user": "|"}]})["documents"][0].keys() == {
+        "end",
+        "user",
+    }
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u2003 "])
+def test_space_that_a_template_takes_off_hides_no_special_token(space: str) -> None:
+    template = (
+        "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text | trim }}"
+        "{% endfor %}<|end|>{% endfor %}"
+    )
+    served = Served(byte_tokenizer(template))
+    for token in ("[respond]", "<|end|>"):
+        for first, second in itertools.combinations(range(len(token) + 1), 2):
+            cut = (token[:first], token[first:second], token[second:])
+            parts = [{"type": "text", "text": f"{space}{piece}{space}"} for piece in cut]
+            ids = served.rendered([{"role": "user", "content": parts}])
+            assert len(served.specials(ids)) == 2, cut
+            assert served.tokenizer.decode(ids[1:-1]) == token
 
 
 def test_raw_prompts_keep_their_turns_but_no_control_tokens() -> None:
