@@ -10,8 +10,6 @@ from starlette.types import Scope
 
 from models.errors import RequestError, shortened
 
-WEBSOCKET = "WEBSOCKET"
-
 
 class Access(Enum):
     """Who may reach a route."""
@@ -26,7 +24,7 @@ class Route(NamedTuple):
     """One route of vLLM's server or of ours.
 
     Attributes:
-        method: HTTP's, or ``WEBSOCKET``.
+        method: HTTP's.
         path: As the router writes it: ``{name}`` stands for one segment, ``{name:path}`` for
             several.
         access: Who may reach it.
@@ -158,7 +156,6 @@ ROUTES: tuple[Route, ...] = (
         "/v2/embed",
         reason=_NOT_TEXT,
     ),
-    *_all(Access.OFF, WEBSOCKET, "/v1/realtime", reason=_NOT_TEXT),
 )
 
 
@@ -187,7 +184,7 @@ class AccessTable:
         """Returns the route of a request.
 
         Args:
-            method: HTTP's, or ``WEBSOCKET``. HEAD reaches what GET does.
+            method: HTTP's. HEAD reaches what GET does.
             path: As ``route_path`` returns it.
 
         Raises:

@@ -21,7 +21,7 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
     """Reads a request's whole body.
 
     Raises:
-        RequestError: It is larger than the limit.
+        RequestError: It is larger than the limit, or the client goes away before its end.
     """
     parts: list[bytes] = []
     size = 0
@@ -29,7 +29,7 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            break
+            raise RequestError("the connection ended before the body did", status=400)
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit_bytes:

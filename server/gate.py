@@ -1,5 +1,6 @@
 """Pure ASGI, the outermost of ours: what may come in at all, and who sends it."""
 
+import asyncio
 from http import HTTPStatus
 from typing import Any
 
@@ -8,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.errors import RequestError, UnknownCallerError
 from server import metrics
-from server.access import WEBSOCKET, Access, AccessTable, Route, route_path
+from server.access import Access, AccessTable, Route, route_path
 from server.bodies import error_response, read_body, replay_body
 from server.context import BODY, CALLER
 from server.credentials import hash_key, presented_keys
@@ -38,11 +39,11 @@ class Gate:
         self._table = AccessTable(operator=settings.operator_key_hash is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request, connection or lifespan."""
+        """Serves one request or lifespan; the server takes no websockets."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "http" and scope["method"] != "HEAD":  # which has no body to shape
+        if scope["method"] != "HEAD":  # which has no body to shape
             send = ErrorShape(send)
         route: Route | None = None
         try:
@@ -51,7 +52,7 @@ class Gate:
                 self._table.find(_asked_method(scope), route_path(scope))
                 await self._app(scope, receive, send)
                 return
-            route = self._table.find(_method(scope), route_path(scope))
+            route = self._table.find(scope["method"], route_path(scope))
             if route.access is not Access.OPEN:
                 headers = Headers(scope=scope)
                 scope = {**scope, **self._identify(route, headers)}
@@ -59,7 +60,7 @@ class Gate:
         except RequestError as error:
             label = NO_ROUTE if route is None else route.path
             metrics.count_request(label, error.status)
-            await _refuse(error, scope, receive, send)
+            await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -94,11 +95,22 @@ class Gate:
         declared = headers.get("content-length", "")
         if declared.isdigit() and len(declared) < 20:
             self._check_size(int(declared))
-        raw = await read_body(receive, self._settings.max_body_bytes)
+        raw = await self._read(receive)
         if raw and route.access is Access.TENANT:
             scope[BODY] = read_json(raw, self._settings)
             refuse_fields(scope[BODY])
         return replay_body(raw, receive)
+
+    async def _read(self, receive: Receive) -> bytes:
+        limit_s = self._settings.body_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await read_body(receive, self._settings.max_body_bytes)
+        except TimeoutError as error:
+            raise RequestError(
+                f"the body did not come within {limit_s:g} s ({PREFIX}BODY_TIMEOUT_S)",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+            ) from error
 
     def _check_size(self, size: int) -> None:
         limit = self._settings.max_body_bytes
@@ -109,15 +121,10 @@ class Gate:
             )
 
 
-def _method(scope: Scope) -> str:
-    method: str = scope["method"] if scope["type"] == "http" else WEBSOCKET
-    return method
-
-
 def _is_preflight(scope: Scope) -> bool:
     # vLLM's CORS middleware answers these itself, and they carry no key by their nature.
     return (
-        _method(scope) == "OPTIONS"
+        scope["method"] == "OPTIONS"
         and _asked_method(scope) != ""
         and "origin" in Headers(scope=scope)
     )
@@ -125,11 +132,3 @@ def _is_preflight(scope: Scope) -> bool:
 
 def _asked_method(scope: Scope) -> str:
     return Headers(scope=scope).get("access-control-request-method", "")
-
-
-async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-    denies = "websocket.http.response" in scope.get("extensions", {})
-    if scope["type"] == "http" or denies:
-        await error_response(error)(scope, receive, send)
-    else:
-        await send({"type": "websocket.close", "code": 1008})

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.errors import RequestError
+from models.errors import RequestError, ServiceError
 from models.hashes import Hashes
 from models.manifest import Manifest
 from server.bodies import encode, error_response
@@ -96,10 +96,13 @@ def build_router(
         try:
             await engine.check_health()
         except Exception as error:  # noqa: BLE001  any failure of the engine means: not ready
-            return JSONResponse(
-                {"status": "not ready", "reason": type(error).__name__},
-                status_code=HTTPStatus.SERVICE_UNAVAILABLE,
-            )
+            problem = {
+                "message": f"the engine is not ready: {type(error).__name__}",
+                "type": "server_error",
+                "param": None,
+                "code": ServiceError.code,
+            }
+            return JSONResponse({"error": problem}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "ready"})
 
     return router

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
     Attributes:
         defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
+        head_timeout_s: How long a request's address and headers may take to come.
+        body_timeout_s: How long its body may take.
+        idle_timeout_s: How long a connection stays open between two requests.
         max_url_bytes: Longest address, its query included.
         max_headers: Most headers of a request.
         max_header_bytes: Their names and values together.
@@ -44,6 +47,9 @@ class Settings(BaseSettings):
 
     defaults: DialOptions = Field(default_factory=DialOptions)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    head_timeout_s: float = Field(default=15, gt=0, allow_inf_nan=False)
+    body_timeout_s: float = Field(default=60, gt=0, allow_inf_nan=False)
+    idle_timeout_s: float = Field(default=75, gt=0, allow_inf_nan=False)
     max_url_bytes: int = Field(default=8 * 2**10, ge=256)
     max_headers: int = Field(default=100, ge=16)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)

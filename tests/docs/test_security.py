@@ -70,6 +70,14 @@ def test_page_lists_every_bound_with_its_default() -> None:
     assert listed == {name: field.default for name, field in fields if name.startswith("max_")}
 
 
+def test_page_lists_every_time_out_with_its_default() -> None:
+    rows = re.findall(r"^\| `RHEOSTAT_(\w+_TIMEOUT_S)` \| (\d+)", PAGE, re.MULTILINE)
+    fields = Settings.model_fields.items()
+    assert {name.lower(): float(value) for name, value in rows} == {
+        name: field.default for name, field in fields if name.endswith("_timeout_s")
+    }
+
+
 ROUTES_OF = {
     "chat": "/v1/chat/completions",
     "batch": "/v1/chat/completions/batch",

@@ -64,7 +64,7 @@ def test_other_spelling_of_a_path_is_the_same_route(server: Server, target: str)
 
 @pytest.mark.parametrize(
     "route",
-    [r for r in ROUTES if r.access in (Access.OPERATOR, Access.OFF) and r.method != "WEBSOCKET"],
+    [route for route in ROUTES if route.access in (Access.OPERATOR, Access.OFF)],
     ids=lambda route: f"{route.method}{route.path}",
 )
 def test_operators_routes_and_those_that_are_off(server: Server, route: object) -> None:
@@ -89,13 +89,18 @@ def test_operator_reads_metrics_documents_and_token_ids(server: Server) -> None:
         assert missing.json()["error"]["message"] == "Not Found"
 
 
-def test_websocket_is_refused_before_it_opens(server: Server) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/v1/realtime", "/v1/chat/completions", "/readyz"])
+def test_websocket_is_a_request_like_any_other(server: Server, method: str, path: str) -> None:
     upgrade = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     upgrade += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        head = f"GET /v1/realtime HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n{upgrade}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n{upgrade}\r\n\r\n"
         connection.sendall(head.encode())
-        assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+        answer = connection.makefile("rb").read()
+    plain = httpx.request(method, server.url + path, timeout=30)
+    assert answer.startswith(f"HTTP/1.1 {plain.status_code} ".encode())
+    assert answer.endswith(plain.content)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,9 @@ def routes_of(routes: Iterable[Any]) -> Iterator[tuple[str, str]]:
     for route in routes:
         path: Any = getattr(route, "path", None)
         methods = getattr(route, "methods", None)
-        if type(route).__name__ == "APIWebSocketRoute":
-            yield "WEBSOCKET", path
-        elif type(route).__name__ == "Mount":
+        if type(route).__name__ == "Mount":
             yield "MOUNT", path
-        elif path is not None:
+        elif path is not None:  # no websocket is taken, and its routes have no method
             yield from ((method, path) for method in sorted(methods or ()) if method != "HEAD")
         else:
             yield from routes_of(route.original_router.routes)

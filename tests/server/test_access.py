@@ -4,7 +4,7 @@ import pytest
 from starlette._utils import get_route_path
 
 from models.errors import RequestError
-from server.access import ROUTES, WEBSOCKET, Access, AccessTable, Route, route_path
+from server.access import ROUTES, Access, AccessTable, Route, route_path
 
 TABLE = AccessTable()
 OPERATORS = AccessTable(operator=True)
@@ -72,7 +72,7 @@ def test_no_route_stands_there_twice() -> None:
         "/adapters/a/b",
     ],
 )
-@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "OPTIONS", WEBSOCKET])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "OPTIONS"])
 def test_what_is_not_in_the_table_is_not_there(method: str, path: str) -> None:
     assert status(OPERATORS, method, path) == 404
 
@@ -84,7 +84,6 @@ def test_what_is_not_in_the_table_is_not_there(method: str, path: str) -> None:
         ("PUT", "/v1/chat/completions", 405),
         ("OPTIONS", "/v1/chat/completions", 405),
         ("post", "/v1/chat/completions", 405),
-        (WEBSOCKET, "/v1/chat/completions", 405),
         ("HEAD", "/v1/chat/completions", 405),
         ("HEAD", "/healthz", 200),
         ("POST", "/healthz", 405),

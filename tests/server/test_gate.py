@@ -1,5 +1,4 @@
 import asyncio
-import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -86,8 +85,6 @@ def bearer(key: str) -> dict[str, str]:
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method}{route.path}")
 def test_class_of_a_route_says_who_gets_in(route: Any) -> None:
     path = route.path.replace("{path:path}", "a").replace("{", "").replace("}", "")
-    if route.method == "WEBSOCKET":
-        return
     statuses = [
         ask(route.method, path, Inside(), headers=headers, keys=["tenant"]).status_code
         for headers in ({}, bearer("tenant"), OPERATOR)
@@ -105,7 +102,7 @@ def test_class_of_a_route_says_who_gets_in(route: Any) -> None:
 def test_operators_routes_are_off_without_its_key(access: Access) -> None:
     settings = Settings()
     for route in ROUTES:
-        if route.access is access and "{" not in route.path and route.method != "WEBSOCKET":
+        if route.access is access and "{" not in route.path:
             answer = ask(route.method, route.path, Inside(), headers=OPERATOR, settings=settings)
             said = "RHEOSTAT_OPERATOR_KEY_HASH" if access is Access.OPERATOR else "not served"
             assert_refused(answer, 404, said)
@@ -236,32 +233,6 @@ def test_preflight_needs_no_key_and_reaches_only_the_cors_middleware(
     answer = ask("OPTIONS", path, cors, headers=headers, keys=["tenant"])
     assert answer.status_code == status
     assert inside.scopes == []
-
-
-def connect(path: str, extensions: dict[str, Any]) -> list[Message]:
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    inside = Inside()
-    scope = {"type": "websocket", "path": path, "query_string": b"", "headers": []}
-    gate = Gate(inside, settings=SETTINGS, callers=callers([]))
-    asyncio.run(gate({**scope, "extensions": extensions}, receive, send))
-    assert inside.scopes == []
-    return sent
-
-
-@pytest.mark.parametrize("path", ["/v1/realtime", "/v1/chat/completions", "/healthz", "/ws"])
-def test_no_websocket_is_accepted(path: str) -> None:
-    assert connect(path, {}) == [{"type": "websocket.close", "code": 1008}]
-    start, body = connect(path, {"websocket.http.response": {}})
-    assert start["type"] == "websocket.http.response.start"
-    assert start["status"] in (404, 405)
-    assert set(json.loads(body["body"])["error"]) == {"message", "type", "param", "code"}
 
 
 def test_error_of_what_stands_behind_is_shaped() -> None:

@@ -121,7 +121,12 @@ def test_ready_when_the_engine_is_well() -> None:
 def test_not_ready_when_the_engine_fails_and_says_no_more_than_the_kind(error: Exception) -> None:
     answer = get("/readyz", FakeEngine(error))
     assert answer.status_code == 503
-    assert answer.json() == {"status": "not ready", "reason": type(error).__name__}
+    assert answer.json()["error"] == {
+        "message": f"the engine is not ready: {type(error).__name__}",
+        "type": "server_error",
+        "param": None,
+        "code": "service_error",
+    }
 
 
 def test_alive_whatever_the_engine_does() -> None:

@@ -39,7 +39,8 @@ def test_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -
     monkeypatch.setenv(name, "{}")
     assert message() == (
         f"the environment variable {name} means nothing here; known are "
-        "RHEOSTAT_DEFAULTS, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_MAX_BODY_DEPTH, "
+        "RHEOSTAT_BODY_TIMEOUT_S, RHEOSTAT_DEFAULTS, RHEOSTAT_HEAD_TIMEOUT_S, "
+        "RHEOSTAT_IDLE_TIMEOUT_S, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_MAX_BODY_DEPTH, "
         "RHEOSTAT_MAX_BODY_STRINGS, RHEOSTAT_MAX_CHOICES, RHEOSTAT_MAX_HEADERS, "
         "RHEOSTAT_MAX_HEADER_BYTES, RHEOSTAT_MAX_INPUTS, RHEOSTAT_MAX_MESSAGES, "
         "RHEOSTAT_MAX_TOOLS, RHEOSTAT_MAX_URL_BYTES, "
@@ -68,6 +69,9 @@ def test_value_that_is_no_json_names_the_variable(
         ("RHEOSTAT_MAX_BODY_BYTES", "many", "RHEOSTAT_MAX_BODY_BYTES: "),
         ("RHEOSTAT_MAX_BODY_BYTES", "1023", "RHEOSTAT_MAX_BODY_BYTES: "),
         ("RHEOSTAT_MAX_BODY_BYTES", "", "RHEOSTAT_MAX_BODY_BYTES: "),
+        ("RHEOSTAT_BODY_TIMEOUT_S", "0", "RHEOSTAT_BODY_TIMEOUT_S: "),
+        ("RHEOSTAT_HEAD_TIMEOUT_S", "inf", "RHEOSTAT_HEAD_TIMEOUT_S: "),
+        ("RHEOSTAT_IDLE_TIMEOUT_S", "nan", "RHEOSTAT_IDLE_TIMEOUT_S: "),
         ("RHEOSTAT_POLICY_FILE", "", "RHEOSTAT_POLICY_FILE: is empty"),
         ("RHEOSTAT_DEFAULTS", "5", "RHEOSTAT_DEFAULTS: must be an object, got int"),
         ("RHEOSTAT_DEFAULTS", "[]", "RHEOSTAT_DEFAULTS: must be an object, got list"),

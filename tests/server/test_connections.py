@@ -1,0 +1,75 @@
+"""Errors of all kinds on connections that clients keep: no request behind one is lost."""
+
+from collections.abc import Iterator
+from http.client import HTTPConnection
+
+import pytest
+
+from tests.server.failing import CHAT, KINDS, answers, expected, failing_app
+from tests.server.wires import connect, listening, until_closed
+
+REQUESTS = 2002
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer tenant\r\n".encode()
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[int]:
+    with listening(failing_app(body_timeout_s=0.2)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with listening(failing_app()) as port:
+        yield port
+
+
+def test_no_request_behind_an_error_is_lost(port: int) -> None:
+    assert answers(f"http://127.0.0.1:{port}", REQUESTS) == expected(REQUESTS)
+
+
+@pytest.mark.parametrize("how", ["raises", "never answers", "500", "503"])
+def test_error_of_the_servers_closes_and_says_so(port: int, how: str) -> None:
+    body = KINDS[how].content()
+    with connect(port) as connection:
+        connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        received = until_closed(connection)
+    assert received.startswith(f"HTTP/1.1 {KINDS[how].status} ".encode())
+    assert b"\r\nconnection: close\r\n" in received
+
+
+@pytest.mark.parametrize("how", ["ok", "422", "raises after its answer", "no JSON"])
+def test_other_answers_keep_the_connection(port: int, how: str) -> None:
+    kind = KINDS[how]
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    for _ in range(3):
+        connection.request("POST", CHAT, body=kind.content(), headers=kind.headers)
+        answer = connection.getresponse()
+        answer.read()
+        assert (answer.status, answer.will_close) == (kind.status, False)
+    connection.close()
+
+
+@pytest.mark.parametrize("sent", [b"content-length: 9\r\n\r\n{", b"content-length: 9\r\n\r\n"])
+def test_body_that_stops_short_is_408_and_the_end(impatient: int, sent: bytes) -> None:
+    with connect(impatient) as connection:
+        connection.sendall(HEAD + sent)
+        received = until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close\r\n" in received
+    assert b"within 0.2 s (RHEOSTAT_BODY_TIMEOUT_S)" in received
+
+
+def test_body_that_comes_in_drops_is_408(impatient: int) -> None:
+    received = b""
+    with connect(impatient) as connection:
+        connection.sendall(HEAD + b"content-length: 1000\r\n\r\n")
+        connection.settimeout(0.02)
+        for _ in range(900):
+            try:
+                connection.sendall(b" ")
+                if received := connection.recv(65536):
+                    break
+            except TimeoutError:
+                continue
+    assert received.startswith(b"HTTP/1.1 408 ")
