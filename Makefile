@@ -34,5 +34,4 @@ bench: setup
 	@$(BIN)/python -m benchmarks.fused_head --out bench/fused_head.json
 	@$(BIN)/rheostat train demo
 	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json
-	@$(BIN)/python -m benchmarks.solver
 	@$(BIN)/python -m benchmarks.calibration --out bench/calibration

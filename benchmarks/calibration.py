@@ -63,7 +63,7 @@ def refused(calibration: Calibration, solution: Solution) -> Flags:
 
 def solved(calibration: Calibration, targets: Mapping[str, Target], **total: float) -> Solution:
     """Solves for the greedy rule."""
-    return solve(calibration, targets, rule=Rule.GREEDY, temperature=0.0, **total)
+    return solve(calibration, targets, **total)
 
 
 def share(calibration: Calibration, chosen: Flags, category: int) -> float:

@@ -5,7 +5,6 @@ come are exchangeable; no normal approximation is made anywhere.
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +14,6 @@ CONFIDENCE = 0.95
 _ERROR = 1.0 - CONFIDENCE
 # Guards floor(alpha * n) against products such as 0.29 * 100 = 28.999999999999996.
 _ULPS = 1e-9
-_NEWTON_STEPS = 60
 
 Doubles = npt.NDArray[np.float64]
 
@@ -24,16 +22,13 @@ def intervals(counts: npt.ArrayLike, n: npt.ArrayLike) -> tuple[Doubles, Doubles
     """Returns the two-sided 95 % intervals of shares, by Clopper and Pearson.
 
     Args:
-        counts: ``[m]``, of n prompts each; sums of probabilities where each prompt has its own. A
-            sum of probabilities varies less than a count of the same mean, so its interval is wider
-            than it need be.
+        counts: ``[m]``, of n prompts each.
         n: ``[m]`` or one number, at least 1.
 
     Returns:
         Lower and upper ends, each ``[m]``.
 
-    Source: Clopper & Pearson, Biometrika 26 (1934); for sums of probabilities Hoeffding, Ann. Math.
-    Statist. 27 (1956): no convex function of them has a larger mean than under the binomial.
+    Source: Clopper & Pearson, Biometrika 26 (1934).
     """
     from scipy.special import betaincinv
 
@@ -76,33 +71,6 @@ def refusals_allowed(n: int, limit: float) -> int:
     return r
 
 
-@lru_cache(maxsize=4096)
-def mean_allowed(n: int, limit: float) -> float:
-    """Returns how large a mean of n refusal probabilities may be for a bound to be certified.
-
-    For independent variables in [0, 1] and a mean that rises with one dial, the largest dial whose
-    Hoeffding-Bentkus p-value of "the true mean exceeds the limit" is at most 5 % keeps the limit
-    with 95 % confidence. As probabilities vary less than refusals, the count that
-    ``refusals_allowed`` certifies for a second sample (and the half prompt up to the next) is a
-    further limit.
-
-    Returns:
-        The mean, or a negative number where none is certified.
-
-    Source: Bates et al., "Distribution-free, risk-controlling prediction sets", arXiv 2101.02703;
-    Angelopoulos et al., "Learn then test", arXiv 2110.01052.
-    """
-    from scipy.special import bdtr
-
-    allowed = refusals_allowed(n, limit)
-    if allowed < 0:
-        return -1.0
-    bentkus = _last_true(
-        lambda count: bool(math.e * bdtr(count, n, limit) <= _ERROR), n - 1, start=allowed
-    )
-    return min(max(_hoeffding(n, limit), bentkus / n), (allowed + 0.5) / n)
-
-
 def prompts_needed(limit: float, at_least: int = 0) -> int:
     """Returns the smallest number of prompts, not below ``at_least``, that can certify a limit."""
     n = max(at_least, math.ceil(math.log(_ERROR) / math.log1p(-limit)), 1)
@@ -110,21 +78,6 @@ def prompts_needed(limit: float, at_least: int = 0) -> int:
         # With the same floor(limit * n) more prompts only make it harder.
         n = max(n + 1, math.ceil((math.floor(limit * n + _ULPS) + 1) / limit - _ULPS))
     return n
-
-
-def _last_true(holds: Callable[[int], bool], largest: int, *, start: int) -> int:
-    """Returns the last of 0..largest for which a falling predicate holds, or -1."""
-    low = high = min(max(start, 0), largest)
-    step = 1
-    while low >= 0 and not holds(low):
-        low, high, step = low - step, low, 2 * step
-    while high <= largest and holds(high):
-        low, high, step = high, high + step, 2 * step
-    low, high = max(low, -1), min(high, largest + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 def _next_sample_exceeds(n: int, limit: float) -> Doubles:
@@ -152,25 +105,3 @@ def _log_factorials(n: int) -> Doubles:
 
     table: Doubles = gammaln(np.arange(2 * n + 1) + 1.0)
     return table
-
-
-def _hoeffding(n: int, limit: float) -> float:
-    """Returns the mean whose divergence from the limit is ln(20) / n, or -1 where 0 is too near."""
-    needed = -math.log(_ERROR) / n
-    if -math.log1p(-limit) < needed:
-        return -1.0
-
-    def excess(mean: float) -> float:
-        divergence = (1 - mean) * math.log((1 - mean) / (1 - limit))
-        return divergence + mean * math.log(mean / limit) - needed
-
-    # Convex and falling in the mean: from wherever it starts, Newton's method comes to the root
-    # from below, where the bound holds.
-    mean = limit / 2
-    for _ in range(_NEWTON_STEPS):
-        slope = math.log(mean / limit) - math.log((1 - mean) / (1 - limit))
-        step = -excess(mean) / slope
-        mean = mean + step if mean + step > 0 else mean / 8
-        if abs(step) < _ULPS * limit and excess(mean) >= 0:
-            break
-    return mean

@@ -1,10 +1,10 @@
-"""From "refuse 30 % of these" to the biases that do it.
+"""From "refuse 30 % of these" to the biases that do it, under the rule ``greedy``.
 
 Pure: a calibration's margins and what is asked for go in, biases and what to expect come out.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from models.calibration import Calibration
-from models.confidence import intervals, mean_allowed, prompts_needed, refusals_allowed
-from models.controls import Rule, sensitivity_of_bias
+from models.confidence import intervals, prompts_needed, refusals_allowed
+from models.controls import sensitivity_of_bias
 from models.errors import RequestError
-from models.sampling import SampleRule
-from models.thresholds import Doubles, Layout, ThresholdRule, greedy_scores, paper_scores
+from models.thresholds import Doubles, ThresholdRule
 
 Interval = tuple[float, float]
 
@@ -29,11 +28,6 @@ _ROUNDS = 12
 # In log-odds: it moves no probability by more than 0.025 points.
 _STANDSTILL = 1e-3
 _ROUNDING = 1e-9
-# Any colder, only prompts within a hundredth of a nat of a threshold are not decided as by greedy,
-# and exponentials overflow. vLLM itself goes no lower than ten times this.
-_COLDEST = 1e-3
-
-_Solver = ThresholdRule | SampleRule
 
 
 @dataclass(frozen=True)
@@ -106,14 +100,12 @@ class Solution:
 
     Attributes:
         biases: Each exactly an fp32 number, or infinite.
-        selected: Whether the category was named, or moved by the total; for ``Controls``.
         expected: By category.
         total_false_refusal_rate: Share of the benign prompts refused by whichever token; none
             where the calibration has no benign prompts.
     """
 
     biases: tuple[float, ...]
-    selected: tuple[bool, ...]
     expected: tuple[Expected, ...]
     total_false_refusal_rate: float | None
 
@@ -148,9 +140,6 @@ class CurvePoint:
 def solve(
     calibration: Calibration,
     targets: Mapping[str, Target],
-    *,
-    rule: Rule,
-    temperature: float,
     total_false_refusal_rate: float | None = None,
 ) -> Solution:
     """Finds the biases that meet every target together.
@@ -159,8 +148,6 @@ def solve(
         calibration: Whose margins stand for the traffic.
         targets: By category name. A missing category keeps the bias 0, or takes part in the common
             shift where a total is asked for.
-        rule: How the token is chosen.
-        temperature: Of the request, finite; only ``SAMPLE`` reads it, 0 means greedy.
         total_false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
             refused by whichever token. The categories without a target share one bias, the
             largest that keeps it.
@@ -168,8 +155,7 @@ def solve(
     Raises:
         RequestError: A bound cannot be certified from so few benign prompts, or by the categories
             that are free to move.
-        ValueError: A target names a category that the calibration does not know, or the
-            temperature is not finite.
+        ValueError: A target names a category that the calibration does not know.
     """
     for name in sorted(targets):
         _column(calibration, name)
@@ -179,8 +165,7 @@ def solve(
     free = [c for c in range(len(calibration.names)) if c not in by_index]
     if total_false_refusal_rate is None:
         free = []
-    selected = frozenset((*by_index, *free))
-    solver = _solver(calibration, rule, temperature, selected)
+    solver = _solver(calibration)
     bias = np.zeros(len(calibration.names))
     for c, target in by_index.items():
         bias[c] = _alone(calibration, solver, c, target)
@@ -188,23 +173,21 @@ def solve(
     if total_false_refusal_rate is None:
         bias = solver.meet(rates, bias) if rates else bias
     else:
-        limit = _total_limit(calibration, solver, by_index, total_false_refusal_rate)
+        limit = _total_limit(calibration, by_index, total_false_refusal_rate)
         bias = _meet_total(calibration, solver, rates, free, bias, limit)
-    return _solution(calibration, solver, by_index, selected, bias)
+    return _solution(calibration, solver, by_index, bias)
 
 
 def warm_up(calibration: Calibration) -> None:
     """Does once what every first solve on a calibration would do: imports, and sorting."""
-    first = calibration.names[0]
-    for rule in (Rule.GREEDY, Rule.SAMPLE):
-        solution = solve(calibration, {first: Target(rate=0.5)}, rule=rule, temperature=1.0)
-        intervals(solution.expected[0].rate, 1)
+    solution = solve(calibration, {calibration.names[0]: Target(rate=0.5)})
+    intervals(solution.expected[0].rate, 1)
     if calibration.benign:
-        mean_allowed(calibration.benign, 0.5)
+        refusals_allowed(calibration.benign, 0.5)
 
 
 def bias_alone(calibration: Calibration, category: str, target: Target) -> float:
-    """Returns the bias that meets one category's target by its own token, all others off; greedy.
+    """Returns the bias that meets one category's target by its own token, all others off.
 
     Other dials can only add refusals to it. So under this bias or a larger one at least the rate
     of the category's calibration prompts is refused, whatever the others are set to: what a floor
@@ -223,7 +206,7 @@ def bias_alone(calibration: Calibration, category: str, target: Target) -> float
         _column(calibration, category)
         return float(np.float32(target.bias))
     others = {name: Target(bias=-math.inf) for name in calibration.names if name != category}
-    solution = solve(calibration, {**others, category: target}, rule=Rule.GREEDY, temperature=0.0)
+    solution = solve(calibration, {**others, category: target})
     return solution.biases[_column(calibration, category)]
 
 
@@ -231,9 +214,6 @@ def curve(
     calibration: Calibration,
     category: str,
     points: int = 101,
-    *,
-    rule: Rule = Rule.GREEDY,
-    temperature: float = 1.0,
 ) -> list[CurvePoint]:
     """Returns one category's curve, bias rising, the other categories as trained.
 
@@ -241,14 +221,12 @@ def curve(
         calibration: Whose margins stand for the traffic.
         category: Its name.
         points: How many, at least 2. One of them is as trained (bias 0).
-        rule: How the token is chosen; under ``PAPER`` the category alone is selected.
-        temperature: Only ``SAMPLE`` reads it.
 
     Raises:
         ValueError: The calibration does not know the category.
     """
     c = _column(calibration, category)
-    solver = _solver(calibration, rule, temperature, frozenset((c,)))
+    solver = _solver(calibration)
     biases = np.linspace(*solver.span(c), points).astype(np.float32)
     biases[abs(biases).argmin()] = 0.0
     moved = np.zeros((points, len(calibration.names)))
@@ -284,7 +262,7 @@ def _column(calibration: Calibration, category: str) -> int:
 class _Limit(NamedTuple):
     """How many benign prompts may be refused, and what that certifies."""
 
-    allowed: float
+    allowed: int
     rate: float
 
 
@@ -293,39 +271,12 @@ def _check_limit(limit: float) -> None:
         raise ValueError(f"a false refusal rate lies between 0 and 1, below 1, got {limit}")
 
 
-def _solver(
-    calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
-) -> _Solver:
-    if not math.isfinite(temperature):
-        raise ValueError(f"a temperature is a finite number, got {temperature}")
-    # Only what the rule reads may split the cache.
-    cold = rule is not Rule.SAMPLE or temperature <= 0
-    return _cached_solver(
-        calibration,
-        Rule.GREEDY if rule is Rule.SAMPLE and cold else rule,
-        0.0 if cold else max(temperature, _COLDEST),
-        selected if rule is Rule.PAPER else frozenset(),
-    )
-
-
-# Temperatures come from clients: one of a hundred thousand prompts at a temperature takes 10 MB.
-@lru_cache(maxsize=32)
-def _cached_solver(
-    calibration: Calibration, rule: Rule, temperature: float, selected: frozenset[int]
-) -> _Solver:
-    if rule is Rule.SAMPLE:
-        return SampleRule(_layout(calibration), temperature)
-    paper = rule is Rule.PAPER
-    scores = paper_scores(calibration, selected) if paper else greedy_scores(calibration)
-    return ThresholdRule(scores, calibration.category)
-
-
 @lru_cache(maxsize=16)
-def _layout(calibration: Calibration) -> Layout[np.float32]:
-    return Layout(calibration.margins, calibration.category)
+def _solver(calibration: Calibration) -> ThresholdRule:
+    return ThresholdRule(calibration.margins, calibration.category)
 
 
-def _alone(calibration: Calibration, solver: _Solver, category: int, target: Target) -> float:
+def _alone(calibration: Calibration, solver: ThresholdRule, category: int, target: Target) -> float:
     """Returns the bias that a target fixes whatever the others are; for a rate, a start."""
     if target.bias is not None:
         return float(np.float32(target.bias))
@@ -335,16 +286,13 @@ def _alone(calibration: Calibration, solver: _Solver, category: int, target: Tar
     if target.false_refusal_rate == 0:
         return -math.inf
     param = f"refusal.categories.{calibration.names[category]}"
-    allowed = _allowed(calibration, solver, target.false_refusal_rate, param)
+    allowed = _allowed(calibration, target.false_refusal_rate, param)
     return solver.own_bias(category, allowed)
 
 
-def _allowed(calibration: Calibration, solver: _Solver, limit: float, param: str) -> float:
+def _allowed(calibration: Calibration, limit: float, param: str) -> int:
     n = calibration.benign
-    if isinstance(solver, SampleRule):
-        allowed = mean_allowed(n, limit) * n if n else -1.0
-    else:
-        allowed = refusals_allowed(n, limit) if n else -1.0
+    allowed = refusals_allowed(n, limit) if n else -1
     if allowed < 0:
         raise RequestError(
             f"a false refusal rate of {limit:g} needs at least {prompts_needed(limit, n)} benign "
@@ -354,21 +302,19 @@ def _allowed(calibration: Calibration, solver: _Solver, limit: float, param: str
     return allowed
 
 
-def _total_limit(
-    calibration: Calibration, solver: _Solver, targets: Mapping[int, Target], limit: float
-) -> _Limit:
+def _total_limit(calibration: Calibration, targets: Mapping[int, Target], limit: float) -> _Limit:
     if limit == 0:
-        return _Limit(0.0, limit)
+        return _Limit(0, limit)
     # Every threshold that was put at a benign prompt costs that prompt: the thresholds together
     # cut off (refused + cuts) of Tukey's statistically equivalent blocks.
     cuts = sum(bool(target.false_refusal_rate) for target in targets.values())
-    allowed = _allowed(calibration, solver, limit, _TOTAL) - cuts
+    allowed = _allowed(calibration, limit, _TOTAL) - cuts
     return _Limit(allowed, limit)
 
 
 def _meet_total(
     calibration: Calibration,
-    solver: _Solver,
+    solver: ThresholdRule,
     rates: Mapping[int, float],
     free: list[int],
     bias: Doubles,
@@ -386,7 +332,7 @@ def _meet_total(
             raise RequestError(
                 f"the dials that are set one by one already refuse {share:.2%} of the "
                 f"{calibration.benign} benign prompts of the calibration "
-                f"{calibration.info.name!r}; at most {max(limit.allowed, 0):g} prompts may be "
+                f"{calibration.info.name!r}; at most {max(limit.allowed, 0)} prompts may be "
                 f"refused to be certain of {limit.rate:g} in total",
                 param=_TOTAL,
             )
@@ -402,7 +348,7 @@ def _stand_still(before: list[float], after: list[float]) -> bool:
 
 
 def _shift(
-    solver: _Solver, free: list[int], bias: Doubles, limit: _Limit, benign: int
+    solver: ThresholdRule, free: list[int], bias: Doubles, limit: _Limit, benign: int
 ) -> float | None:
     if limit.rate == 0:
         held = np.delete(bias, free)
@@ -414,9 +360,8 @@ def _shift(
 
 def _solution(
     calibration: Calibration,
-    solver: _Solver,
+    solver: ThresholdRule,
     targets: Mapping[int, Target],
-    selected: Collection[int],
     bias: Doubles,
 ) -> Solution:
     k, benign = len(bias), calibration.benign
@@ -424,7 +369,6 @@ def _solution(
     own_falses = solver.own_falses(bias).tolist() if benign else [None] * k
     return Solution(
         biases=tuple(bias.tolist()),
-        selected=tuple(c in selected for c in range(k)),
         expected=tuple(
             Expected(
                 rate=shares[c],

@@ -1,110 +1,59 @@
-"""Solving for rules that compare a score with a threshold: ``greedy`` and ``paper``.
+"""Solving for the rule ``greedy``, which compares margins with thresholds.
 
-Both refuse a prompt where for some category ``score >= -bias``. For ``greedy`` the score is the
-margin. For ``paper`` it is the log-odds of the top refusal token against everything else, and
-other tokens of that prompt do not count. An fp32 sum ``score + bias`` is negative exactly where the
-exact sum is, so the comparison is the engine's own, to the bit.
+It refuses a prompt where for some category ``margin >= -bias``. An fp32 sum ``margin + bias`` is
+negative exactly where the exact sum is, so the comparison is the engine's own, to the bit.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from models.calibration import BENIGN, Calibration, Floats
+from models.calibration import BENIGN, Floats
 
 Doubles = npt.NDArray[np.float64]
-_Float = TypeVar("_Float", bound=np.floating[Any])
 
-# Stands for a token that cannot refuse the prompt, whatever its bias.
-_OUT = np.float32(-1e30)
-# ``-inf`` as a threshold would let those in.
-_LOWEST = np.float32(-1e29)
 # How far beyond the last known score a threshold is put: far above fp32's noise, far below what
 # separates prompts.
 _EDGE = 1 / 64
 _SWEEPS = 40
 
 
-def greedy_scores(calibration: Calibration) -> Floats:
-    """Returns the margins, ``[n, k]``."""
-    return calibration.margins
-
-
-def paper_scores(calibration: Calibration, selected: Collection[int]) -> Floats:
-    """Returns the paper's rule as scores, ``[n, k]`` fp32.
-
-    The rule asks p >= 1 - x of the top refusal token, x the sensitivity: ln(p / (1 - p)) + b >= 0.
-    Where the top token was not selected the model's own choice stands: margin >= 0 at bias 0.
+class ThresholdRule:
+    """A calibration's margins, laid out for solving. Immutable; safe to share between threads.
 
     Args:
-        calibration: The margins and log-normalisers.
-        selected: Indices of the categories that a request names.
-    """
-    margins, rows = calibration.margins, np.arange(len(calibration.margins))
-    top = margins.argmax(axis=1)
-    log_p = np.minimum(margins[rows, top].astype(np.float64) - calibration.log_normaliser, -1e-30)
-    log_odds = log_p - np.log(-np.expm1(log_p))
-    scores = np.full_like(margins, _OUT)
-    picked = np.isin(top, list(selected))
-    scores[rows, top] = np.where(picked, log_odds, margins[rows, top])
-    return scores
-
-
-class Layout(Generic[_Float]):
-    """Scores by category: one after the other, each by its own score, falling; benign ones last.
-
-    Args:
-        scores: ``[n, k]``.
+        margins: ``[n, k]`` fp32.
         category: ``[n]``, the index of each prompt's category.
 
     Attributes:
-        scores: ``[k, n]``, laid out.
-        groups: Each category's prompts, ``[k, n_c]``.
+        groups: Each category's prompts, ``[k, n_c]``, by their own category's margin, falling.
         benign: The benign prompts, ``[k, n_benign]``.
-        starts: Where each of them begins that has prompts.
-        sizes: How many they are.
-    """
-
-    def __init__(self, scores: npt.NDArray[_Float], category: npt.NDArray[np.int64]) -> None:
-        k = scores.shape[1]
-        places = [np.flatnonzero(category == c) for c in (*range(k), BENIGN)]
-        for c in range(k):
-            places[c] = places[c][np.argsort(-scores[places[c], c], kind="stable")]
-        self.scores = np.ascontiguousarray(scores[np.concatenate(places)].T)
-        sizes = [len(some) for some in places if len(some)]
-        ends: npt.NDArray[np.int64] = np.cumsum(sizes, dtype=np.int64)
-        self.starts: npt.NDArray[np.int64] = ends - np.array(sizes, dtype=np.int64)
-        self.sizes = np.array(sizes, dtype=np.float64)
-        self.groups = [self.scores[:, end - n : end] for n, end in zip(sizes, ends, strict=True)]
-        self.benign = self.groups.pop() if len(sizes) > k else self.scores[:, :0]
-
-
-class ThresholdRule:
-    """A calibration's scores, laid out for solving. Immutable; safe to share between threads.
-
-    Attributes:
-        groups: Each category's prompts, as in ``Layout``.
-        contenders: For each category how many of those its own token can refuse.
-        benign: Scores of the benign prompts, ``[k, n_benign]`` fp32.
         benign_falling: The same, each row sorted by itself.
     """
 
-    def __init__(self, scores: Floats, category: npt.NDArray[np.int64]) -> None:
-        self._layout = Layout(scores, category)
-        self.groups = self._layout.groups
-        self.contenders = [int((g[c] > _OUT).sum()) for c, g in enumerate(self.groups)]
-        self.benign = self._layout.benign
+    def __init__(self, margins: Floats, category: npt.NDArray[np.int64]) -> None:
+        k = margins.shape[1]
+        places = [np.flatnonzero(category == c) for c in (*range(k), BENIGN)]
+        for c in range(k):
+            places[c] = places[c][np.argsort(-margins[places[c], c], kind="stable")]
+        self._margins = np.ascontiguousarray(margins[np.concatenate(places)].T)
+        sizes = [len(some) for some in places if len(some)]
+        ends: npt.NDArray[np.int64] = np.cumsum(sizes, dtype=np.int64)
+        self._starts: npt.NDArray[np.int64] = ends - np.array(sizes, dtype=np.int64)
+        self._sizes = np.array(sizes, dtype=np.float64)
+        self.groups = [self._margins[:, end - n : end] for n, end in zip(sizes, ends, strict=True)]
+        self.benign = self.groups.pop() if len(sizes) > k else self._margins[:, :0]
         self.benign_falling = -np.sort(-self.benign, axis=1)
         self.benign_count = int(self.benign.shape[1])
 
     def shares(self, bias: Doubles) -> Doubles:
         """Returns which share any token refuses: of each category's prompts, and of the benign."""
-        refused = _refused(self._layout.scores, _thresholds(bias))
-        counts = np.add.reduceat(refused, self._layout.starts, dtype=np.int64)
-        shares: Doubles = counts / self._layout.sizes
+        refused = _refused(self._margins, _thresholds(bias))
+        counts = np.add.reduceat(refused, self._starts, dtype=np.int64)
+        shares: Doubles = counts / self._sizes
         return shares
 
     def own_falses(self, bias: Doubles) -> Doubles:
@@ -123,24 +72,23 @@ class ThresholdRule:
 
     def own_false(self, category: int, bias: float) -> float:
         """Returns the share of the benign prompts that a category's own rule refuses."""
-        threshold = max(np.float32(-bias), _LOWEST)
-        return _tied(self.benign_falling[category], threshold)[1] / self.benign_count
+        return _tied(self.benign_falling[category], np.float32(-bias))[1] / self.benign_count
 
     def alone(self, category: int, rate: float) -> float:
         """Returns a bias that is near to the one for a rate: where to start."""
         own = self.groups[category][category]
         return -float(own[min(int(rate * len(own)), len(own) - 1)])
 
-    def own_bias(self, category: int, allowed: float) -> float:
+    def own_bias(self, category: int, allowed: int) -> float:
         """Returns the largest bias whose own rule refuses at most so many benign prompts.
 
         Args:
             category: Index of the category.
-            allowed: Number of prompts, rounded down; less than all of them.
+            allowed: Number of prompts, less than all of them.
         """
-        return -float(_above(self.benign_falling[category], math.floor(allowed)))
+        return -float(_above(self.benign_falling[category], allowed))
 
-    def shift(self, free: list[int], bias: Doubles, allowed: float) -> float | None:
+    def shift(self, free: list[int], bias: Doubles, allowed: int) -> float | None:
         """Returns the largest common bias of the free categories that keeps a total.
 
         Args:
@@ -154,7 +102,7 @@ class ThresholdRule:
         held = bias.copy()
         held[free] = -math.inf
         refused = _refused(self.benign, _thresholds(held))
-        left = math.floor(allowed) - int(refused.sum())
+        left = allowed - int(refused.sum())
         if left < 0:
             return None
         highest = self.benign[free][:, ~refused].max(axis=0)
@@ -162,9 +110,7 @@ class ThresholdRule:
 
     def span(self, category: int) -> tuple[float, float]:
         """Returns the biases between which a category's rates go from nearly 0 to nearly 1."""
-        benign = self.benign[category]
-        own = self.groups[category][category, : self.contenders[category]]
-        known = np.concatenate((own, benign[benign > _OUT], [0.0]))
+        known = np.concatenate((self.groups[category][category], self.benign[category], [0.0]))
         low, high = np.quantile(known, (0.001, 0.999))
         return -float(high) - 0.5, -float(low) + 0.5
 
@@ -218,8 +164,7 @@ class ThresholdRule:
         others = _refused(group, thresholds)
         thresholds[category] = own
         left = wanted - int(np.count_nonzero(others))
-        free = group[category, : self.contenders[category]]
-        free = free[~others[: len(free)]]
+        free = group[category][~others]
         if keep and np.count_nonzero(free >= own) == left:
             return np.float32(own)
         if wanted == 0 or left < 0 or not len(free):
@@ -228,7 +173,7 @@ class ThresholdRule:
 
 
 def _thresholds(bias: Doubles) -> Floats:
-    return np.maximum(-bias, _LOWEST).astype(np.float32)
+    return (-bias).astype(np.float32)
 
 
 def _refused(scores: Floats, thresholds: Floats) -> npt.NDArray[np.bool_]:
@@ -267,8 +212,6 @@ def _between(falling: Floats, count: int) -> np.float32:
 def _above(falling: Floats, index: int) -> np.float32:
     """Returns a threshold above the score at ``index``, not above the next larger score."""
     lower = falling[index]
-    if lower == _OUT:
-        return np.float32(-np.inf)
     larger = _tied(falling, lower)[0]
     if larger == 0:
         return max(np.float32(lower + _EDGE), np.nextafter(lower, np.float32(np.inf)))

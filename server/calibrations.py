@@ -12,7 +12,6 @@ from models.calibration import (
     load_calibration,
     verify,
 )
-from models.controls import Rule
 from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
@@ -27,16 +26,12 @@ class Question(NamedTuple):
 
     Attributes:
         calibration: A calibration's name.
-        targets: In manifest order; none keeps a category as trained.
-        rule: How the token is chosen.
-        temperature: Of the request; 0 where the rule does not read it.
+        targets: In manifest order; None keeps a category as trained.
         total: Upper bound of all false refusals together.
     """
 
     calibration: str
     targets: tuple[Target | None, ...]
-    rule: Rule
-    temperature: float
     total: float | None
 
 
@@ -128,9 +123,7 @@ class Calibrations:
         return solve(
             calibration,
             {name: target for name, target in named if target is not None},
-            rule=question.rule,
-            temperature=question.temperature,
-            total_false_refusal_rate=question.total,
+            question.total,
         )
 
     def _describe_anew(self, name: str) -> dict[str, Any]:

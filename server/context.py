@@ -80,26 +80,19 @@ class Steering:
         """What the decision gets."""
         return self.dials.controls
 
-    def settle(self, temperature: float, *, adapted: bool) -> None:
-        """Fits the dials to what only the engine knows.
-
-        Args:
-            temperature: The request's.
-            adapted: Whether an adapter changes the weights that calibrations were measured with.
+    def adapt(self) -> None:
+        """Fits the dials to an adapter, which changes the weights that calibrations measured.
 
         Raises:
-            RequestError: A rate is asked of an adapter, or a bound cannot be certified at this
-                temperature.
+            RequestError: A rate is asked of it.
         """
-        if adapted and self.dials.calibrated:
+        if self.dials.calibrated:
             raise RequestError(
                 "`model` names an adapter, and rates are known for the checkpoint's own weights "
                 "only: ask for a sensitivity or a bias",
                 param="model",
             )
-        if self.dials.at is not None:
-            self.dials = self.dials.at(temperature)
-        if adapted and self.dials.forecast is not None:
+        if self.dials.forecast is not None:
             self.dials = replace(self.dials, forecast=None)
 
     def next_call(self) -> int:

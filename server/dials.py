@@ -1,8 +1,8 @@
 """From what a request asks for to the biases that it gets."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,8 +15,6 @@ from server.protocol import FIELD, DialOptions, RefusalOptions
 from server.reports import Forecast, forecast
 
 DEFAULT_CALIBRATION = "default"
-# What vLLM's routes take where neither the request nor generation_config.json says one.
-OPENAI_TEMPERATURE = 1.0
 _MOST_KEPT = 1024
 
 # Which categories were moved to a bound, by index.
@@ -33,7 +31,6 @@ class Resolution:
         asked_rates: Categories whose dial is a rate that is in force, with the rate.
         calibrated: Whether a bias or a bound depends on a calibration, and so on the checkpoint's
             own weights.
-        at: Gives these dials at another temperature; none where the temperature does not matter.
         clamped: Categories whose dial would have left the policy's bounds, with the bound that it
             was moved to; in manifest order.
         replaced_decision: The rule that was asked for, where the policy's floors demand greedy.
@@ -43,7 +40,6 @@ class Resolution:
     forecast: Forecast | None = None
     asked_rates: tuple[tuple[str, float], ...] = ()
     calibrated: bool = False
-    at: "Callable[[float], Resolution] | None" = None
     clamped: tuple[tuple[str, Side], ...] = ()
     replaced_decision: str | None = None
 
@@ -52,6 +48,7 @@ class _Wanted(NamedTuple):
     """What is to be solved for one request, its plain biases within the bounds already.
 
     Attributes:
+        rule: How the token is chosen.
         question: For the calibration.
         asked: The dials as they were asked for, in manifest order.
         sides: Plain biases that were moved to a bound.
@@ -61,6 +58,7 @@ class _Wanted(NamedTuple):
         replaced: The rule that was asked for, where it is not the effective one.
     """
 
+    rule: Rule
     question: Question
     asked: tuple[Target | None, ...]
     sides: Sides
@@ -79,7 +77,6 @@ class DialBoard:
         names: The checkpoint's categories, in manifest order.
         defaults: The operator's dials.
         calibrations: The checkpoint's.
-        temperature: Of requests that bring none.
         bounds: The operator's floors and ceilings; none: requests move dials freely.
 
     Raises:
@@ -91,13 +88,11 @@ class DialBoard:
         names: Sequence[str],
         defaults: DialOptions,
         calibrations: Calibrations,
-        temperature: float = OPENAI_TEMPERATURE,
         bounds: Bounds | None = None,
     ) -> None:
         self.names = tuple(names)
         self.defaults = defaults
         self.calibrations = calibrations
-        self.temperature = temperature
         self.bounds = bounds or Bounds.none(len(self.names))
         self._lately = lru_cache(_MOST_KEPT)(self._resolve)
         self.unasked = self.resolve(RefusalOptions())
@@ -106,30 +101,23 @@ class DialBoard:
         """Returns whether a request wants a report."""
         return bool(self.defaults.report if options.report is None else options.report)
 
-    def resolve(
-        self, options: RefusalOptions, temperature: float | None = None, *, explain: bool = False
-    ) -> Resolution:
+    def resolve(self, options: RefusalOptions, *, explain: bool = False) -> Resolution:
         """Resolves one request; what was asked lately is not resolved again.
 
         Args:
             options: The request's.
-            temperature: The request's, where it is known yet.
             explain: Whether a forecast is wanted where a calibration is loaded.
 
         Raises:
-            RequestError: A category or a calibration is unknown, or a bound cannot be certified.
+            RequestError: A category or a calibration is unknown, a bound cannot be certified, or
+                rates or bounds are to be decided by another rule than greedy.
             NotAllowedError: The request asks for more or less than the policy allows, and the
                 policy does not clamp.
         """
-        return self._lately(options, temperature, explain)
+        return self._lately(options, explain)
 
-    def _resolve(
-        self, options: RefusalOptions, temperature: float | None, explain: bool
-    ) -> Resolution:
-        wanted = self._wanted(options, explain)
-        if wanted.question.rule is not Rule.SAMPLE:
-            return self._resolved(wanted)
-        return self._sampled(wanted, self.temperature if temperature is None else temperature)
+    def _resolve(self, options: RefusalOptions, explain: bool) -> Resolution:
+        return self._resolved(self._wanted(options, explain))
 
     def _wanted(self, options: RefusalOptions, explain: bool) -> _Wanted:
         named = {**self.defaults.categories, **options.categories}
@@ -143,13 +131,20 @@ class DialBoard:
         if solves:
             self.calibrations.require(calibration, param=self._param(options, named))
         rule, replaced = self._rule(options)
+        if solves and rule is not Rule.GREEDY:
+            raise RequestError(
+                f"{FIELD}.decision: rates and false refusal rates hold under greedy only: leave "
+                "the decision out, or ask for sensitivities or biases",
+                param=f"{FIELD}.decision",
+            )
         targets, sides = self._held(asked, rests=total is None)
         return _Wanted(
-            Question(calibration, targets, rule, 0.0, total),
+            rule,
+            Question(calibration, targets, total),
             asked,
             sides,
             solves,
-            explain and calibration in self.calibrations,
+            explain and rule is Rule.GREEDY and calibration in self.calibrations,
             options.moves_dials,
             replaced,
         )
@@ -189,25 +184,14 @@ class DialBoard:
             targets.append(target)
         return tuple(targets), sides
 
-    def _sampled(self, wanted: _Wanted, temperature: float) -> Resolution:
-        question = wanted.question._replace(temperature=temperature)
-        resolved = self._resolved(wanted._replace(question=question))
-        if not wanted.solves and not wanted.explain:
-            return resolved
-
-        def at(other: float) -> Resolution:
-            return resolved if other == temperature else self._sampled(wanted, other)
-
-        return replace(resolved, at=at)
-
     def _resolved(self, wanted: _Wanted) -> Resolution:
         question, sides = wanted.question, wanted.sides
         solution = None
         if wanted.solves:
             question, solution, sides = self._solved(question, sides)
-            controls = Controls(question.rule, self.bounds.held(solution.biases), solution.selected)
+            biases = self.bounds.held(solution.biases)
         else:
-            controls = _plain(question)
+            biases = _plain(question)
             if wanted.explain:
                 solution = self.calibrations.solve(question)
         clamped = tuple((self.names[c], sides[c]) for c in sorted(sides))
@@ -223,8 +207,9 @@ class DialBoard:
                 self.calibrations.recalibration(name),
                 clamped=sides,
             )
+        named = tuple(target is not None for target in question.targets)
         return Resolution(
-            controls,
+            Controls(wanted.rule, biases, named),
             predicted,
             self._rates(question.targets) if wanted.solves else (),
             calibrated=wanted.solves or self.bounds.calibrated,
@@ -308,7 +293,7 @@ def _solved_for(question: Question) -> list[int]:
     ]
 
 
-def _plain(question: Question) -> Controls:
-    targets = question.targets
-    biases = (0.0 if target is None or target.bias is None else target.bias for target in targets)
-    return Controls(question.rule, tuple(biases), tuple(target is not None for target in targets))
+def _plain(question: Question) -> tuple[float, ...]:
+    return tuple(
+        0.0 if target is None or target.bias is None else target.bias for target in question.targets
+    )

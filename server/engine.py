@@ -53,7 +53,7 @@ from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
 from server.context import STEERING, Decision, Steering
-from server.dials import OPENAI_TEMPERATURE, Resolution
+from server.dials import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
 from server.gate import Gate
 from server.generation import Generation, Outputs
@@ -115,15 +115,16 @@ class SteeredLLM(AsyncLLM):
         counts; the decision is recorded in the request's ``Steering``.
 
         Raises:
-            VLLMUnprocessableEntityError: The dials cannot be solved for this temperature or model.
+            VLLMUnprocessableEntityError: The request asks an adapter for a rate.
             VLLMValidationError: While iterating: the prompt holds control tokens that the server
                 did not put there, or the sampling parameters touch them.
         """
         steering = STEERING.get() or Steering(self.unsteered())
-        try:
-            steering.settle(sampling_params.temperature, adapted=bool(options.get("lora_request")))
-        except RequestError as error:
-            raise self.vllm_error(error) from error
+        if options.get("lora_request"):
+            try:
+                steering.adapt()
+            except RequestError as error:
+                raise self.vllm_error(error) from error
         call = steering.next_call()
         steering.request_ids.append(request_id)
         generation = Generation(self, steering, call, sampling_params, request_id, options)
@@ -135,10 +136,11 @@ class SteeredLLM(AsyncLLM):
         """Returns the decision on one prompt, margins included where the steering reports.
 
         Raises:
-            RequestError: The prompt is too long or holds control tokens of the client's, or the
-                dials cannot be solved.
+            RequestError: The prompt is too long or holds control tokens of the client's, or an
+                adapter is asked for a rate.
         """
-        steering.settle(temperature, adapted=lora_request is not None)
+        if lora_request is not None:
+            steering.adapt()
         params = SamplingParams(temperature=temperature, max_tokens=1)
         request_id = f"score-{secrets.token_hex(16)}"
         generation = Generation(
@@ -309,7 +311,7 @@ async def _serve(
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
-    policies.fit(temperature=_default_temperature(config), api_keys=_api_keys(args))
+    policies.fit(api_keys=_api_keys(args))
     recorder = _open_recorder(Path(args.model), manifest, settings)
     trace = DecisionTrace(settings.trace_file, manifest.names) if settings.trace_file else None
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
@@ -373,10 +375,8 @@ def _guard(config: Any, manifest: Manifest) -> Guard:
 
 
 def _default_temperature(config: Any) -> float:
-    temperature: float = config.model_config.get_diff_sampling_param().get(
-        "temperature", OPENAI_TEMPERATURE
-    )
-    return temperature
+    # Where generation_config.json names none, vLLM's routes take OpenAI's.
+    return float(config.get_diff_sampling_param().get("temperature", 1.0))
 
 
 def _open_recorder(
@@ -424,7 +424,7 @@ async def _serve_http(
     _put_gate(app, settings, policies)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
-    scorer = _VllmScorer(engine, app.state, policies.served.temperature)
+    scorer = _VllmScorer(engine, app.state, _default_temperature(engine.model_config))
     route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
     _make_quick(app)

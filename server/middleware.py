@@ -179,7 +179,7 @@ class RefusalMiddleware:
                 param="input" if path == RESPONSES else "continue_final_message",
             )
         steering = Steering(
-            dials=policy.board.resolve(options, _temperature(body), explain=report),
+            dials=policy.board.resolve(options, explain=report),
             report=report,
             history=turns.counts,
             continues=turns.continues,
@@ -195,14 +195,6 @@ class RefusalMiddleware:
                 "use_beam_search takes one prompt a request", param="prompt", status=400
             )
         return turns.body, steering
-
-
-def _temperature(body: dict[str, Any]) -> float | None:
-    # What is no temperature vLLM refuses; what it reads another way, the engine solves for anew.
-    value = body.get("temperature")
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e3:
-        return float(value)
-    return None
 
 
 def _choices_per_prompt(body: dict[str, Any]) -> int:

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from models.controls import Rule
 from models.errors import ConfigError, RequestError
 from models.manifest import Manifest
 from models.solver import Target
 from server.bounds import Bounds, Side
 from server.calibrations import Calibrations, Question
-from server.dials import DEFAULT_CALIBRATION, OPENAI_TEMPERATURE, DialBoard
+from server.dials import DEFAULT_CALIBRATION, DialBoard
 from server.policies import ActivePolicy, Caller, PolicyBook
 from server.policy_file import GENERATED, TEMPLATE, PolicyEntry, PolicyFile, read_policy_file
 from server.protocol import FIELD, DialOptions
@@ -24,12 +23,10 @@ class Served(NamedTuple):
     Attributes:
         manifest: The served checkpoint's.
         calibrations: The checkpoint's.
-        temperature: Of requests that bring none.
     """
 
     manifest: Manifest
     calibrations: Calibrations
-    temperature: float = OPENAI_TEMPERATURE
 
 
 class _WrongError(Exception):
@@ -71,7 +68,7 @@ def default_policies(
         ConfigError: The defaults cannot be met.
     """
     try:
-        board = DialBoard(served.manifest.names, defaults, served.calibrations, served.temperature)
+        board = DialBoard(served.manifest.names, defaults, served.calibrations)
     except RequestError as error:
         raise ConfigError(f"RHEOSTAT_DEFAULTS: {error.message}") from error
     return PolicyBook.for_everybody(board, api_keys)
@@ -101,7 +98,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
         raise _WrongError(unknown)
     bounds = _bounds(entry, served)
     try:
-        board = DialBoard(names, entry.defaults, served.calibrations, served.temperature, bounds)
+        board = DialBoard(names, entry.defaults, served.calibrations, bounds)
     except RequestError as error:
         path = tuple((error.param or FIELD).split(".")[1:])
         raise _WrongError([Problem(("defaults", *path), _without_path(error))]) from error
@@ -229,7 +226,7 @@ def _check_reached(
 ) -> None:
     names = served.manifest.names
     alone = tuple(Target(bias=bias if other == name else -math.inf) for other in names)
-    solution = served.calibrations.solve(Question(calibration, alone, Rule.GREEDY, 0.0, None))
+    solution = served.calibrations.solve(Question(calibration, alone, None))
     reached = solution.expected[names.index(name)].rate
     if reached < rate if side == "floor" else reached > rate:
         raise RequestError(

@@ -61,16 +61,14 @@ class Policies:
         """Returns dials that are below no policy's floor, for what comes from no request."""
         return self.book.strictest()
 
-    def fit(self, *, temperature: float, api_keys: Sequence[str]) -> None:
-        """Fits the policies to what only vLLM's flags and the engine's config say.
+    def fit(self, *, api_keys: Sequence[str]) -> None:
+        """Fits the policies to what only vLLM's flags say.
 
         Args:
-            temperature: Of requests that bring none.
             api_keys: vLLM's own, which callers need where there is no policy file.
 
         Raises:
-            ConfigError: There are API keys beside a policy file, or a default cannot be met at
-                that temperature.
+            ConfigError: There are API keys beside a policy file.
         """
         if api_keys and self._path is not None:
             raise ConfigError(
@@ -78,7 +76,6 @@ class Policies:
                 "hashes there (`rheostat policy hash-key`)"
             )
         self._api_keys = tuple(api_keys)
-        self.served = self.served._replace(temperature=temperature)
         self.book = self._load()
 
     @asynccontextmanager

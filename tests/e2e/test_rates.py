@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -70,50 +69,6 @@ def test_bound_on_false_refusals_keeps_benign_prompts_answered(
     assert sum(own) / len(own) <= 0.1
 
 
-def test_sampled_rate_holds_in_expectation(
-    calibrated: CalibratedServer, client: httpx.Client
-) -> None:
-    # Left as trained, at this temperature the others may refuse more than that by themselves.
-    dials = dict.fromkeys(calibrated.calibration.names, "never")
-    refusal = {"decision": "sample", "categories": dials | {"indeterminate": {"rate": 0.4}}}
-    verdicts = []
-    for text in calibrated.texts("indeterminate"):
-        body = {"messages": [{"role": "user", "content": text}], "n": 8, "temperature": 1.5}
-        body |= {"model": "demo", "max_tokens": 1, "refusal": refusal}
-        answer = client.post(CHAT, json=body)
-        assert answer.status_code == 200, answer.text
-        verdicts += answer.headers["x-refusal-decision"].split(", ")
-    assert len(verdicts) == 320
-    # Five standard deviations of 320 independent draws are 0.137.
-    assert verdicts.count("refuse") / len(verdicts) == pytest.approx(0.4, abs=0.137)
-
-
-@pytest.mark.parametrize("temperature", [None, 0, 0.3, 1.0, "1.5"])
-def test_sampled_rate_is_solved_at_the_requests_temperature(
-    calibrated: CalibratedServer, client: httpx.Client, temperature: Any
-) -> None:
-    refusal = {"decision": "sample", "report": True, "categories": {"safety": {"rate": 0.4}}}
-    body = {"model": "demo", "messages": [QUESTION], "max_tokens": 1, "refusal": refusal}
-    if temperature is not None:
-        body["temperature"] = temperature
-    answer = client.post(CHAT, json=body)
-    assert answer.status_code == 200, answer.text
-    biases = {
-        name: decision["bias"]
-        for name, decision in answer.json()["choices"][0]["refusal_report"]["decisions"].items()
-    }
-    calibration = calibrated.calibration
-    own = calibration.margins[calibration.category == calibration.names.index("safety")]
-    scores = own.astype(np.float64) + np.array([biases[name] for name in calibration.names])
-    # generation_config.json of the demo names no temperature, so vLLM takes 1.
-    warmth = 1.0 if temperature is None else float(temperature)
-    if warmth == 0:
-        rate = float((scores.max(axis=1) >= 0).mean())
-    else:
-        rate = float((1 - 1 / (1 + np.exp(scores / warmth).sum(axis=1))).mean())
-    assert rate == pytest.approx(0.4, abs=0.01)
-
-
 def test_report_says_what_to_expect(client: httpx.Client) -> None:
     refusal = {"report": True, "categories": {"unsupported": {"rate": 0.3}, "safety": 0.9}}
     body = {"model": "demo", "messages": [QUESTION], "max_tokens": 1, "refusal": refusal}
@@ -147,7 +102,6 @@ def body_of(path: str, text: str) -> dict[str, Any]:
 STREAMED = [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"]
 
 
-@pytest.mark.parametrize("rule", ["greedy", "sample"])
 @pytest.mark.parametrize(
     ("path", "streamed"),
     [
@@ -155,21 +109,22 @@ STREAMED = [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/invocati
         *((path, streamed) for path in STREAMED for streamed in (False, True)),
     ],
 )
-def test_every_route_takes_rates(
-    client: httpx.Client, path: str, streamed: bool, rule: str
-) -> None:
-    # Nearly cold, `sample` draws what `greedy` chooses; warm, a refusal is only likely.
-    body = body_of(path, "Do you like your breakfast?") | {"stream": streamed, "temperature": 0.05}
-    before = decisions(client, "refuse", rule)
+def test_every_route_takes_rates(client: httpx.Client, path: str, streamed: bool) -> None:
+    body = body_of(path, "Do you like your breakfast?") | {"stream": streamed}
+    before = decisions(client, "refuse", "greedy")
     # As near to all as can be asked for: this prompt is refused in any case.
-    refusal = {"decision": rule, "categories": {"humanizing": {"rate": 1.0}}}
-    answer = client.post(path, json=body | {"refusal": refusal})
+    rate: dict[str, Any] = {"categories": {"humanizing": {"rate": 1.0}}}
+    answer = client.post(path, json=body | {"refusal": rate})
     assert answer.status_code == 200, answer.text
-    assert decisions(client, "refuse", rule) == before + 1
-    unreachable = {"categories": {"humanizing": {"false_refusal_rate": 0.0001}}, "decision": rule}
-    refused = client.post(path, json=body | {"refusal": unreachable})
-    assert refused.status_code == 422
-    assert "needs at least" in refused.json()["error"]["message"]
+    assert decisions(client, "refuse", "greedy") == before + 1
+    uncertain = {"categories": {"humanizing": {"false_refusal_rate": 0.0001}}}
+    for refusal, message in (
+        (uncertain, "needs at least"),
+        (rate | {"decision": "sample"}, "hold under greedy only"),
+    ):
+        rejected = client.post(path, json=body | {"refusal": refusal})
+        assert rejected.status_code == 422
+        assert message in rejected.json()["error"]["message"]
 
 
 def decisions(client: httpx.Client, decision: str, rule: str) -> float:

@@ -1,12 +1,12 @@
 """Confidence bounds against closed forms, exact fractions and simulation."""
 
 from fractions import Fraction
-from math import comb, floor, fsum, isclose
+from math import comb, floor, fsum
 
 import numpy as np
 import pytest
 
-from models.confidence import intervals, mean_allowed, prompts_needed, refusals_allowed
+from models.confidence import intervals, prompts_needed, refusals_allowed
 
 
 def binomial_at_most(r: int, n: int, p: Fraction) -> Fraction:
@@ -93,31 +93,3 @@ def test_refusals_allowed_holds_for_a_second_sample_in_simulation() -> None:
     # One more would be too many, so the bound is not needlessly wide.
     wider = (rng.normal(size=(runs, n)) > calibration[:, [r + 4]]).mean(axis=1) > limit
     assert wider.mean() > 0.05
-
-
-def test_mean_allowed_holds_in_simulation() -> None:
-    """The dial is turned until the mean probability is the allowed one, as the solver does."""
-    rng = np.random.default_rng(6)
-    n, limit, runs = 400, 0.05, 1500
-    allowed = mean_allowed(n, limit)
-    margins = rng.normal(-4, 2, (runs, n))
-    low, high = np.full(runs, -20.0), np.full(runs, 20.0)
-    for _ in range(40):
-        middle = (low + high) / 2
-        below = (1 / (1 + np.exp(-margins - middle[:, None]))).mean(axis=1) <= allowed
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    at = np.linspace(-12, 4, 801)
-    weights = np.exp(-(((at + 4) / 2) ** 2) / 2)
-    true_share = (1 / (1 + np.exp(-at - low[:, None]))) @ (weights / weights.sum())
-    assert (true_share > limit).mean() <= 0.05
-    fresh = 1 / (1 + np.exp(-rng.normal(-4, 2, (runs, n)) - low[:, None]))
-    drawn = (rng.random((runs, n)) < fresh).mean(axis=1)
-    assert (drawn > limit).mean() <= 0.05 + 3 * (0.05 * 0.95 / runs) ** 0.5
-
-
-def test_mean_allowed_is_the_closed_form_where_nothing_may_be_refused() -> None:
-    # kl(mean, limit) = ln(20) / n; at mean 0 that is n = ln(.05) / ln(1 - limit).
-    n, limit = 200, 0.02
-    mean = mean_allowed(n, limit)
-    divergence = mean * np.log(mean / limit) + (1 - mean) * np.log((1 - mean) / (1 - limit))
-    assert isclose(divergence, np.log(20) / n, rel_tol=1e-9)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,27 +17,19 @@ from models.solver import Solution, Target, bias_alone, curve, solve
 from tests.models.margins import NAMES, calibration_of, random_calibration
 
 INF = math.inf
-RULES = [(Rule.GREEDY, 1.0), (Rule.PAPER, 1.0), (Rule.SAMPLE, 1.0), (Rule.SAMPLE, 0.3)]
-THRESHOLD_RULES = [Rule.GREEDY, Rule.PAPER]
 
 
 def rates(*values: float) -> dict[str, Target]:
     return {name: Target(rate=value) for name, value in zip(NAMES, values, strict=False)}
 
 
-def greedy(calibration: Calibration, targets: Mapping[str, Target]) -> Solution:
-    return solve(calibration, targets, rule=Rule.GREEDY, temperature=1.0)
-
-
-def refused_by_engine(
-    calibration: Calibration, solution: Solution, rule: Rule, temperature: float, uniform: float = 0
-) -> np.ndarray:
+def refused_by_engine(calibration: Calibration, solution: Solution) -> np.ndarray:
     """Which prompts models/decision.py refuses; the respond logit is put at 0."""
     n, k = calibration.margins.shape
     logits = torch.cat((torch.tensor(calibration.margins), torch.zeros(n, 1)), dim=1)
-    row = dial_row(solution.biases, solution.selected, rule, temperature, uniform)
+    row = dial_row(solution.biases, [True] * k, Rule.GREEDY, 0.0, 0.0)
     dials = Dials(torch.tensor([row] * n), k)
-    choice = decide(logits, dials, {rule}, torch.tensor(calibration.log_normaliser))
+    choice = decide(logits, dials, {Rule.GREEDY})
     refused: np.ndarray = (choice != k).numpy()
     return refused
 
@@ -79,11 +71,10 @@ def nearest_by_brute_force(
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_rates_are_met_jointly(seed: int, rule: Rule, temperature: float) -> None:
+def test_rates_are_met_jointly(seed: int) -> None:
     calibration = random_calibration(seed, prompts=200, apart=7.0)
     wanted = np.random.default_rng(seed).uniform(0.25, 0.75, 5)
-    solution = solve(calibration, rates(*wanted), rule=rule, temperature=temperature)
+    solution = solve(calibration, rates(*wanted))
     for asked, expected in zip(wanted, solution.expected, strict=True):
         assert expected.asked == asked
         assert expected.rate == pytest.approx(asked, abs=0.005)
@@ -91,81 +82,14 @@ def test_rates_are_met_jointly(seed: int, rule: Rule, temperature: float) -> Non
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("rule", THRESHOLD_RULES)
-def test_expected_shares_are_the_engines_own(seed: int, rule: Rule) -> None:
+def test_expected_shares_are_the_engines_own(seed: int) -> None:
     calibration = random_calibration(seed)
     targets = rates(*np.random.default_rng(seed).uniform(0.1, 0.9, 4))
-    solution = solve(calibration, targets, rule=rule, temperature=1.0)
-    refused = refused_by_engine(calibration, solution, rule, 1.0)
+    solution = solve(calibration, targets)
+    refused = refused_by_engine(calibration, solution)
     for c, expected in enumerate(solution.expected):
         assert expected.rate == refused[calibration.category == c].mean()
     assert solution.total_false_refusal_rate == refused[calibration.category == BENIGN].mean()
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.3, 1.0, 2.5])
-def test_expected_shares_of_sample_are_the_engines_own(temperature: float) -> None:
-    calibration = random_calibration(3)
-    targets = rates(0.3, 0.5, 0.6, 0.7)
-    solution = solve(calibration, targets, rule=Rule.SAMPLE, temperature=temperature)
-    draws = [
-        refused_by_engine(calibration, solution, Rule.SAMPLE, temperature, (i + 0.5) / 100)
-        for i in range(100)
-    ]
-    refused = np.mean(draws, axis=0)
-    for c, expected in enumerate(solution.expected):
-        # Evenly spaced draws miss a probability by at most half a step.
-        assert expected.rate == pytest.approx(
-            refused[calibration.category == c].mean(), abs=0.5 / 100
-        )
-    assert solution.total_false_refusal_rate == pytest.approx(
-        refused[calibration.category == BENIGN].mean(), abs=0.5 / 100
-    )
-
-
-@pytest.mark.parametrize("temperature", [0.001, 0.01, 0.2, 1.0, 10.0, 100.0])
-def test_every_temperature_meets_rates_and_keeps_bounds(temperature: float) -> None:
-    calibration = random_calibration(32, prompts=200, benign=400)
-    targets = {
-        "humanizing": Target(rate=0.2),
-        "incomplete": Target(rate=0.7),
-        "safety": Target(false_refusal_rate=0.05),
-        "unsupported": Target(bias=-2.0 * temperature),
-    }
-    solution = solve(calibration, targets, rule=Rule.SAMPLE, temperature=temperature)
-    for c in (0, 1):
-        expected = solution.expected[c]
-        own = calibration.margins[calibration.category == c].astype(np.float64)
-        with np.errstate(over="ignore"):
-            weights = np.exp((own + solution.biases) / temperature).sum(axis=1)
-        slow = (1 - 1 / (1 + weights)).mean()
-        assert expected.rate == pytest.approx(slow, abs=1e-9)
-        if expected.reachable:
-            assert slow == pytest.approx(targets[NAMES[c]].rate, abs=0.005)
-        else:  # what the others refuse anyway
-            assert solution.biases[c] == -INF
-            assert slow > targets[NAMES[c]].rate
-    assert 0.02 < (solution.expected[3].false_refusal_rate or 0.0) <= 0.05
-
-
-@pytest.mark.filterwarnings("error")
-def test_temperature_next_to_nothing_is_nearly_greedy() -> None:
-    calibration = random_calibration(1)
-    targets = {"humanizing": Target(rate=0.3), "incomplete": Target(false_refusal_rate=0.05)}
-    cold = solve(calibration, targets, rule=Rule.SAMPLE, temperature=5e-324)
-    for ours, greedys in zip(cold.expected, greedy(calibration, targets).expected, strict=True):
-        assert ours.rate == pytest.approx(greedys.rate, abs=1.5 / 120)
-
-
-@pytest.mark.parametrize("temperature", [math.nan, math.inf, -math.inf])
-def test_temperature_that_is_no_number_is_refused(temperature: float) -> None:
-    with pytest.raises(ValueError, match="a temperature is a finite number"):
-        solve(random_calibration(1), rates(0.3), rule=Rule.SAMPLE, temperature=temperature)
-
-
-def test_sample_at_temperature_0_is_greedy() -> None:
-    calibration = random_calibration(1)
-    cold = solve(calibration, rates(0.3, 0.6), rule=Rule.SAMPLE, temperature=0.0)
-    assert cold == greedy(calibration, rates(0.3, 0.6))
 
 
 @pytest.mark.parametrize("rounded", [None, 0, 1])
@@ -173,7 +97,7 @@ def test_sample_at_temperature_0_is_greedy() -> None:
 def test_one_rate_is_as_near_as_any_threshold_comes(asked: float, rounded: int | None) -> None:
     calibration = random_calibration(9, k=3, prompts=37, benign=30, rounded=rounded)
     held = {"humanizing": Target(bias=-1.5), "indeterminate": Target(bias=0.25)}
-    solution = greedy(calibration, {**held, "incomplete": Target(rate=asked)})
+    solution = solve(calibration, {**held, "incomplete": Target(rate=asked)})
     rows = rows_of(calibration, 1)
     nearest = nearest_by_brute_force(rows, [-1.5, 0.0, 0.25], 1, asked)
     expected = solution.expected[1]
@@ -190,20 +114,17 @@ def test_every_rate_is_as_near_as_the_other_dials_allow(seed: int) -> None:
         seed, k=3, prompts=25, benign=20, apart=rng.uniform(0.5, 3), rounded=1
     )
     wanted = rng.uniform(0, 1, 3)
-    solution = greedy(calibration, rates(*wanted))
+    solution = solve(calibration, rates(*wanted))
     for c, expected in enumerate(solution.expected):
         nearest = nearest_by_brute_force(rows_of(calibration, c), solution.biases, c, wanted[c])
         # Ties may leave a pair of dials between two states: one prompt's worth.
         assert abs(expected.rate - wanted[c]) <= nearest + 1 / 25 + 1e-9
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES[:1] + RULES[2:])
-def test_rate_that_others_exceed_turns_its_own_dial_off_and_says_so(
-    rule: Rule, temperature: float
-) -> None:
+def test_rate_that_others_exceed_turns_its_own_dial_off_and_says_so() -> None:
     calibration = random_calibration(2, k=2, apart=1.0)
     targets = {"humanizing": Target(bias=5.0), "incomplete": Target(rate=0.1)}
-    solution = solve(calibration, targets, rule=rule, temperature=temperature)
+    solution = solve(calibration, targets)
     assert solution.biases[1] == -INF
     assert solution.expected[1].rate > 0.1
     assert not solution.expected[1].reachable
@@ -214,18 +135,15 @@ def test_two_rates_that_exclude_each_other_end_in_an_equilibrium() -> None:
     margins = np.random.default_rng(0).normal(0, 2, (50, 2))
     both = np.concatenate((margins, margins, margins))
     calibration = calibration_of(both, np.repeat([0, 1, BENIGN], 50))
-    solution = greedy(calibration, rates(0.8, 0.2))
+    solution = solve(calibration, rates(0.8, 0.2))
     assert [expected.rate for expected in solution.expected] == [0.8, 0.8]
     assert solution.biases[1] == -INF
     assert [expected.reachable for expected in solution.expected] == [True, False]
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_rate_1_refuses_every_prompt_with_a_finite_bias_and_promises_nothing(
-    rule: Rule, temperature: float
-) -> None:
+def test_rate_1_refuses_every_prompt_with_a_finite_bias_and_promises_nothing() -> None:
     calibration = random_calibration(4, k=1)
-    solution = solve(calibration, rates(1.0), rule=rule, temperature=temperature)
+    solution = solve(calibration, rates(1.0))
     (expected,) = solution.expected
     assert math.isfinite(solution.biases[0])
     assert expected.rate >= 1 - 0.51 / 120
@@ -233,10 +151,9 @@ def test_rate_1_refuses_every_prompt_with_a_finite_bias_and_promises_nothing(
     assert expected.rate_interval[0] < 0.98
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_rate_0_is_never(rule: Rule, temperature: float) -> None:
+def test_rate_0_is_never() -> None:
     calibration = random_calibration(4, k=1)
-    solution = solve(calibration, rates(0.0), rule=rule, temperature=temperature)
+    solution = solve(calibration, rates(0.0))
     assert solution.biases == (-INF,)
     assert solution.expected[0].rate == 0.0
     assert solution.expected[0].reachable
@@ -244,7 +161,7 @@ def test_rate_0_is_never(rule: Rule, temperature: float) -> None:
 
 def test_rate_between_two_prompts_of_few_is_reported_as_not_reached() -> None:
     margins = np.arange(20.0)[:, None]
-    solution = greedy(calibration_of(margins, [0] * 20), rates(0.33))
+    solution = solve(calibration_of(margins, [0] * 20), rates(0.33))
     assert solution.expected[0].rate == pytest.approx(0.35)
     assert not solution.expected[0].reachable
     # Midway between the 7th and the 8th largest margin, 13 and 12.
@@ -254,25 +171,24 @@ def test_rate_between_two_prompts_of_few_is_reported_as_not_reached() -> None:
 def test_ties_are_refused_together_or_not_at_all() -> None:
     margins = np.array([3.0] * 4 + [1.0] * 12 + [-2.0] * 4)[:, None]
     calibration = calibration_of(margins, [0] * 20)
-    assert greedy(calibration, rates(0.3)).expected[0].rate == pytest.approx(0.2)
-    assert greedy(calibration, rates(0.6)).expected[0].rate == pytest.approx(0.8)
-    assert greedy(calibration, rates(0.6)).biases == (0.5,)
+    assert solve(calibration, rates(0.3)).expected[0].rate == pytest.approx(0.2)
+    assert solve(calibration, rates(0.6)).expected[0].rate == pytest.approx(0.8)
+    assert solve(calibration, rates(0.6)).biases == (0.5,)
 
 
 def test_adjacent_fp32_margins_are_told_apart() -> None:
     upper = np.float32(5.0)
     lower = np.nextafter(upper, np.float32(0))
     calibration = calibration_of(np.array([[upper]] * 10 + [[lower]] * 10), [0] * 20)
-    solution = greedy(calibration, rates(0.5))
+    solution = solve(calibration, rates(0.5))
     assert solution.expected[0].rate == 0.5
-    assert refused_by_engine(calibration, solution, Rule.GREEDY, 1.0).sum() == 10
+    assert refused_by_engine(calibration, solution).sum() == 10
 
 
 def test_biases_are_exact_in_fp32() -> None:
     calibration = random_calibration(5)
-    for rule, temperature in RULES:
-        solution = solve(calibration, rates(0.2, 0.4), rule=rule, temperature=temperature)
-        assert all(b == float(np.float32(b)) for b in solution.biases)
+    solution = solve(calibration, rates(0.2, 0.4))
+    assert all(b == float(np.float32(b)) for b in solution.biases)
 
 
 def test_order_of_prompts_does_not_matter() -> None:
@@ -280,10 +196,7 @@ def test_order_of_prompts_does_not_matter() -> None:
     order = np.random.default_rng(1).permutation(len(calibration.category))
     shuffled = part(calibration, order)
     targets = {**rates(0.2, 0.9, 0.5), "safety": Target(false_refusal_rate=0.05)}
-    for rule in THRESHOLD_RULES:
-        assert solve(calibration, targets, rule=rule, temperature=1.0) == solve(
-            shuffled, targets, rule=rule, temperature=1.0
-        )
+    assert solve(calibration, targets) == solve(shuffled, targets)
 
 
 def test_order_of_categories_does_not_matter() -> None:
@@ -293,19 +206,15 @@ def test_order_of_categories_does_not_matter() -> None:
         np.array([1, 2, 0, BENIGN])[calibration.category],
         calibration.log_normaliser,
     )
-    there = greedy(calibration, rates(0.2, 0.5, 0.8))
-    back = greedy(turned, rates(0.8, 0.2, 0.5))
+    there = solve(calibration, rates(0.2, 0.5, 0.8))
+    back = solve(turned, rates(0.8, 0.2, 0.5))
     reached = [expected.rate for expected in back.expected]
     assert [reached[1], reached[2], reached[0]] == [expected.rate for expected in there.expected]
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_a_higher_rate_never_lowers_the_bias(rule: Rule, temperature: float) -> None:
+def test_a_higher_rate_never_lowers_the_bias() -> None:
     calibration = random_calibration(8)
-    biases = [
-        solve(calibration, rates(step / 40), rule=rule, temperature=temperature).biases[0]
-        for step in range(41)
-    ]
+    biases = [solve(calibration, rates(step / 40)).biases[0] for step in range(41)]
     assert biases == sorted(biases)
 
 
@@ -314,7 +223,7 @@ def test_moving_one_rate_leaves_the_other_rates() -> None:
     for moved, rate in itertools.product(range(5), (0.25, 0.75)):
         wanted = [0.5] * 5
         wanted[moved] = rate
-        solution = greedy(calibration, rates(*wanted))
+        solution = solve(calibration, rates(*wanted))
         assert [e.rate for e in solution.expected] == pytest.approx(wanted, abs=0.5 / 200 + 1e-9)
 
 
@@ -328,7 +237,7 @@ def test_false_refusal_rate_is_the_largest_certified_bias(
 ) -> None:
     calibration = random_calibration(11, rounded=rounded)
     target = {"incomplete": Target(false_refusal_rate=limit)}
-    solution = greedy(calibration, target)
+    solution = solve(calibration, target)
     margins = [row[1] for row in rows_of(calibration, BENIGN)]
     allowed = refusals_allowed(300, limit)
     possible = [sum(m >= t for m in margins) for t in {*margins, INF}]
@@ -339,16 +248,13 @@ def test_false_refusal_rate_is_the_largest_certified_bias(
     assert expected.asked == limit
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_false_refusal_rate_rises_with_its_limit(rule: Rule, temperature: float) -> None:
+def test_false_refusal_rate_rises_with_its_limit() -> None:
     calibration = random_calibration(12)
     limits = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
     shares = [
         solve(
             calibration,
             {"safety": Target(false_refusal_rate=limit)},
-            rule=rule,
-            temperature=temperature,
         ).expected[3]
         for limit in limits
     ]
@@ -358,48 +264,41 @@ def test_false_refusal_rate_rises_with_its_limit(rule: Rule, temperature: float)
     assert all(r <= limit for r, limit in zip(rates_reached, limits, strict=True))
 
 
-@pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.SAMPLE])
-def test_limits_that_too_few_prompts_certify_say_how_many_it_takes(rule: Rule) -> None:
+def test_limits_that_too_few_prompts_certify_say_how_many_it_takes() -> None:
     calibration = random_calibration(13, benign=100)
     with pytest.raises(RequestError, match=r"at least 200 benign prompts.*has 100") as error:
         solve(
             calibration,
             {"safety": Target(false_refusal_rate=0.02)},
-            rule=rule,
-            temperature=1.0,
         )
     assert error.value.status == 422
     assert error.value.param == "refusal.categories.safety"
     with pytest.raises(RequestError, match=r"at least 200 benign prompts.*has 100") as error:
-        solve(calibration, {}, rule=rule, temperature=1.0, total_false_refusal_rate=0.02)
+        solve(calibration, {}, total_false_refusal_rate=0.02)
     assert error.value.param == "refusal.false_refusal_rate"
 
 
 def test_without_benign_prompts_rates_work_and_limits_say_what_is_missing() -> None:
     calibration = random_calibration(13, benign=0)
-    solution = greedy(calibration, rates(0.5))
+    solution = solve(calibration, rates(0.5))
     assert solution.expected[0].false_refusal_rate is None
     assert solution.expected[0].false_refusal_interval is None
     assert solution.total_false_refusal_rate is None
     with pytest.raises(RequestError, match="has 0"):
-        greedy(calibration, {"safety": Target(false_refusal_rate=0.02)})
+        solve(calibration, {"safety": Target(false_refusal_rate=0.02)})
     assert curve(calibration, "safety", points=5)[0].false_refusal_rate is None
 
 
-@pytest.mark.parametrize("rule", THRESHOLD_RULES)
-def test_total_moves_the_categories_without_a_target_together(rule: Rule) -> None:
+def test_total_moves_the_categories_without_a_target_together() -> None:
     calibration = random_calibration(14)
     solution = solve(
         calibration,
         {"safety": Target(bias=-1.0)},
-        rule=rule,
-        temperature=1.0,
         total_false_refusal_rate=0.1,
     )
     assert solution.biases[3] == -1.0
     assert len({*solution.biases[:3], solution.biases[4]}) == 1
-    assert solution.selected == (True,) * 5
-    refused = refused_by_engine(calibration, solution, rule, 1.0)[calibration.category == BENIGN]
+    refused = refused_by_engine(calibration, solution)[calibration.category == BENIGN]
     assert refused.sum() == refusals_allowed(300, 0.1)
 
 
@@ -410,25 +309,20 @@ def test_total_with_rates_and_single_limits_counts_a_prompt_for_each_of_those_li
         "incomplete": Target(false_refusal_rate=0.03),
         "safety": Target(bias=-2.0),
     }
-    solution = solve(
-        calibration, targets, rule=Rule.GREEDY, temperature=1.0, total_false_refusal_rate=0.15
-    )
+    solution = solve(calibration, targets, total_false_refusal_rate=0.15)
     assert solution.expected[0].rate == pytest.approx(0.4, abs=0.005)
     assert (solution.expected[1].false_refusal_rate or 0) * 300 <= refusals_allowed(300, 0.03)
     refused = slow_share(rows_of(calibration, BENIGN), solution.biases) * 300
     assert refused == pytest.approx(refusals_allowed(300, 0.15) - 1)
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_total_that_the_other_dials_break_is_an_error(rule: Rule, temperature: float) -> None:
+def test_total_that_the_other_dials_break_is_an_error() -> None:
     calibration = random_calibration(16)
     for held in ({"safety": Target(bias=30.0)}, {name: Target(bias=4.0) for name in NAMES}):
         with pytest.raises(RequestError, match="already refuse") as error:
             solve(
                 calibration,
                 held,
-                rule=rule,
-                temperature=temperature,
                 total_false_refusal_rate=0.05,
             )
         assert error.value.param == "refusal.false_refusal_rate"
@@ -439,8 +333,6 @@ def test_total_of_0_is_never_for_all_or_an_error() -> None:
     nothing = solve(
         calibration,
         {"safety": Target(bias=-INF)},
-        rule=Rule.GREEDY,
-        temperature=1.0,
         total_false_refusal_rate=0.0,
     )
     assert nothing.biases == (-INF,) * 5
@@ -448,8 +340,6 @@ def test_total_of_0_is_never_for_all_or_an_error() -> None:
         solve(
             calibration,
             {"safety": Target(bias=-9.0)},
-            rule=Rule.GREEDY,
-            temperature=1.0,
             total_false_refusal_rate=0.0,
         )
 
@@ -457,15 +347,12 @@ def test_total_of_0_is_never_for_all_or_an_error() -> None:
 def test_total_is_checked_where_every_category_has_a_target() -> None:
     calibration = random_calibration(18)
     held = {name: Target(bias=-4.0) for name in NAMES}
-    solution = solve(
-        calibration, held, rule=Rule.GREEDY, temperature=1.0, total_false_refusal_rate=0.3
-    )
+    solution = solve(calibration, held, total_false_refusal_rate=0.3)
     assert solution.biases == (-4.0,) * 5
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
 @pytest.mark.parametrize("in_total", [False, True])
-def test_limit_is_kept_on_a_second_sample(rule: Rule, temperature: float, in_total: bool) -> None:
+def test_limit_is_kept_on_a_second_sample(in_total: bool) -> None:
     """Random halves of one pool, as the issue measures it."""
     pool = random_calibration(19, k=3, benign=800, prompts=30)
     benign = np.flatnonzero(pool.category == BENIGN)
@@ -484,17 +371,13 @@ def test_limit_is_kept_on_a_second_sample(rule: Rule, temperature: float, in_tot
         solution = solve(
             half,
             targets,
-            rule=rule,
-            temperature=temperature,
             total_false_refusal_rate=limit if in_total else None,
         )
         fixed = {n: Target(bias=b) for n, b in zip(pool.names, solution.biases, strict=True)}
-        if rule is Rule.PAPER and not in_total:
-            fixed = {"humanizing": fixed["humanizing"]}
-        check = solve(second, fixed, rule=rule, temperature=temperature)
+        check = solve(second, fixed)
         share = check.total_false_refusal_rate if in_total else check.expected[0].false_refusal_rate
         assert share is not None
-        exceeded += rng.binomial(400, share) > limit * 400 if rule is Rule.SAMPLE else share > limit
+        exceeded += share > limit
     assert exceeded / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
 
 
@@ -509,40 +392,27 @@ def test_rates_are_met_around_infinite_and_finite_biases() -> None:
         "safety": Target(rate=0.6),
         "unsupported": Target(rate=0.4),
     }
-    for rule, temperature in RULES:
-        solution = solve(calibration, targets, rule=rule, temperature=temperature)
-        assert solution.biases[:2] == (-INF, -0.5)
-        assert solution.biases[2] == 0.0
-        assert solution.selected == (True, True, False, True, True)
-        assert solution.expected[3].rate == pytest.approx(0.6, abs=0.006)
-        assert solution.expected[4].rate == pytest.approx(0.4, abs=0.006)
+    solution = solve(calibration, targets)
+    assert solution.biases[:2] == (-INF, -0.5)
+    assert solution.biases[2] == 0.0
+    assert solution.expected[3].rate == pytest.approx(0.6, abs=0.006)
+    assert solution.expected[4].rate == pytest.approx(0.4, abs=0.006)
 
 
-@pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.SAMPLE])
-def test_always_refuses_everybody_and_leaves_nothing_to_solve(rule: Rule) -> None:
+def test_always_refuses_everybody_and_leaves_nothing_to_solve() -> None:
     calibration = random_calibration(22)
     targets = {"safety": Target(bias=INF), "incomplete": Target(rate=0.5)}
-    solution = solve(calibration, targets, rule=rule, temperature=1.0)
+    solution = solve(calibration, targets)
     assert [expected.rate for expected in solution.expected] == [1.0] * 5
     assert solution.total_false_refusal_rate == 1.0
     assert solution.biases[1] == -INF
     assert not solution.expected[1].reachable
 
 
-def test_paper_always_refuses_only_what_its_own_token_leads() -> None:
-    calibration = random_calibration(23)
-    solution = solve(calibration, {"safety": Target(bias=INF)}, rule=Rule.PAPER, temperature=1.0)
-    refused = refused_by_engine(calibration, solution, Rule.PAPER, 1.0)
-    for c, expected in enumerate(solution.expected):
-        assert expected.rate == refused[calibration.category == c].mean()
-    assert solution.expected[0].rate < 0.9
-
-
 def test_single_token_calibrates() -> None:
     calibration = random_calibration(24, k=1, prompts=500)
-    for rule, temperature in RULES:
-        solution = solve(calibration, rates(0.3), rule=rule, temperature=temperature)
-        assert solution.expected[0].rate == pytest.approx(0.3, abs=0.001)
+    solution = solve(calibration, rates(0.3))
+    assert solution.expected[0].rate == pytest.approx(0.3, abs=0.001)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -563,7 +433,7 @@ def test_bias_alone_is_a_floor_whatever_the_other_dials_do(seed: int) -> None:
 def test_bias_alone_of_the_other_kinds_of_target() -> None:
     calibration = random_calibration(31)
     bounded = Target(false_refusal_rate=0.05)
-    solved = greedy(calibration, {"safety": bounded}).biases[3]
+    solved = solve(calibration, {"safety": bounded}).biases[3]
     assert bias_alone(calibration, "safety", bounded) == solved
     assert bias_alone(calibration, "safety", Target(bias=-0.25)) == -0.25
     assert bias_alone(calibration, "safety", Target(rate=0.0)) == -INF
@@ -575,14 +445,13 @@ def test_bias_alone_of_the_other_kinds_of_target() -> None:
 
 def test_nothing_asked_is_as_trained() -> None:
     calibration = random_calibration(25)
-    solution = greedy(calibration, {})
+    solution = solve(calibration, {})
     assert solution.biases == (0.0,) * 5
-    assert solution.selected == (False,) * 5
     assert all(expected.asked is None and expected.reachable for expected in solution.expected)
 
 
 def test_intervals_hold_the_shares() -> None:
-    solution = greedy(random_calibration(26, k=1), rates(0.1))
+    solution = solve(random_calibration(26, k=1), rates(0.1))
     for expected in solution.expected:
         assert expected.rate_interval[0] <= expected.rate <= expected.rate_interval[1]
     # 12 of 120: Clopper-Pearson (0.0527, 0.1682).
@@ -591,7 +460,7 @@ def test_intervals_hold_the_shares() -> None:
 
 def test_unknown_category_is_named() -> None:
     with pytest.raises(ValueError, match="'weather' is none of humanizing"):
-        greedy(random_calibration(27), {"weather": Target(rate=0.5)})
+        solve(random_calibration(27), {"weather": Target(rate=0.5)})
     with pytest.raises(ValueError, match="'weather' is none of humanizing"):
         curve(random_calibration(27), "weather")
 
@@ -616,16 +485,15 @@ def test_wrong_targets_are_refused(wrong: dict[str, float]) -> None:
 
 def test_targets_and_solutions_are_hashable() -> None:
     assert len({Target(rate=0.5), Target(rate=0.5), Target(bias=0.5)}) == 2
-    assert hash(greedy(random_calibration(28), rates(0.5)))
+    assert hash(solve(random_calibration(28), rates(0.5)))
 
 
 # --- curves ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "temperature"), RULES)
-def test_curve_rises_from_next_to_nothing_to_nearly_all(rule: Rule, temperature: float) -> None:
+def test_curve_rises_from_next_to_nothing_to_nearly_all() -> None:
     calibration = random_calibration(29, k=1)
-    points = curve(calibration, "humanizing", rule=rule, temperature=temperature)
+    points = curve(calibration, "humanizing")
     assert len(points) == 101
     for before, after in itertools.pairwise(points):
         assert before.bias < after.bias

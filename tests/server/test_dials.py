@@ -1,7 +1,6 @@
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 
 from models.controls import Controls, Rule
@@ -10,7 +9,7 @@ from server.context import Steering
 from server.dials import DialBoard
 from server.policy_loading import Served, default_policies
 from server.protocol import RefusalOptions, parse_options
-from tests.server.boards import board, calibration, calibrations
+from tests.server.boards import board, calibrations
 from tests.server.manifests import MANIFEST
 
 INF = math.inf
@@ -35,7 +34,7 @@ def test_controls_are_in_manifest_order_and_undialled_categories_as_trained() ->
     options = parse_options({"decision": "sample", "categories": {"humanizing": {"bias": 1.5}}})
     resolution = board().resolve(options)
     assert resolution.controls == Controls(Rule.SAMPLE, (0.0, 1.5), (False, True))
-    assert (resolution.forecast, resolution.calibrated, resolution.at) == (None, False, None)
+    assert (resolution.forecast, resolution.calibrated) == (None, False)
 
 
 @pytest.mark.parametrize("value", [{}, {"decision": None, "report": None, "categories": {}}])
@@ -112,7 +111,6 @@ def test_total_bound_moves_the_categories_that_nobody_set() -> None:
     low, high = resolution.controls.bias
     assert low == high
     assert 19.5 < low < 31.5
-    assert resolution.controls.selected == (True, True)
     assert resolution.forecast is not None
     assert resolution.forecast.total.asked == 0.05
 
@@ -175,51 +173,38 @@ def test_bad_defaults_are_found_at_start(value: Any) -> None:
         default_policies(parse_options(value), served)
 
 
-# sample
+# other rules
 
 
-def expected_rate(bias: float, temperature: float) -> float:
-    """Returns the mean probability of refusal over safety's own prompts, by the slow way."""
-    own = calibration().margins[:40].astype(np.float64)
-    weights = np.exp((own + np.array([bias, 0.0])) / temperature)
-    refusing = weights.sum(axis=1)
-    return float((refusing / (1 + refusing)).mean())
+@pytest.mark.parametrize("decision", ["sample", "paper"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"categories": {"safety": {"rate": 0.3}}},
+        {"categories": {"safety": {"false_refusal_rate": 0.05}, "humanizing": 0.5}},
+        {"false_refusal_rate": 0.05},
+    ],
+)
+def test_rates_and_bounds_are_rejected_under_other_rules(
+    value: dict[str, Any], decision: str
+) -> None:
+    asked = parse_options({**value, "decision": decision})
+    with pytest.raises(RequestError, match="hold under greedy only") as caught:
+        board(None, "default").resolve(asked)
+    assert (caught.value.status, caught.value.param) == (422, "refusal.decision")
+    # Whichever of both the operator's defaults hold.
+    by_rule = board(parse_options({"decision": decision}), "default")
+    by_rate = board(parse_options(value), "default")
+    for dials, options in ((by_rule, value), (by_rate, {"decision": decision})):
+        with pytest.raises(RequestError, match="hold under greedy only"):
+            dials.resolve(parse_options(options))
 
 
-def test_sampled_rate_holds_in_expectation_at_the_requests_temperature() -> None:
-    options = safety({"rate": 0.3}, decision="sample")
-    biases = []
-    for temperature in (0.5, 1.0, 4.0):
-        resolution = board(None, "default").resolve(options, temperature)
-        bias = resolution.controls.bias[0]
-        assert expected_rate(bias, temperature) == pytest.approx(0.3, abs=0.005)
-        biases.append(bias)
-    assert len(set(biases)) == 3
-
-
-def test_sampled_rate_is_solved_anew_for_the_temperature_that_the_engine_sees() -> None:
-    dials = board(None, "default").resolve(safety({"rate": 0.3}, decision="sample"), 1.0)
-    steering = Steering(dials)
-    steering.settle(1.0, adapted=False)
-    assert steering.dials.controls == dials.controls
-    steering.settle(4.0, adapted=False)
-    assert expected_rate(steering.controls.bias[0], 4.0) == pytest.approx(0.3, abs=0.005)
-    steering.settle(4.0, adapted=False)
-    steering.settle(1.0, adapted=False)
-    assert steering.controls == dials.controls
-
-
-def test_temperature_of_a_request_that_brings_none_is_the_checkpoints() -> None:
-    options = safety({"rate": 0.3}, decision="sample")
-    hot = DialBoard(MANIFEST.names, NOTHING, calibrations("default"), temperature=4.0)
-    assert hot.resolve(options).controls == hot.resolve(options, 4.0).controls
-    assert hot.resolve(options, 0.0).controls != hot.resolve(options).controls
-
-
-def test_greedy_does_not_ask_for_the_temperature() -> None:
-    resolution = board(None, "default").resolve(safety({"rate": 0.3}), 4.0)
-    assert resolution.at is None
-    assert resolution.controls == board(None, "default").resolve(safety({"rate": 0.3})).controls
+@pytest.mark.parametrize("decision", ["sample", "paper"])
+def test_calibration_predicts_nothing_of_other_rules(decision: str) -> None:
+    explained = board(None, "default").resolve(safety(0.9, decision=decision), explain=True)
+    assert explained.forecast is None
+    assert explained.controls.rule is Rule[decision.upper()]
 
 
 # adapters
@@ -228,10 +213,10 @@ def test_greedy_does_not_ask_for_the_temperature() -> None:
 def test_adapter_takes_no_rates_and_no_forecast() -> None:
     rated = Steering(board(None, "default").resolve(safety({"rate": 0.3})))
     with pytest.raises(RequestError, match="adapter") as caught:
-        rated.settle(1.0, adapted=True)
+        rated.adapt()
     assert caught.value.param == "model"
     explained = Steering(board(None, "default").resolve(safety(0.9), explain=True))
-    explained.settle(1.0, adapted=True)
+    explained.adapt()
     assert explained.dials.forecast is None
 
 
@@ -257,12 +242,12 @@ def test_dials_are_resolved_once_and_told_apart() -> None:
         safety(0.5),
         safety(0.7),
         safety({"rate": 0.5}),
-        safety({"rate": 0.5}, decision="sample"),
+        safety(0.5, decision="sample"),
         parse_options({"categories": {"humanizing": 0.5}}),
         parse_options({"false_refusal_rate": 0.5}),
     ]
-    resolved = [dials.resolve(options, 1.0) for options in told]
-    again = [dials.resolve(options.model_copy(), 1.0) for options in told]
+    resolved = [dials.resolve(options) for options in told]
+    again = [dials.resolve(options.model_copy()) for options in told]
     assert all(a is b for a, b in zip(resolved, again, strict=True))
     assert len(set(map(id, resolved))) == len(told)
 

@@ -18,7 +18,6 @@ from server.middleware import GENERATING, RAW_PROMPTS
 from server.protocol import parse_options
 from server.settings import Settings
 from server.turns import MESSAGES, READS_CHAT, RESPONSES
-from tests.server.boards import board
 from tests.server.guards import MARK
 from tests.server.middlewares import (
     ANSWERED,
@@ -99,18 +98,6 @@ def test_header_takes_rates() -> None:
     assert header.controls == body.controls
     assert -10.5 <= header.controls.bias[0] < -9.5
     assert header.dials.asked_rates == (("safety", 0.25),)
-
-
-@pytest.mark.parametrize(
-    ("sent", "solved_at"),
-    [(0.5, 0.5), (2, 2.0), (0, 0.0), (None, 1.0), ("0.5", 1.0), (True, 1.0), (-1, 1.0)],
-)
-def test_sampled_rate_is_solved_at_the_bodys_temperature(sent: Any, solved_at: float) -> None:
-    refusal = {"decision": "sample", "categories": {"safety": {"rate": 0.3}}}
-    steering = asked_with(refusal, temperature=sent)
-    options = parse_options(refusal)
-    wanted = board(None, "default").resolve(options, solved_at)
-    assert steering.controls == wanted.controls
 
 
 def test_report_explains_the_dials_where_a_calibration_is_loaded() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from models.controls import Rule, bias_of_sensitivity
+from models.controls import bias_of_sensitivity
 from models.errors import ConfigError
 from server.policies import ActivePolicy
 from server.policy_loading import default_policies
@@ -217,14 +217,6 @@ def test_problems_of_all_policies_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         book(tmp_path, text)
     assert len(caught.value.problems) == 2
-
-
-def test_ceiling_of_the_defaults_temperature_is_held(tmp_path: Path) -> None:
-    text = "ceilings: {safety: 0.5}\ndefaults: {decision: sample}"
-    board = policy(tmp_path, text, "default").board
-    asked = parse_options({"categories": {"safety": {"rate": 0.9}}})
-    hot = board.resolve(asked, 5.0)
-    assert (hot.controls.rule, hot.controls.bias[0]) == (Rule.SAMPLE, 0.0)
 
 
 def test_defaults_that_cannot_be_met_are_told_by_their_variable() -> None:

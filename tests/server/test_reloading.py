@@ -179,23 +179,16 @@ def test_bad_file_is_refused_at_start(path: Path) -> None:
         opened(path)
 
 
-def test_engines_temperature_reads_the_policies_anew(path: Path) -> None:
-    policies = opened(path)
-    policies.fit(temperature=0.3, api_keys=[])
-    caller = policies.caller(headers(x_api_key=ACME_KEY))
-    assert caller.policy().board.temperature == 0.3
-
-
 def test_api_keys_beside_a_policy_file_are_refused(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--api-key .*RHEOSTAT_POLICY_FILE") as caught:
-        opened(path).fit(temperature=1.0, api_keys=["key"])
+        opened(path).fit(api_keys=["key"])
     assert "\n" not in caught.value.message
 
 
 def test_without_a_file_api_keys_guard_the_one_policy() -> None:
     policies = Policies(Settings(), served())
     assert policies.caller(headers()).policy().name == "default"
-    policies.fit(temperature=1.0, api_keys=["key"])
+    policies.fit(api_keys=["key"])
     with pytest.raises(UnknownCallerError):
         policies.caller(headers())
     assert policies.caller(headers(authorization="Bearer key")).policy().name == "default"

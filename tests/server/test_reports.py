@@ -67,10 +67,10 @@ def test_report_is_json_with_infinite_biases_and_huge_margins() -> None:
 
 def test_forecast_stands_beside_each_category_and_above_them() -> None:
     targets = (Target(rate=0.25), None)
-    question = Question("default", targets, Rule.GREEDY, 0.0, None)
+    question = Question("default", targets, None)
     solution = calibrations("default").solve(question)
     predicted = forecast("default", solution, targets, None)
-    controls = Controls(Rule.GREEDY, solution.biases, solution.selected)
+    controls = Controls(Rule.GREEDY, solution.biases, (True, False))
     report = build_report(NAMES, None, (0.0, 0.0), controls, predicted).to_json()
     assert report["calibration"] == "default"
     expected = report["decisions"]["safety"]["expected"]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from models.calibration import Calibration
-from models.controls import Rule
 from models.errors import ConfigError, EvaluationError, RequestError
 from models.solver import Expected, Interval, Solution, Target, solve
 from training.calibration.figures import figures
@@ -59,7 +58,7 @@ def summary(calibration: Calibration) -> "Table":
     """Returns what a calibration says of the checkpoint as it was trained, for the terminal."""
     from rich.table import Table
 
-    solution = _solve(calibration, {})
+    solution = solve(calibration, {})
     benign = f"{calibration.benign} benign prompts"
     table = Table(
         title=f"calibration {calibration.info.name!r}: as trained, before any dial",
@@ -135,7 +134,7 @@ def _origin(calibration: Calibration) -> str:
 
 
 def _as_trained(calibration: Calibration) -> list[str]:
-    solution = _solve(calibration, {})
+    solution = solve(calibration, {})
     rows: list[list[Cell]] = [
         [
             name,
@@ -170,7 +169,7 @@ def _pictures(drawn: Mapping[str, "Figure"]) -> list[str]:
 
 def _rates(calibration: Calibration) -> list[str]:
     names = calibration.names
-    alone = [[_solve(calibration, {name: Target(rate=rate)}) for name in names] for rate in RATES]
+    alone = [[solve(calibration, {name: Target(rate=rate)}) for name in names] for rate in RATES]
     parts = [
         "<h2>From rates to biases</h2>",
         "<p>The bias that refuses a share of a category's own prompts, asked for alone. Below it: "
@@ -186,7 +185,7 @@ def _rates(calibration: Calibration) -> list[str]:
     ]
     if len(names) == 1:
         return parts
-    together = [_solve(calibration, {name: Target(rate=rate) for name in names}) for rate in RATES]
+    together = [solve(calibration, {name: Target(rate=rate) for name in names}) for rate in RATES]
     return [
         *parts,
         "<p>All categories asked for the same rate at once; what one refuses of another's prompts "
@@ -228,7 +227,7 @@ def _bounded(
     calibration: Calibration, at: int | None, targets: Mapping[str, Target], total: float | None
 ) -> Cell:
     try:
-        solution = _solve(calibration, targets, total)
+        solution = solve(calibration, targets, total)
     except RequestError as error:
         return error.message, "warn"
     if at is not None:
@@ -262,18 +261,6 @@ def _provenance(calibration: Calibration) -> list[str]:
     }
     rows: list[list[Cell]] = [[key, (value, "text")] for key, value in entries.items()]
     return ["<h2>Where this comes from</h2>", _table(("what", "value"), rows)]
-
-
-def _solve(
-    calibration: Calibration, targets: Mapping[str, Target], total: float | None = None
-) -> Solution:
-    return solve(
-        calibration,
-        targets,
-        rule=Rule.GREEDY,
-        temperature=0.0,
-        total_false_refusal_rate=total,
-    )
 
 
 def _cell(solution: Solution, at: int) -> Cell:
