@@ -5,16 +5,18 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from starlette.datastructures import Headers
 
 from models.errors import ConfigError
-from server import metrics
+from server import daemons, metrics
 from server.dials import Resolution
 from server.policies import Caller, PolicyBook
 from server.policy_loading import Served, default_policies, load_policies
 from server.settings import Settings
+from server.yaml_lines import READ_TIMEOUT_S
 
 # A changed file is read when two looks in a row found the same, so not while it is written.
 LOOK_EVERY_S = 0.5
@@ -45,8 +47,6 @@ class Policies:
         self._defaults = settings.defaults
         self._api_keys: tuple[str, ...] = ()
         self._tried: _Stamp = None
-        self._reloading = asyncio.Lock()
-        self._reload_tasks: set[asyncio.Task[bool]] = set()
         self.book = self._load()
 
     def caller(self, headers: Headers) -> Caller:
@@ -84,55 +84,59 @@ class Policies:
         if self._path is None:
             yield
             return
-        ended = asyncio.Event()
-        task = asyncio.create_task(self._watch(self._path, ended, every_s))
+        hung_up = asyncio.Event()
+        task = asyncio.create_task(self._watch(self._path, hung_up, every_s))
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up, self._path)
+        loop.add_signal_handler(signal.SIGHUP, hung_up.set)
         try:
             yield
         finally:
             # Not the default again: that would end the process on a late signal.
             loop.remove_signal_handler(signal.SIGHUP)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            ended.set()
-            await task
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
-    def _hang_up(self, path: Path) -> None:
-        task = asyncio.get_running_loop().create_task(self._reload(path))
-        self._reload_tasks.add(task)
-        task.add_done_callback(self._reload_tasks.discard)
-
-    async def _watch(self, path: Path, ended: asyncio.Event, every_s: float) -> None:
+    async def _watch(self, path: Path, hung_up: asyncio.Event, every_s: float) -> None:
         seen = self._tried
-        while not ended.is_set():
+        while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), every_s)
-            found = _stamp(path)
-            if found == seen and found != self._tried:
+                await asyncio.wait_for(hung_up.wait(), every_s)
+            reads = hung_up.is_set()
+            hung_up.clear()
+            looking = asyncio.wrap_future(daemons.start(partial(_stamp, path)))
+            await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
+            if not looking.done():  # one look waits for a mount that hangs, however long it hangs
+                self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
+                reads = True
+            found = await looking
+            if reads or (found == seen and found != self._tried):
                 await self._reload(path)
             seen = found
 
-    async def _reload(self, path: Path) -> bool:
-        async with self._reloading:
-            self._tried = _stamp(path)
-            try:
-                book = await asyncio.to_thread(load_policies, path, self.served)
-            except ConfigError as error:
-                _log.error("the policies stay as they were: %s", error.message)
-            except Exception:  # noqa: BLE001  a fault of ours must not end the watch
-                _log.exception("the policies stay as they were")
-            else:
-                self.book = book
-                metrics.count_reload(valid=True)
-                _log.info("%s is in force: %s", path, ", ".join(book.policies))
-                return True
+    async def _reload(self, path: Path) -> None:
+        try:
+            book = await asyncio.wrap_future(daemons.start(self._load))
+        except ConfigError as error:
+            self._stay(error.message)
+        except Exception:  # noqa: BLE001  a fault of ours must not end the watch
+            _log.exception("the policies stay as they were")
             metrics.count_reload(valid=False)
-            return False
+        else:
+            self.book = book
+            metrics.count_reload(valid=True)
+            _log.info("%s is in force: %s", path, ", ".join(book.policies))
+
+    def _stay(self, why: str) -> None:
+        metrics.count_reload(valid=False)
+        _log.error("the policies stay as they were: %s", why)
 
     def _load(self) -> PolicyBook:
         if self._path is None:
             return default_policies(self._defaults, self.served, self._api_keys)
-        self._tried = _stamp(self._path)
+        with suppress(TimeoutError):  # then the file cannot be read either
+            self._tried = daemons.start(partial(_stamp, self._path)).result(READ_TIMEOUT_S)
         book = load_policies(self._path, self.served)
         metrics.POLICY_FILE_VALID.set(1)
         return book

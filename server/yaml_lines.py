@@ -1,12 +1,19 @@
 """YAML with the line of every field, so that an error says where to look."""
 
+import os
+import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from models.errors import ConfigError
+from server import daemons
+
+MOST_BYTES = 2**22
+READ_TIMEOUT_S = 5.0
 
 FieldPath = tuple[str | int, ...]
 
@@ -52,7 +59,11 @@ class YamlFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            text = path.read_text(encoding="utf-8")
+            text = daemons.start(partial(_read, path)).result(READ_TIMEOUT_S)
+        except TimeoutError as error:
+            raise FileError(
+                [f"{path}: it cannot be read: no answer within {READ_TIMEOUT_S:g} s"]
+            ) from error
         except OSError as error:
             raise FileError([f"{path}: it cannot be read: {error.strerror}"]) from error
         except UnicodeDecodeError as error:
@@ -98,6 +109,17 @@ class YamlFile:
     def _at_mark(self, error: yaml.MarkedYAMLError) -> str:
         mark = error.problem_mark or error.context_mark
         return f"{self.path}:{mark.line + 1}" if mark else str(self.path)
+
+
+def _read(path: Path) -> str:
+    # Opening a FIFO would wait for a writer.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileError([f"{path}: it cannot be read: it is no regular file"])
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise FileError([f"{path}: it cannot be read: it has more than {MOST_BYTES} bytes"])
+    return raw.decode("utf-8")
 
 
 def _dotted(path: FieldPath) -> str:

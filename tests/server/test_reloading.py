@@ -1,6 +1,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from prometheus_client import REGISTRY
 from models.errors import ConfigError, UnknownCallerError
 from server.reloading import Policies
 from server.settings import Settings
+from tests.server.hanging import HangingPath
 from tests.server.policybooks import ACME_KEY, TWO_TENANTS, headers, served
 
 STRICTER = TWO_TENANTS.replace("safety: 0.8}", "safety: 0.85}")
@@ -25,7 +29,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def opened(path: Path) -> Policies:
-    return Policies(Settings(policy_file=path), served())
+    # Made without validation, which would make another path of it.
+    return Policies(Settings.model_construct(policy_file=path), served())
 
 
 def desk_floor(policies: Policies) -> float:
@@ -42,7 +47,7 @@ def is_valid() -> bool:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not true():
             await asyncio.sleep(SOON_S)
 
@@ -137,6 +142,62 @@ def test_bad_file_is_told_once_and_not_at_every_look(path: Path) -> None:
 
     watch(policies, change())
     assert (reloads("bad"), reloads("ok")) == (bad + 1, ok)
+
+
+def test_fifo_in_the_files_place_is_a_bad_file_like_any_other(path: Path) -> None:
+    policies = opened(path)
+    before, count = desk_floor(policies), reloads("bad")
+
+    async def change() -> None:
+        path.unlink()
+        os.mkfifo(path)
+        await until(lambda: reloads("bad") == count + 1)
+        path.unlink()
+        path.write_text(STRICTER)
+        await until(lambda: desk_floor(policies) > before)
+
+    watch(policies, change())
+    assert is_valid()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        opened(path)
+
+
+def test_mount_that_hangs_is_told_and_read_when_it_answers(path: Path) -> None:
+    policies = opened(HangingPath(path))
+    threads, bad, ok = threading.active_count(), reloads("bad"), reloads("ok")
+
+    async def change() -> None:
+        with HangingPath.hangs():
+            await until(lambda: reloads("bad") == bad + 1)
+            assert not is_valid()
+            assert threading.active_count() == threads + 1
+        await until(lambda: reloads("ok") == ok + 1)
+
+    watch(policies, change())
+    assert is_valid()
+
+
+def test_mount_that_hangs_keeps_no_process_from_its_end(path: Path) -> None:
+    script = f"""
+import asyncio
+from server.reloading import Policies
+from server.settings import Settings
+from tests.server.hanging import HangingPath
+from tests.server.policybooks import served
+
+policies = Policies(Settings.model_construct(policy_file=HangingPath({str(path)!r})), served())
+
+async def serve():
+    async with policies.watching(0.001):
+        hangs.__enter__()
+        await asyncio.sleep(0.1)
+
+hangs = HangingPath.hangs()
+asyncio.run(serve())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_callers_in_flight_keep_the_policy_that_they_began_with(path: Path) -> None:

@@ -1,8 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from server.yaml_lines import FieldPath, FileError, Problem, YamlFile
+from server.yaml_lines import MOST_BYTES, FieldPath, FileError, Problem, YamlFile
+from tests.server.hanging import HangingPath
 
 TEXT = """\
 # a comment
@@ -123,6 +125,30 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     latin.write_bytes(b"a: \xff\n")
     with pytest.raises(FileError, match="it is no UTF-8"):
         YamlFile(latin)
+
+
+def test_file_that_is_none_is_not_read(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.yaml"
+    os.mkfifo(fifo)
+    for path in (fifo, Path("/dev/zero")):
+        with pytest.raises(FileError, match="it cannot be read: it is no regular file"):
+            YamlFile(path)
+
+
+def test_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    path.touch()
+    os.truncate(path, MOST_BYTES + 1)
+    with pytest.raises(FileError, match=f"it has more than {MOST_BYTES} bytes"):
+        YamlFile(path)
+
+
+def test_mount_that_hangs_is_one_line() -> None:
+    with HangingPath.hangs(), pytest.raises(FileError) as caught:
+        YamlFile(HangingPath("/nowhere/policies.yaml"))
+    assert caught.value.problems == (
+        "/nowhere/policies.yaml: it cannot be read: no answer within 5 s",
+    )
 
 
 def test_document_that_holds_itself_ends(tmp_path: Path) -> None:
