@@ -4,6 +4,7 @@ RheostatError
 ├── RequestError           the caller can mend it (HTTP 4xx)
 │   ├── UnknownCallerError nobody that the server knows is calling (401)
 │   │   └── ExpiredKeyError   somebody whose key has expired is
+│   ├── ContextLengthError the prompt is longer than the model's context allows (400)
 │   └── NotAllowedError    the caller's policies do not allow it (403)
 └── ServiceError           the operator can mend it (HTTP 5xx; one line and exit 1 on the CLI)
     ├── CheckpointError    the model folder does not keep the contract of models/manifest.py
@@ -57,6 +58,15 @@ class RequestError(RheostatError):
         self.param = param
         self.status = status
         self.headers = headers
+
+
+class ContextLengthError(RequestError):
+    """A prompt that the model's context has no place for."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, status=400)
 
 
 class UnknownCallerError(RequestError):

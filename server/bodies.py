@@ -5,7 +5,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import Message, Receive
 
 from models.errors import RequestError
@@ -74,19 +73,6 @@ def encode(value: Any) -> bytes:
         return _ENCODER.encode(value).encode()
     except RecursionError as error:  # what could just be read may be too deep to write again
         raise RequestError("the body nests too deeply", status=400) from error
-
-
-def error_response(error: RequestError) -> Response:
-    """Returns OpenAI's error body for an error of ours."""
-    body = {
-        "error": {
-            "message": error.message,
-            "type": "invalid_request_error",
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-    return Response(encode(body), error.status, error.headers, media_type="application/json")
 
 
 def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from models.controls import Controls
 from models.errors import RequestError
 from server.dials import Resolution
+from server.error_shape import Failure
 
 # Where the caller stands in the ASGI scope (server/policies.py), once it is known.
 CALLER = "rheostat.caller"
@@ -56,6 +57,8 @@ class Steering:
         beam_start: Length of the prompt before the beams.
         policy: Name of the policy that the request follows.
         request_ids: vLLM's, by call.
+        started: Whether the engine has put out anything of the answer.
+        failure: Why the engine rejected the request, or failed.
     """
 
     dials: Resolution
@@ -74,6 +77,8 @@ class Steering:
     beam_start: int = 0
     policy: str = DEFAULT_POLICY
     request_ids: list[str] = field(default_factory=list)
+    started: bool = False
+    failure: Failure | None = None
 
     @property
     def controls(self) -> Controls:

@@ -54,6 +54,7 @@ from models.manifest import Manifest
 from models.tokens import single_id
 from server.context import STEERING, Decision, Steering
 from server.dials import Resolution
+from server.error_shape import Failure, failure, failure_of
 from server.flags import refuse_switched_on, refuse_unserved
 from server.gate import Gate
 from server.generation import Generation, Outputs
@@ -124,6 +125,7 @@ class SteeredLLM(AsyncLLM):
             try:
                 steering.adapt()
             except RequestError as error:
+                steering.failure = failure_of(error)
                 raise self.vllm_error(error) from error
         call = steering.next_call()
         steering.request_ids.append(request_id)
@@ -176,6 +178,11 @@ class SteeredLLM(AsyncLLM):
         """Returns vLLM's error for one of ours; see server/generation.py."""
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)
+
+    def failure(self, error: Exception) -> Failure:
+        """Returns what the client is told of an error of vLLM's; see server/generation.py."""
+        told = create_error_response(error).error
+        return failure(told.code, told.message, told.param)
 
 
 async def _merged(streams: Sequence[Outputs], kind: RequestOutputKind) -> Outputs:

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.errors import RequestError, UnknownCallerError
 from server import metrics
 from server.access import Access, AccessTable, Route, route_path
-from server.bodies import error_response, read_body, replay_body
+from server.bodies import read_body, replay_body
 from server.context import BODY, CALLER
 from server.credentials import hash_key, presented_keys
-from server.error_shape import ErrorShape
+from server.error_shape import ErrorShape, error_response
 from server.fields import LOAD_HEADER, refuse_fields
 from server.limits import check_head, read_json
 from server.policies import CallerSource
@@ -43,8 +43,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["method"] != "HEAD":  # which has no body to shape
-            send = ErrorShape(send)
+        send = ErrorShape(send, route_path(scope))
         route: Route | None = None
         try:
             check_head(scope, self._settings)

@@ -16,6 +16,7 @@ from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.context import Decision, Steering
+from server.error_shape import Failure, failure_of
 from server.hiding import Hider, drop_first_token
 from server.margins import MarginBoard, Margins, Ticket
 from server.prompts import (
@@ -73,6 +74,9 @@ class Engine(Protocol):
 
     def vllm_error(self, error: RequestError) -> Exception:
         """Returns what vLLM's routes answer as the error says."""
+
+    def failure(self, error: Exception) -> Failure:
+        """Returns what vLLM's routes would tell of an error of vLLM's."""
 
 
 class Generation:
@@ -143,9 +147,14 @@ class Generation:
                 async for output in stream:
                     hider.hide(output, visible)
                     self._note_refusals(output)
+                    self.steering.started = True
                     yield output
         except RequestError as error:
+            self.steering.failure = failure_of(error)
             raise self.engine.vllm_error(error) from error
+        except Exception as error:
+            self.steering.failure = self.engine.failure(error)
+            raise
 
     def _unmarked(self, prompt: Any) -> Any:
         kept = without_id(prompt, self.engine.mark_id)

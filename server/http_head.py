@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from models.errors import RequestError
-from server.bodies import error_response
+from server.error_shape import error_response
 
 # Far above the gate's own bounds (server/limits.py), which are exact.
 MOST_HEAD_BYTES = 2**20

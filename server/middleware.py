@@ -1,19 +1,18 @@
 """Pure ASGI: reads the ``refusal`` object before vLLM's handler, shapes the answer after it."""
 
-import json
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.errors import NotAllowedError, RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.access import route_path
+from server.answer import Answer
 from server.bodies import (
     encode,
-    error_response,
     flag,
     parse_body,
     read_body,
@@ -22,7 +21,7 @@ from server.bodies import (
 )
 from server.context import BODY, STEERING, Steering
 from server.credentials import now
-from server.events import SEPARATOR, shape_events
+from server.error_shape import RESPONSES, error_response
 from server.guard import Guard
 from server.policies import ActivePolicy, CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
@@ -30,7 +29,7 @@ from server.score import SCORE
 from server.settings import Settings
 from server.shaping import Shaper
 from server.trace import DecisionTrace, Traced
-from server.turns import RESPONSES, open_turns
+from server.turns import open_turns
 from server.verdicts import Verdicts
 
 INVOCATIONS = "/invocations"
@@ -102,7 +101,7 @@ class RefusalMiddleware:
         await self._app(scope, replay_body(raw, receive), send)
 
     async def _count(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = _Answer(send)
+        answer = Answer(send, path)
         try:
             if path == SCORE:  # it reads its body itself
                 await self._app(scope, receive, answer)
@@ -111,7 +110,7 @@ class RefusalMiddleware:
         finally:
             metrics.count_request(path, answer.status)
 
-    async def _steer(self, path: str, scope: Scope, receive: Receive, send: "_Answer") -> None:
+    async def _steer(self, path: str, scope: Scope, receive: Receive, send: Answer) -> None:
         received = now() if self._trace is not None else None
         try:
             caller = caller_of(scope, self._callers)
@@ -131,6 +130,7 @@ class RefusalMiddleware:
             return
         verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))
         send.shape(
+            steering,
             Shaper(verdicts, echo=flag(body, "echo")),
             self._guard.mark.encode() if steering.marked else b"",
         )
@@ -139,9 +139,8 @@ class RefusalMiddleware:
             await self._app(scope, replay_body(raw, receive), send)
         except RuntimeError as error:
             # What starlette makes of an error that it has an answer for, but no place any more.
-            if path != RESPONSES or error.__cause__ is None or not send.streams:
+            if error.__cause__ is None or not await send.end_failed():
                 raise
-            await send.end_with(error.__cause__)
         finally:
             STEERING.reset(token)
             if self._trace is not None and received is not None:
@@ -208,114 +207,6 @@ def _choices_per_prompt(body: dict[str, Any]) -> int:
 
 def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-
-
-class _Answer:
-    """Passes an answer on: as it is, or shaped as a whole, or event by event.
-
-    Args:
-        send: Where it goes.
-
-    Attributes:
-        status: HTTP's; 500 until it is known, for what ends without an answer.
-        streams: Whether it comes event by event.
-    """
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._shaper: Shaper | None = None
-        self._mark = b""
-        self._held_start: Message | None = None
-        self._shapes = False
-        self._buffer = b""
-        self._events_sent = 0
-        self.status = 500
-        self.streams = False
-
-    def shape(self, shaper: Shaper, mark: bytes) -> None:
-        """Shapes what comes from here on.
-
-        Args:
-            shaper: Shapes it.
-            mark: What the guard put into the request, taken out of answers that repeat it.
-        """
-        self._shaper = shaper
-        self._mark = mark
-
-    async def end_with(self, error: BaseException) -> None:
-        """Ends a stream of the Responses API with its error event."""
-        event = {
-            "type": "error",
-            "code": "invalid_request",
-            "message": str(error.args[0]) if error.args else str(error),
-            "param": getattr(error, "parameter", None),
-            "sequence_number": self._events_sent,
-        }
-        body = b"event: error\ndata: " + self._unmarked(encode(event)) + SEPARATOR
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._start(message)
-        elif self._held_start is not None:
-            await self._whole(message)
-        elif self.streams:
-            await self._events(message)
-        else:
-            await self._send(message)
-
-    async def _start(self, message: Message) -> None:
-        if self._shaper is None:
-            await self._send_start(message)
-            return
-        content_type = Headers(raw=message["headers"]).get("content-type", "")
-        self.streams = content_type.startswith("text/event-stream")
-        if self.streams:
-            await self._send_start(message)
-            return
-        if message["status"] == 200:
-            message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
-            self._shapes = self._shaper.needed and content_type.startswith("application/json")
-        if self._shapes or self._mark:
-            self._held_start = message
-        else:
-            await self._send_start(message)
-
-    async def _send_start(self, message: Message) -> None:
-        self.status = message["status"]
-        await self._send(message)
-
-    async def _whole(self, message: Message) -> None:
-        self._buffer += message.get("body", b"")
-        if message.get("more_body", False):
-            return
-        start = self._held_start
-        assert start is not None
-        body = self._buffer
-        if self._shapes and self._shaper is not None:
-            body = encode(self._shaper.shape_answer(json.loads(body)))
-        body = self._unmarked(body)
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["content-length"] = str(len(body))
-        await self._send_start({**start, "headers": headers.raw})
-        await self._send({"type": "http.response.body", "body": body})
-
-    def _unmarked(self, body: bytes) -> bytes:
-        return body.replace(self._mark, b"") if self._mark else body
-
-    async def _events(self, message: Message) -> None:
-        self._buffer += message.get("body", b"")
-        events, end, self._buffer = self._buffer.rpartition(SEPARATOR)
-        more = message.get("more_body", False)
-        if events and self._shaper is not None and self._shaper.needed:
-            events = shape_events(events, self._shaper.shape_event)
-            end = end if events else b""
-        body = events + end
-        if not more:
-            body += self._buffer
-        self._events_sent += body.count(SEPARATOR)
-        if body or not more:
-            await self._send({**message, "body": self._unmarked(body)})
 
 
 def _with_length(scope: Scope, length: int) -> Scope:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from models.errors import RequestError
+from models.errors import ContextLengthError, RequestError
 
 _CLIENT_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
 
@@ -60,11 +60,10 @@ def check_length(ids: Sequence[int], context: int) -> None:
     """
     longest = context - 2
     if len(ids) > longest:
-        raise RequestError(
+        raise ContextLengthError(
             f"the prompt has {len(ids)} tokens and may have {longest}: the decision and the "
             "first token of the answer need a place each",
             param="messages",
-            status=400,
         )
 
 

@@ -9,12 +9,13 @@ from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.errors import RequestError, ServiceError
+from models.errors import RequestError
 from models.hashes import Hashes
 from models.manifest import Manifest
-from server.bodies import encode, error_response
+from server.bodies import encode
 from server.calibrations import Calibrations
 from server.dials import DEFAULT_CALIBRATION
+from server.error_shape import error_response, failure
 from server.policies import CallerSource, caller_of
 
 
@@ -91,18 +92,13 @@ def build_router(
         return {"status": "alive"}
 
     @router.get("/readyz")
-    async def readyz() -> JSONResponse:
+    async def readyz() -> Response:
         """Says whether the engine can take requests."""
         try:
             await engine.check_health()
         except Exception as error:  # noqa: BLE001  any failure of the engine means: not ready
-            problem = {
-                "message": f"the engine is not ready: {type(error).__name__}",
-                "type": "server_error",
-                "param": None,
-                "code": ServiceError.code,
-            }
-            return JSONResponse({"error": problem}, HTTPStatus.SERVICE_UNAVAILABLE)
+            told = f"the engine is not ready: {type(error).__name__}"
+            return failure(HTTPStatus.SERVICE_UNAVAILABLE, told).response()
         return JSONResponse({"status": "ready"})
 
     return router

@@ -15,9 +15,10 @@ from starlette.types import Receive
 from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
-from server.bodies import encode, error_response, parse_body, read_body, with_header_dials
+from server.bodies import encode, parse_body, read_body, with_header_dials
 from server.context import Decision, Steering
 from server.dials import Resolution
+from server.error_shape import error_response
 from server.guard import Guard
 from server.history import annotate
 from server.policies import CallerSource, caller_of

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
+from models.errors import (
+    ContextLengthError,
+    ExpiredKeyError,
+    NotAllowedError,
+    UnknownCallerError,
+)
 from server.access import ROUTES, Access
+from server.error_shape import failure
 from server.middleware import GENERATING
 from server.settings import Settings
 from tests.e2e.attacks import REFUSED
@@ -119,3 +126,20 @@ def test_fields_are_of_a_known_kind_and_the_refused_ones_are_tested() -> None:
     assert refused == set(REFUSED)
     for field, examples in REFUSED.items():
         assert {name for name, _ in examples} == set(rows[field][0]), field
+
+
+def test_page_lists_the_errors_that_clients_get() -> None:
+    rows = re.findall(
+        r"^\| ([\d, ]+) \| [^|]+ \| `(\w+)` \| `(\w+)` \| (.+) \|$", PAGE, re.MULTILINE
+    )
+    assert len(rows) == 12
+    for statuses, openai, anthropic, codes in rows:
+        for status in map(int, statuses.split(", ")):
+            told = failure(status, "m")
+            assert told.body()["error"]["type"] == openai
+            assert told.body("/v1/messages")["error"]["type"] == anthropic
+            errors = [UnknownCallerError, ExpiredKeyError, NotAllowedError, ContextLengthError]
+            own = {e.code for e in errors if e("m").status == status}
+            found = {failure(status, "m", "model").code}
+            said = set(re.findall(r"`(\w+)`", codes))
+            assert said == own | (found | {told.code} if status not in (401, 403) else set())

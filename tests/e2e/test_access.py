@@ -52,7 +52,7 @@ def test_disguised_path_reaches_no_route(server: Server, target: str) -> None:
     for method in ("POST", "GET"):
         answer = raw_request(server, target, method=method)
         assert answer.startswith("HTTP/1.1 404 "), answer
-        assert '"invalid_request_error"' in answer
+        assert '"not_found_error"' in answer
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,8 @@ def test_operators_routes_and_those_that_are_off(server: Server, route: object) 
     method, path, access, _ = route
     answer = httpx.request(method, server.url + path, timeout=30)
     assert answer.status_code == (401 if access is Access.OPERATOR else 404)
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    kind = "authentication_error" if access is Access.OPERATOR else "not_found_error"
+    assert answer.json()["error"]["type"] == kind
 
 
 def test_operator_reads_metrics_documents_and_token_ids(server: Server) -> None:

@@ -219,7 +219,7 @@ def test_deep_nesting_is_refused(server: Server) -> None:
 def test_scoring_routes_are_not_served(server: Server) -> None:
     answer = post(server, {"model": "demo"}, "/generative_scoring")
     assert answer.status_code == 404
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.json()["error"]["type"] == "not_found_error"
 
 
 def without_manifest(directory: Path) -> str:

@@ -9,6 +9,7 @@ import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.context import STEERING, Decision, Steering
+from server.error_shape import Failure
 from server.middleware import RefusalMiddleware
 from server.settings import Settings
 from tests.server.boards import everybody
@@ -38,6 +39,7 @@ class FakeServer:
     Args:
         decisions: What its engine decides, by call and choice.
         parts: The answer's body, one message each; as a stream where the media type is one.
+        failure: Why its engine rejects the request before it puts anything out.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class FakeServer:
         status: int = 200,
         media_type: str = "application/json",
         error: Exception | None = None,
+        failure: Failure | None = None,
     ) -> None:
         self.decisions = decisions or {}
         self.parts = parts
         self.status = status
         self.media_type = media_type
         self.error = error
+        self.failure = failure
         self.calls = 0
         self.raw = b""
         self.headers: dict[str, str] = {}
@@ -75,6 +79,8 @@ class FakeServer:
         if self.steering is not None:
             self.steering.decisions.update(self.decisions)
             self.steering.calls = 1 + max((call for call, _ in self.decisions), default=0)
+            self.steering.failure = self.failure
+            self.steering.started = self.failure is None
         if self.error is not None:
             raise self.error
         headers = [(b"content-type", self.media_type.encode()), (b"x-request-id", b"7")]
@@ -123,13 +129,17 @@ def send_to(
 
 
 def assert_refused(
-    answer: httpx.Response, server: FakeServer, status: int, param: str | None
+    answer: httpx.Response,
+    server: FakeServer,
+    status: int,
+    param: str | None,
+    code: str = "invalid_request",
 ) -> str:
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
     assert error["param"] == param
     assert server.calls == 0
     message: str = error["message"]

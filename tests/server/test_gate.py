@@ -72,9 +72,14 @@ def ask(
 
 def assert_refused(answer: httpx.Response, status: int, said: str = "") -> None:
     assert answer.status_code == status
+    if answer.request.url.path.startswith("/v1/messages"):
+        assert answer.json()["type"] == "error"
+        assert said in answer.json()["error"]["message"]
+        return
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
+    kinds = {401: "authentication_error", 404: "not_found_error"}
+    assert error["type"] == kinds.get(status, "invalid_request_error")
     assert said in error["message"]
 
 

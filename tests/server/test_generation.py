@@ -14,6 +14,7 @@ from models.errors import RequestError
 from models.histogram import load_margins
 from server.context import Decision, Steering
 from server.dials import Resolution
+from server.error_shape import Failure, failure
 from server.generation import Generation
 from server.hiding import Hider
 from server.margin_rows import write_rows
@@ -62,6 +63,9 @@ class FakeEngine:
         self.recorder = recorder
         self.silent = silent
         self.calls: list[tuple[list[int], Any, str]] = []
+
+    def failure(self, error: Exception) -> Failure:
+        return failure(500, str(error))
 
     async def generate_stock(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -386,3 +390,29 @@ def test_decision_that_never_came_is_an_error() -> None:
     engine = FakeEngine(silent=True)
     with pytest.raises(RequestError, match="aborted"):
         collected(generation(engine, Steering(AS_TRAINED), parameters(repetition_penalty=1.1)))
+
+
+def test_call_tells_the_http_layer_that_it_began_or_why_it_was_rejected() -> None:
+    steering = Steering(AS_TRAINED, opens_turn=True)
+    collected(generation(FakeEngine(), steering), {**PROMPT, "prompt_token_ids": OPENING})
+    assert (steering.started, steering.failure) == (True, None)
+    steering = Steering(AS_TRAINED)
+    with pytest.raises(RequestError):
+        collected(
+            generation(FakeEngine(), steering), {"type": "token", "prompt_token_ids": [1] * 15}
+        )
+    assert steering.failure is not None
+    assert steering.failure[2:] == ("messages", "context_length_exceeded")
+    assert steering.started is False
+
+
+def test_what_vllm_raises_is_told_to_the_http_layer_too() -> None:
+    class Rejecting(FakeEngine):
+        async def generate_stock(self, *_: Any, **options: Any) -> AsyncGenerator[Any, None]:
+            raise ValueError("vLLM's")
+            yield
+
+    steering = Steering(AS_TRAINED)
+    with pytest.raises(ValueError, match="vLLM's"):
+        collected(generation(Rejecting(), steering))
+    assert steering.failure == failure(500, "vLLM's")

@@ -473,7 +473,7 @@ def test_body_over_the_limit_is_413_and_read_no_further() -> None:
     server = FakeServer()
     settings = Settings(max_body_bytes=1024)
     answer = send_to(server, CHAT, b"x" * 1025, settings=settings, chunks=100)
-    message = assert_refused(answer, server, 413, None)
+    message = assert_refused(answer, server, 413, None, "request_too_large")
     assert "1024 bytes" in message
     assert send_to(server, CHAT, b"x" * 1024, settings=settings).status_code == 200
 

@@ -8,7 +8,8 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from server.context import Decision
+from server.context import STEERING, Decision
+from server.error_shape import Failure
 from server.turns import MESSAGES, RESPONSES
 from tests.server.middlewares import (
     ANSWERED,
@@ -211,35 +212,164 @@ def test_named_events_of_an_answer_pass_byte_for_byte(name: str) -> None:
     assert send_to(server, RESPONSES, {"stream": True}).content == raw
 
 
+# streams that the engine rejects
+
+TOO_LONG = Failure(400, "the prompt is too long", "messages", "context_length_exceeded")
+SHAPED = {
+    "message": "the prompt is too long",
+    "type": "invalid_request_error",
+    "param": "messages",
+    "code": "context_length_exceeded",
+}
+VLLMS = b'data: {"error": {"message": "(parameter=x)", "type": "BadRequestError", "code": 400}}'
+
+
+def opening_of(name: str, first: bytes) -> bytes:
+    raw = (RECORDED / f"{name}.sse").read_bytes()
+    return raw[: raw.index(first)]
+
+
+RESPONSE_OPENING = opening_of("response_answered", b"event: response.output_item.added")
+REJECTED = [
+    (CHAT, [VLLMS + b"\n\n", b"data: [DONE]\n\n"]),
+    (COMPLETIONS, [VLLMS + b"\n\n"]),
+    (RESPONSES, [RESPONSE_OPENING[:400], RESPONSE_OPENING[400:]]),
+    (MESSAGES, [b'event: error\ndata: {"type":"error","error":{"type":"internal_error"}}\n\n']),
+    (CHAT, [b""]),
+]
+
+
+@pytest.mark.parametrize(("path", "parts"), REJECTED, ids=[path for path, _ in REJECTED])
+def test_stream_that_the_engine_rejects_is_an_error_with_its_status(
+    path: str, parts: Parts
+) -> None:
+    server = FakeServer({}, parts, media_type="text/event-stream", failure=TOO_LONG)
+    answer = send_to(server, path, {"stream": True})
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.json() == {"error": SHAPED}
+
+
+def test_first_event_that_is_an_error_has_its_status_too() -> None:
+    vllms = b'data: {"error": {"message": "no parser", "param": "tools", "code": 501}}\n\n'
+    server = FakeServer({}, [vllms], media_type="text/event-stream")
+    answer = send_to(server, CHAT, {"stream": True})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (501, "server_error")
+
+
+def test_what_the_engine_rejects_is_told_as_it_said_it() -> None:
+    raw = b'{"error": {"message": "m (parameter=messages)", "code": 422}}'
+    server = FakeServer({}, [raw], status=422, failure=TOO_LONG)
+    answer = send_to(server, MESSAGES, {})
+    assert (answer.status_code, answer.json()) == (400, {"error": SHAPED})
+
+
+class Connection:
+    """Collects what is sent while a server behind the middleware says when the engine starts."""
+
+    def __init__(self, *steps: bytes | bool, failure: Failure | None = None) -> None:
+        self.steps = steps
+        self.failure = failure
+        self.sent: list[Message] = []
+        self.seen: list[int] = []
+
+    async def server(self, scope: Scope, receive: Receive, send: Send) -> None:
+        steering = STEERING.get()
+        assert steering is not None
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for step in self.steps:
+            if isinstance(step, bool):
+                steering.started = True
+            else:
+                await send({"type": "http.response.body", "body": step, "more_body": True})
+            self.seen.append(len(self.sent))
+        steering.failure = self.failure
+        await send({"type": "http.response.body", "body": VLLMS + b"\n\n" if self.failure else b""})
+
+    def serve(self, path: str) -> list[Message]:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b'{"stream": true}', "more_body": False}
+
+        async def send(message: Message) -> None:
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+        asyncio.run(steering_app(self.server)(scope, receive, send))
+        return self.sent
+
+
+def test_stream_begins_with_the_engines_first_output_and_is_held_no_longer() -> None:
+    first, second = b'data: {"a": 1}\n\n', b'data: {"b": 1}\n\n'
+    connection = Connection(first, True, second, b"data: [DONE]\n\n")
+    start, *bodies = connection.serve(RESPONSES)
+    assert start["status"] == 200
+    assert connection.seen == [0, 0, 2, 3]
+    assert [message["body"] for message in bodies] == [first + second, b"data: [DONE]\n\n", b""]
+
+
+def test_comment_that_keeps_a_connection_alive_is_not_held() -> None:
+    comment = b": keep-alive\n\n"
+    connection = Connection(comment, comment, failure=TOO_LONG)
+    start, *bodies = connection.serve(CHAT)
+    assert connection.seen == [2, 3]
+    assert start["status"] == 200
+    assert bodies[0]["body"] == comment
+    assert events_of(bodies[-1]["body"].decode()) == [{"error": SHAPED}]
+
+
+def test_stream_without_any_output_ends_as_vllm_ends_it() -> None:
+    start, *bodies = Connection(b"data: [DONE]\n\n").serve(CHAT)
+    assert (start["status"], b"".join(m["body"] for m in bodies)) == (200, b"data: [DONE]\n\n")
+
+
+def test_error_after_the_first_output_is_an_event_of_the_api() -> None:
+    *_, last = Connection(True, b"data: {}\n\n", failure=TOO_LONG).serve(CHAT)
+    assert events_of(last["body"].decode()) == [{"error": SHAPED}]
+    *_, last = Connection(True, b"data: {}\n\n", failure=TOO_LONG).serve(MESSAGES)
+    told = {"type": "invalid_request_error", "message": "the prompt is too long"}
+    assert events_of(last["body"].decode()) == [{"type": "error", "error": told}]
+
+
 class BreakingServer(FakeServer):
     """Fails after its parts, as starlette does where an error has an answer but comes too late."""
 
+    def __init__(
+        self, parts: Parts, media_type: str, late: Failure | None = None, *, started: bool = False
+    ) -> None:
+        super().__init__({}, parts, media_type=media_type)
+        self.late = late
+        self.started = started
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def unfinished(message: Message) -> None:
+            assert self.steering is not None
+            self.steering.started = self.started
             await send({**message, "more_body": True})
 
         await super().__call__(scope, receive, unfinished)
-        cause = ValueError("the prompt is too long")
+        assert self.steering is not None
+        self.steering.failure = self.late
+        cause = ValueError("vLLM's own")
         raise RuntimeError("Caught handled exception, but response already started.") from cause
 
 
 def test_stream_of_responses_that_fails_ends_with_its_error_event() -> None:
-    raw = (RECORDED / "response_answered.sse").read_bytes()
-    opening = raw[: raw.index(b"event: response.output_item.added")]
-    server = BreakingServer({}, [opening], media_type="text/event-stream")
+    server = BreakingServer([RESPONSE_OPENING], "text/event-stream", TOO_LONG, started=True)
     answer = send_to(server, RESPONSES, {"input": "x", "stream": True})
     *_, last = events_of(answer.text)
-    assert answer.content.startswith(opening)
-    assert last == {
-        "type": "error",
-        "code": "invalid_request",
-        "message": "the prompt is too long",
-        "param": None,
-        "sequence_number": 2,
-    }
+    assert answer.content.startswith(RESPONSE_OPENING)
+    assert last == {**SHAPED, "type": "error", "sequence_number": 2}
+
+
+def test_stream_of_responses_that_the_engine_rejects_does_not_begin() -> None:
+    server = BreakingServer([RESPONSE_OPENING], "text/event-stream", TOO_LONG)
+    answer = send_to(server, RESPONSES, {"input": "x", "stream": True})
+    assert (answer.status_code, answer.json()) == (400, {"error": SHAPED})
 
 
 def test_other_failures_of_a_server_are_no_concern_of_ours() -> None:
     for path, media_type in ((CHAT, "text/event-stream"), (RESPONSES, "application/json")):
         with pytest.raises(RuntimeError, match="already started"):
-            send_to(BreakingServer({}, [b""], media_type=media_type), path, {"input": "x"})
+            send_to(BreakingServer([b""], media_type), path, {"input": "x"})
