@@ -1,9 +1,9 @@
 """Ask for a rate, get it? Biases solved on one set of prompts, counted on another.
 
-Four questions: do the achieved rates lie where sampling alone would put them; does a category's
-rate move the others'; does a bound on false refusals hold on prompts that it has not seen; and does
-recalibration make p(refuse) more honest there. Decisions are made by `models.decision.decide` on
-margins that the engine gave, and for some cases by the server itself, asked for a rate.
+Three questions: do the achieved rates lie where sampling alone would put them; does a category's
+rate move the others'; does a bound on false refusals hold on prompts that it has not seen.
+Decisions are made by `models.decision.decide` on margins that the engine gave, and for some cases
+by the server itself, asked for a rate.
 """
 
 import argparse
@@ -31,13 +31,9 @@ from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
 from training.calibration.calibrate import Job, calibrate
-from training.calibration.margin_maps import apply_maps, log_losses
 from training.calibration.prompts import PromptFiles, read_prompts
-from training.calibration.recalibration import FITS, recalibration_report
 from training.data.rows import Row
 from training.demo_data.render import write
-from training.measure.metrics import calibration_error, refusal_probability
-from training.measure.report import refusal_scores
 from training.serving import serving, without_calibrations
 
 RATES = tuple(step / 10 for step in range(1, 10))
@@ -228,39 +224,6 @@ def pooled(first: Calibration, second: Calibration) -> Calibration:
     )
 
 
-def recalibrated(
-    calibration: Calibration, evaluation: Calibration, seed: int
-) -> dict[str, dict[str, float]]:
-    """Fits every recalibration on one set of prompts and scores p(refuse) on the other.
-
-    Returns:
-        By method, `off` first: log loss, Brier score and expected calibration error.
-    """
-    fitted = calibration.margins.astype(np.float64)
-    columns = np.where(calibration.category < 0, len(calibration.names), calibration.category)
-    margins = evaluation.margins.astype(np.float64)
-    to_refuse = evaluation.category != BENIGN
-    found = {"off": honesty(margins, to_refuse)}
-    for method, fit in FITS.items():
-        maps = fit(fitted, columns)
-        found[method] = honesty(apply_maps(maps, margins), to_refuse)
-    truth = [(*calibration.names, None)[label] for label in calibration.category]
-    choice = recalibration_report(fitted, truth, calibration.names, seed).method
-    return {
-        method: {**scores, "chosen": float(method == choice)} for method, scores in found.items()
-    }
-
-
-def honesty(margins: Floats, to_refuse: Flags) -> dict[str, float]:
-    """Returns how good p(refuse) is; less is better."""
-    scores = refusal_scores(margins)
-    return {
-        "log_loss": float(log_losses(scores, to_refuse).mean()),
-        "brier": float(((refusal_probability(scores) - to_refuse) ** 2).mean()),
-        "calibration_error": calibration_error(scores, to_refuse) or 0.0,
-    }
-
-
 async def requested(url: str, rows: Sequence[Row], refusal: dict[str, Any]) -> Flags:
     """Sends real requests and returns which of them were refused, `[rows]`."""
     slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
@@ -343,7 +306,6 @@ def experiment(
         "moved": movement(calibration, evaluation).tolist(),
         "shared": shared(calibration, evaluation).tolist(),
         "bounds": bounds,
-        "recalibration": recalibrated(calibration, evaluation, 0),
     }
 
 

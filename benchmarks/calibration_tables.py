@@ -112,14 +112,6 @@ def as_markdown(results: dict[str, Any], cases: Sequence[Case], names: Sequence[
         f"| {found['largest']:.2%} |"
         for kind, found in results["bounds"].items()
     ]
-    lines += ["", "## Is p(refuse) more honest after recalibration?", ""]
-    lines += ["| fitted on the calibration prompts | log loss | Brier | calibration error | |"]
-    lines += ["|---|---|---|---|---|"]
-    lines += [
-        f"| {method} | {found['log_loss']:.4f} | {found['brier']:.4f} "
-        f"| {found['calibration_error']:.4f} | {'chosen' if found['chosen'] else ''} |"
-        for method, found in results["recalibration"].items()
-    ]
     lines += ["", "## Real requests", ""]
     for found in results["requests"]:
         asked = ", ".join(f"{name} {rate:.0%}" for name, rate in found["asked"].items())

@@ -13,12 +13,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import CheckpointError, ConfigError
 from models.hashes import Hashes
 from models.manifest import Name
-from models.margin_maps import MarginMap
 
 CALIBRATIONS = "calibrations"
 BENIGN = -1
@@ -35,25 +34,6 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 
-class Recalibration(BaseModel):
-    """Maps that make probabilities of refusing honest; biases are read off margins as they are.
-
-    Attributes:
-        method: How they were fitted.
-        maps: By category name: from its margin to the log-odds of its prompts against benign ones,
-            mixed as in the calibration.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Literal["temperature", "temperature_per_category", "isotonic"]
-    maps: dict[Name, MarginMap]
-
-    def log_odds(self, category: str, margin: float) -> float:
-        """Returns a category's margin, made honest."""
-        return self.maps[category].at(margin)
-
-
 class CalibrationInfo(BaseModel):
     """What a calibration says about itself.
 
@@ -67,11 +47,18 @@ class CalibrationInfo(BaseModel):
         seeds: Seeds of everything that was drawn, by what they were for.
         job_sha256: Hash of all that the margins depend on: checkpoint, prompts in their order,
             the engine's flags; absent where something else than `rheostat calibrate` wrote it.
-        recalibration: Absent where it does not help on prompts that it was not fitted on.
         rheostat: Version of the package that wrote the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_recalibration(cls, values: Any) -> Any:
+        # Earlier versions kept maps of probabilities in the file; no bias was read off them.
+        if isinstance(values, dict):
+            return {field: value for field, value in values.items() if field != "recalibration"}
+        return values
 
     version: Literal[1] = 1
     name: Name
@@ -81,7 +68,6 @@ class CalibrationInfo(BaseModel):
     data_sha256: dict[str, str] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)
     job_sha256: str | None = None
-    recalibration: Recalibration | None = None
     rheostat: str
 
 
@@ -253,12 +239,6 @@ def _check_shapes(calibration: Calibration) -> None:
                 f"{field} has the shape {list(actual)}; {n} prompts and {k} categories need "
                 f"{list(shape)}"
             )
-    recalibration = calibration.info.recalibration
-    if recalibration is not None and set(recalibration.maps) != set(calibration.names):
-        raise ConfigError(
-            f"the recalibration maps {', '.join(recalibration.maps)}, the categories are "
-            f"{', '.join(calibration.names)}"
-        )
     if len(set(calibration.names)) < k:
         raise ConfigError(f"a category name stands twice in {', '.join(calibration.names)}")
 

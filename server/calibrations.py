@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from models.calibration import (
     Calibration,
-    Recalibration,
     list_calibrations,
     load_calibration,
     verify,
@@ -100,10 +99,6 @@ class Calibrations:
             return bias_alone(self._loaded[name], category, target)
         except RequestError as error:
             raise RequestError(f"{param}: {error.message}", param=param) from error
-
-    def recalibration(self, name: str) -> Recalibration | None:
-        """Returns what makes a calibration's probabilities honest, where it knows it."""
-        return self._loaded[name].info.recalibration
 
     def prompts(self, name: str, category: str) -> int:
         """Returns how many prompts of a category a calibration has."""

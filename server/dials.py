@@ -204,7 +204,6 @@ class DialBoard:
                 solution,
                 wanted.asked,
                 question.total,
-                self.calibrations.recalibration(name),
                 clamped=sides,
             )
         named = tuple(target is not None for target in question.targets)

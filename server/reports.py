@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from models.calibration import Recalibration
 from models.controls import Controls, refused_by_own_rule
 from models.solver import Interval, Solution, Target
 from server.bounds import Side
@@ -52,9 +51,6 @@ class DecisionReport(BaseModel):
 
     Attributes:
         probability: The model's own p_c / (p_c + p_respond), before the bias.
-        recalibrated_probability: The same, made honest on the calibration's prompts: the share of
-            the category's own prompts among those and benign ones of such a margin. Absent where
-            the calibration found that nothing surely helps.
         margin: The model's own log-odds, ``z_c - z_respond``. Both are none where the checkpoint
             is so broken that it gives no finite number.
         bias: What was added; ``never`` and ``always`` stand for the infinities.
@@ -68,7 +64,6 @@ class DecisionReport(BaseModel):
     margin: float | None
     bias: float | Literal["never", "always"]
     refused: bool
-    recalibrated_probability: float | None = None
     expected: ExpectedReport | None = None
     clamped: Side | None = None
 
@@ -108,7 +103,6 @@ class Forecast(BaseModel):
         calibration: Its name.
         categories: In manifest order.
         total: All dials together.
-        recalibration: What makes probabilities honest, where the calibration knows it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -116,7 +110,6 @@ class Forecast(BaseModel):
     calibration: str
     categories: tuple[ExpectedReport, ...]
     total: TotalReport
-    recalibration: Recalibration | None = None
 
 
 def forecast(
@@ -124,7 +117,6 @@ def forecast(
     solution: Solution,
     targets: Sequence[Target | None],
     total: float | None,
-    recalibration: Recalibration | None = None,
     clamped: Container[int] = (),
 ) -> Forecast:
     """Puts a solution into the words of a report.
@@ -134,7 +126,6 @@ def forecast(
         solution: What the solver found.
         targets: What was asked of each category, in manifest order.
         total: The bound of all categories together, where one was asked.
-        recalibration: The calibration's.
         clamped: Categories, by index, that got a policy's bound instead of what was asked.
     """
     return Forecast(
@@ -155,7 +146,6 @@ def forecast(
             false_refusal_rate_interval=solution.total_false_refusal_interval,
             asked=total,
         ),
-        recalibration=recalibration,
     )
 
 
@@ -174,7 +164,6 @@ def build_report(
     margins: Sequence[float],
     controls: Controls,
     predicted: Forecast | None = None,
-    recalibration: Recalibration | None = None,
     clamped: Mapping[str, Side] | None = None,
     replaced_decision: str | None = None,
 ) -> RefusalReport:
@@ -186,7 +175,6 @@ def build_report(
         margins: fp32 log-odds, one a category.
         controls: The request's effective dials.
         predicted: What a calibration says of them.
-        recalibration: What makes probabilities honest, where nothing is predicted here.
         clamped: Categories whose dial was moved to a bound of the policy's, with the bound.
         replaced_decision: The rule that was asked for, where it was not followed.
     """
@@ -202,16 +190,10 @@ def build_report(
     }
     report = RefusalReport(refused=category is not None, category=category, decisions=decisions)
     if predicted is not None:
-        recalibration = predicted.recalibration
         report.calibration = predicted.calibration
         report.expected = predicted.total
         for decision, expected in zip(decisions.values(), predicted.categories, strict=True):
             decision.expected = expected
-    if recalibration is not None:
-        for name, decision in decisions.items():
-            if decision.margin is not None:
-                honest = recalibration.log_odds(name, decision.margin)
-                decision.recalibrated_probability = _sigmoid(honest)
     for name, side in (clamped or {}).items():
         decisions[name].clamped = side
     if replaced_decision is not None:

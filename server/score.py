@@ -205,13 +205,11 @@ class ScoreRoute:
         assert decision.margins is not None
         names = self._manifest.names
         category = None if decision.category is None else names[decision.category]
-        honest = dials.forecast.recalibration if dials.forecast is not None else None
         report = build_report(
             names,
             category,
             decision.margins,
             dials.controls,
-            recalibration=honest,
             clamped=dict(dials.clamped),
             replaced_decision=dials.replaced_decision,
         )

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from models.calibration import (
     BENIGN,
     Calibration,
-    Recalibration,
+    CalibrationInfo,
     calibration_path,
     list_calibrations,
     load_calibration,
@@ -26,7 +26,6 @@ from models.calibration import (
 )
 from models.errors import CheckpointError, ConfigError
 from models.hashes import checkpoint_hashes
-from models.margin_maps import MarginMap
 from tests.models.margins import HASHES, NAMES, info, random_calibration
 
 ROOT = Path(__file__).parents[2]
@@ -126,35 +125,17 @@ def test_category_name_that_stands_twice_is_named() -> None:
         Calibration(**arrays(), info=info(["safety", "safety"]))
 
 
-def test_info_refuses_unknown_fields_and_wrong_temperatures() -> None:
+def test_info_refuses_unknown_fields() -> None:
     with pytest.raises(ValidationError, match="extra"):
         type(info(NAMES)).model_validate({**info(NAMES).model_dump(), "colour": "red"})
-    with pytest.raises(ValidationError, match="must increase strictly"):
-        Recalibration.model_validate(
-            {"method": "isotonic", "maps": {"safety": {"knots": [[0, 1], [1, 0]]}}}
-        )
-
-
-def test_recalibration_is_kept_in_the_file_and_maps_margins(tmp_path: Path) -> None:
-    calibration = random_calibration(1, k=2)
-    halved = MarginMap(slope_below=0.5, slope_above=0.5)
-    stepped = MarginMap(knots=((-1.0, -3.0), (1.0, 1.0)))
-    maps = dict(zip(NAMES, (halved, stepped), strict=False))
-    found = Recalibration(method="isotonic", maps=maps)
-    fitted = calibration.info.model_copy(update={"recalibration": found})
-    loaded = load_calibration(save_calibration(tmp_path, replace(calibration, info=fitted)))
-    kept = loaded.info.recalibration
-    assert kept == found
-    assert kept is not None
-    assert kept.log_odds(NAMES[0], 3.0) == 1.5
-    # Midway between the knots, and one beyond the last.
-    assert [kept.log_odds(NAMES[1], margin) for margin in (0.0, 2.0)] == [-1.0, 2.0]
-    other = Recalibration(method="isotonic", maps={NAMES[0]: halved})
-    with pytest.raises(ConfigError, match="maps humanizing, the categories are humanizing, inc"):
-        replace(calibration, info=calibration.info.model_copy(update={"recalibration": other}))
 
 
 # --- files -----------------------------------------------------------------------------------
+
+
+def test_file_of_an_earlier_version_with_recalibration_loads() -> None:
+    values = {**random_calibration(1).info.model_dump(mode="json"), "recalibration": {"maps": {}}}
+    assert CalibrationInfo.model_validate_json(json.dumps(values)) == random_calibration(1).info
 
 
 def test_saved_calibration_loads_unchanged(tmp_path: Path) -> None:

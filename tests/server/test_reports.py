@@ -3,9 +3,7 @@ import math
 
 import pytest
 
-from models.calibration import Recalibration
 from models.controls import Controls, Rule
-from models.margin_maps import MarginMap
 from models.solver import Target
 from server.calibrations import Question
 from server.reports import build_report, forecast
@@ -13,22 +11,6 @@ from tests.server.boards import calibrations
 
 NAMES = ["safety", "humanizing"]
 INF = math.inf
-
-
-def test_recalibrated_probability_stands_beside_the_models_own() -> None:
-    halved = MarginMap(slope_below=0.5, slope_above=0.5)
-    stepped = MarginMap(((0.0, -math.log(3)),))
-    maps = dict(zip(NAMES, (halved, stepped), strict=True))
-    found = Recalibration(method="isotonic", maps=maps)
-    report = build_report(
-        NAMES, None, (2 * math.log(3), math.nan), Controls.as_trained(2), recalibration=found
-    ).to_json()
-    first, second = (report["decisions"][name] for name in NAMES)
-    assert first["probability"] == pytest.approx(0.9)
-    assert first["recalibrated_probability"] == pytest.approx(0.75)
-    assert "recalibrated_probability" not in second
-    own = build_report(NAMES, None, (0.0, 0.0), Controls.as_trained(2), recalibration=found)
-    assert own.decisions[NAMES[1]].recalibrated_probability == pytest.approx(0.25)
 
 
 def test_report_by_hand() -> None:

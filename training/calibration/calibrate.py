@@ -33,7 +33,6 @@ from models.errors import ConfigError, EvaluationError
 from models.hashes import Hashes, checkpoint_hashes
 from training.calibration.partial_scores import PartialScores, remove_partial
 from training.calibration.prompts import PromptFiles, identified, read_prompts, repeated
-from training.calibration.recalibration import recalibrated
 from training.calibration.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
 from training.data.rows import Row
 from training.serving import serving, without_calibrations
@@ -145,9 +144,7 @@ def calibrate(job: Job, console: Console) -> Measured:
         missing = partial.missing(len(rows))
         seconds = _score(job, rows, info, partial, console) if missing else 0.0
         margins, log_normaliser = partial.arrays(len(rows))
-        calibration = recalibrated(
-            Calibration(margins, log_normaliser, _indices(rows, names), info)
-        )
+        calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
         _remove_unfinished(path)
         save_calibration(job.folder, calibration)
         partial.remove()

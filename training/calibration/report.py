@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from models.calibration import Calibration
-from models.errors import ConfigError, EvaluationError, RequestError
+from models.errors import ConfigError, RequestError
 from models.solver import Expected, Interval, Solution, Target, solve
 from training.calibration.figures import figures
-from training.calibration.recalibration import recalibration_of
 from training.measure.figures import DPI
 
 if TYPE_CHECKING:
@@ -111,7 +110,6 @@ def report(calibration: Calibration) -> str:
         *_pictures(figures(calibration)),
         *_rates(calibration),
         *_bounds(calibration),
-        *_recalibration(calibration),
         *_provenance(calibration),
     ]
     return (
@@ -234,22 +232,6 @@ def _bounded(
         return f"{_bias(solution.biases[at])}|refuses {_percent(solution.expected[at].rate)}"
     own = np.array([expected.rate for expected in solution.expected])
     return f"{_bias(solution.biases[0])}|refuses {own.min():.0%} to {own.max():.0%}"
-
-
-def _recalibration(calibration: Calibration) -> list[str]:
-    if not calibration.benign:
-        return []
-    try:
-        lines = recalibration_of(calibration).lines()
-    except EvaluationError as error:
-        lines = [error.message]
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return [
-        "<h2>Would recalibration make p(refuse) more honest?</h2>",
-        "<p>Fitted on one half of the prompts, scored on the other. What helps goes into the "
-        "calibration, and reports then carry a recalibrated probability; biases, rates and bounds "
-        f"do not change.</p><ul>{items}</ul>",
-    ]
 
 
 def _provenance(calibration: Calibration) -> list[str]:

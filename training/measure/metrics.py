@@ -178,32 +178,9 @@ def calibration_error(scores: Floats, to_refuse: Flags, bins: int = BINS) -> flo
     """
     if not scores.size:
         return None
-    whole = np.ones((1, scores.size), dtype=np.int64)
-    return float(calibration_errors(scores, to_refuse, whole, bins)[0])
-
-
-def calibration_errors(
-    scores: Floats, to_refuse: Flags, counts: NDArray[np.int64], bins: int = BINS
-) -> Floats:
-    """Returns the calibration error of each of many resamples of the same rows.
-
-    Args:
-        scores: `[n]` log-odds of refusing at all, n at least 1.
-        to_refuse: `[n]`.
-        counts: `[resamples, n]` how often each row is taken; the same sum in every resample.
-        bins: As in `calibration_error`.
-
-    Returns:
-        `[resamples]`.
-    """
-    order = np.argsort(scores, kind="stable")
-    weights = counts[:, order]
-    which = _bins_of(scores[order], weights, bins)
-    flat = which + bins * np.arange(len(counts))[:, None]
-    gaps = weights * (refusal_probability(scores) - to_refuse)[order]
-    sums = np.bincount(flat.ravel(), gaps.ravel(), minlength=bins * len(counts))
-    errors: Floats = np.abs(sums).reshape(len(counts), bins).sum(axis=1) / counts.sum(axis=1)
-    return errors
+    gaps = refusal_probability(scores) - to_refuse
+    parts = _bins(scores, bins)
+    return float(sum(abs(gaps[part].sum()) for part in parts)) / scores.size
 
 
 def reliability(scores: Floats, to_refuse: Flags, bins: int = BINS) -> list[Bin]:
@@ -214,27 +191,24 @@ def reliability(scores: Floats, to_refuse: Flags, bins: int = BINS) -> list[Bin]
         to_refuse: `[n]`.
         bins: How many bins of about equal size; rows of equal score share one.
     """
-    order = np.argsort(scores, kind="stable")
-    whole = np.ones((1, scores.size), dtype=np.int64)
-    which = _bins_of(scores[order], whole, bins)[0]
-    parts = [order[which == number] for number in np.unique(which)]
     probability = refusal_probability(scores)
     return [
         Bin(float(probability[part].mean()), int(to_refuse[part].sum()), len(part))
-        for part in parts
+        for part in _bins(scores, bins)
     ]
 
 
-def _bins_of(ordered: Floats, weights: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
-    """Returns the `[resamples, n]` bin of each row; `ordered` are the scores, ascending.
+def _bins(scores: Floats, bins: int) -> list[NDArray[np.int64]]:
+    """Returns the rows of each bin that has any, from low scores to high.
 
     A row falls where the last row of its score does: how equal rows are ordered must not count.
     """
-    last = np.searchsorted(ordered, ordered, side="right") - 1
-    ranks = weights.cumsum(axis=1)[:, last] - 1
-    cuts = (np.arange(1, bins) * int(weights[0].sum())) // bins
-    found: NDArray[np.int64] = np.searchsorted(cuts, ranks, side="right")
-    return found
+    order = np.argsort(scores, kind="stable")
+    ordered = scores[order]
+    ranks = np.searchsorted(ordered, ordered, side="right") - 1
+    cuts = (np.arange(1, bins) * scores.size) // bins
+    which = np.searchsorted(cuts, ranks, side="right")
+    return [order[which == number] for number in np.unique(which)]
 
 
 def _share(hits: Flags) -> float | None:

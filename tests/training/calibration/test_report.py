@@ -126,7 +126,6 @@ def test_page_of_a_single_token_with_few_benign_prompts_leaves_out_what_it_canno
     page = report(_calibration(names=("refuse",), benign=5))
 
     assert "All categories asked" not in page
-    assert "needs at least 20 rows to refuse and 20 to answer" in page
 
 
 def test_curve_passes_through_what_the_margins_say() -> None:

@@ -153,7 +153,7 @@ def test_broken_numbers_in_the_log_are_drawn_as_gaps(tmp_path: Path) -> None:
 
 def test_importing_loads_neither_matplotlib_nor_torch() -> None:
     program = (
-        "import sys, training.measure.figures, training.calibration.recalibration\n"
+        "import sys, training.measure.figures\n"
         "heavy = {'matplotlib', 'torch', 'sklearn', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

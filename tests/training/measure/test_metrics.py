@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 
 from training.measure.metrics import (
     calibration_error,
-    calibration_errors,
     decision_losses,
     decision_metrics,
     refused_at,
@@ -198,17 +197,3 @@ def test_error_equals_a_slow_reference_with_many_ties(size: int) -> None:
     wanted = _slow_error(scores.tolist(), to_refuse.tolist(), 15)
 
     assert calibration_error(scores, to_refuse) == pytest.approx(wanted)
-
-
-def test_errors_of_resamples_are_those_of_the_repeated_rows() -> None:
-    rng = np.random.default_rng(3)
-    scores = rng.normal(size=60).round(1)
-    to_refuse = rng.random(60) < 0.4
-    counts = rng.multinomial(60, np.full(60, 1 / 60), size=4)
-
-    found = calibration_errors(scores, to_refuse, counts)
-
-    wanted = [
-        calibration_error(np.repeat(scores, row), np.repeat(to_refuse, row)) for row in counts
-    ]
-    assert found.tolist() == pytest.approx(wanted)
