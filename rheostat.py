@@ -208,9 +208,6 @@ def calibrate(
     ] = None,
     force: Annotated[bool, typer.Option(help="Measure anew over a finished one.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw its figures as PNG files beside it.")] = False,
-    report: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Write an HTML report there.")
-    ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
@@ -229,8 +226,8 @@ def calibrate(
 ) -> None:
     """Measure how a checkpoint decides on known prompts, so that rates can be asked for.
 
-    Each prompt costs one token. An interrupted run goes on where it was. Without --data, --plot,
-    --report and --check work on the calibration that is there.
+    Each prompt costs one token. An interrupted run goes on where it was. Without --data, --plot
+    and --check work on the calibration that is there.
     """
     from rich.console import Console
 
@@ -267,9 +264,6 @@ def calibrate(
     if plot:
         for figure in calibration_figures.save_figures(calibration, path.parent):
             typer.echo(figure)
-    if report is not None:
-        calibration_report.save_report(calibration, report)
-        typer.echo(report)
     if check is not None:
         drift = check_recorded(
             calibration, check, policy=policy, alpha=alpha, tolerance=tolerance, same_mix=same_mix
