@@ -226,7 +226,7 @@ def calibrate(
 ) -> None:
     """Measure how a checkpoint decides on known prompts, so that rates can be asked for.
 
-    Each prompt costs one token. An interrupted run goes on where it was. Without --data, --plot
+    Each prompt costs one token. Without --data, --plot
     and --check work on the calibration that is there.
     """
     from rich.console import Console

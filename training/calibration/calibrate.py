@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,6 @@ from models.calibration import (
 from models.checkpoint import load_checkpoint
 from models.errors import ConfigError, EvaluationError
 from models.hashes import Hashes, checkpoint_hashes
-from training.calibration.partial_scores import PartialScores, remove_partial
 from training.calibration.prompts import PromptFiles, identified, read_prompts, repeated
 from training.calibration.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
 from training.data.rows import Row
@@ -79,7 +79,7 @@ class Measured(NamedTuple):
         calibration: The calibration.
         path: Its file.
         kept: Whether the calibration was there already.
-        scored: Prompts that were sent to the engine; the others had been scored before.
+        scored: Prompts that were sent to the engine.
         seconds: How long that took, without the server's start.
         repeated: Prompts that say what an earlier one says.
     """
@@ -105,8 +105,7 @@ class Measured(NamedTuple):
 def calibrate(job: Job, console: Console) -> Measured:
     """Measures a checkpoint's margins and saves them as a calibration.
 
-    What has been scored is kept at once: killed at any moment and started again, the same job goes
-    on where it was. A calibration that the same job has already finished is kept.
+    A calibration that the same job has already finished is kept.
 
     Args:
         job: What is to be done.
@@ -121,7 +120,6 @@ def calibrate(job: Job, console: Console) -> Measured:
     names = tuple(manifest.names)
     rows = read_prompts(job.prompts, names)
     hashes = checkpoint_hashes(job.model)
-    key = _fingerprint(names, hashes, rows, job.flags)
     info = CalibrationInfo(
         name=_checked_name(job.name),
         created=datetime.now(UTC),
@@ -129,28 +127,21 @@ def calibrate(job: Job, console: Console) -> Measured:
         hashes=hashes,
         data_sha256=identified(job.prompts),
         seeds={} if job.prompts.limit is None else {"sample": job.prompts.seed},
-        job_sha256=key,
+        job_sha256=_fingerprint(names, hashes, rows, job.flags),
         rheostat=version("rheostat"),
     )
     path = calibration_path(job.folder, job.name)
-    partial_path = path.with_name(f"{job.name}.partial.jsonl")
     if path.exists() and not job.force:
-        kept = _same(path, info)
-        remove_partial(partial_path, key)
-        return Measured(kept, path, kept=True)
-    with PartialScores(partial_path, key, len(rows), len(names)) as partial:
-        if job.force and path.exists() and not partial.missing(len(rows)):
-            partial.begin_anew()  # what a finished run left when it was killed in its last moment
-        missing = partial.missing(len(rows))
-        seconds = _score(job, rows, info, partial, console) if missing else 0.0
-        margins, log_normaliser = partial.arrays(len(rows))
-        calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
-        _remove_unfinished(path)
-        save_calibration(job.folder, calibration)
-        partial.remove()
-    return Measured(
-        calibration, path, scored=len(missing), seconds=seconds, repeated=repeated(rows)
-    )
+        return Measured(_same(path, info), path, kept=True)
+    _make_folder(path.parent)
+    scores, seconds = _score(job, rows, info, console)
+    # fp32, as the engine's.
+    margins = np.array([score.margins for score in scores], dtype=np.float32)
+    log_normaliser = np.array([score.log_normaliser for score in scores], dtype=np.float32)
+    calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
+    _remove_unfinished(path)
+    save_calibration(job.folder, calibration)
+    return Measured(calibration, path, scored=len(rows), seconds=seconds, repeated=repeated(rows))
 
 
 def _checked_name(name: str) -> str:
@@ -189,6 +180,16 @@ def _same(path: Path, info: CalibrationInfo) -> Calibration:
     )
 
 
+def _make_folder(folder: Path) -> None:
+    """Makes the calibrations' folder before anything is measured that could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder}: cannot be written")
+
+
 def _remove_unfinished(path: Path) -> None:
     """Removes what earlier runs of that name were writing when they were killed."""
     for unfinished in path.parent.glob(f"{path.name}.*.partial"):
@@ -196,20 +197,20 @@ def _remove_unfinished(path: Path) -> None:
 
 
 def _score(
-    job: Job, rows: Sequence[Row], info: CalibrationInfo, partial: PartialScores, console: Console
-) -> float:
+    job: Job, rows: Sequence[Row], info: CalibrationInfo, console: Console
+) -> tuple[list[Scores], float]:
+    found: dict[int, Scores] = {}
     with _server(job, console) as url, _bar(console) as bar:
         started = monotonic()
-        task = bar.add_task("scoring", total=len(rows), completed=len(partial))
+        task = bar.add_task("scoring", total=len(rows))
 
         def keep(places: Sequence[int], scores: Sequence[Scores]) -> None:
             _check_finite(places, scores, rows, info.categories)
-            partial.add(places, scores)
+            found.update(zip(places, scores, strict=True))
             bar.advance(task, len(places))
 
-        missing = partial.missing(len(rows))
-        asyncio.run(_ask(url, job.api_key, rows, info, missing, keep))
-        return monotonic() - started
+        asyncio.run(_ask(url, job.api_key, rows, info, keep))
+        return [found[place] for place in range(len(rows))], monotonic() - started
 
 
 async def _ask(
@@ -217,14 +218,13 @@ async def _ask(
     api_key: str | None,
     rows: Sequence[Row],
     info: CalibrationInfo,
-    missing: Sequence[int],
     keep: OnScores,
 ) -> None:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as http:
         client = ScoringClient(http)
         _check_served(url, await client.served(), info)
-        await client.score(rows, info.categories, missing, keep)
+        await client.score(rows, info.categories, keep)
 
 
 def _check_served(url: str, served: Served, info: CalibrationInfo) -> None:

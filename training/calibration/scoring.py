@@ -118,24 +118,16 @@ class ScoringClient:
         page = self._parse(_Categories, answer, "refusal categories and the checkpoint's hashes")
         return Served(tuple(entry.name for entry in page.data), page.hashes)
 
-    async def score(
-        self,
-        rows: Sequence[Row],
-        names: Sequence[str],
-        wanted: Sequence[int],
-        on_scores: OnScores,
-    ) -> None:
+    async def score(self, rows: Sequence[Row], names: Sequence[str], on_scores: OnScores) -> None:
         """Scores prompts, several batches in flight, in whatever order they come back.
 
         Args:
             rows: Their prompts are scored.
             names: The `k` categories in manifest order.
-            wanted: Places of the rows to score.
             on_scores: Called with places and scores of each batch that came back.
 
         Raises:
-            EvaluationError: The server does not answer as it should; nothing is lost of what
-                `on_scores` has been given.
+            EvaluationError: The server does not answer as it should.
         """
         answer = await self._send("GET", "/v1/models")
         models = self._parse(_Models, answer, "a list of models").data
@@ -157,7 +149,7 @@ class ScoringClient:
                     raise EvaluationError(f"{origin}: {error.message}") from error
             on_scores(places, self._scores(answer, names, len(places)))
 
-        tasks = [asyncio.create_task(one(places)) for places in _batches(rows, wanted)]
+        tasks = [asyncio.create_task(one(places)) for places in _batches(rows)]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -220,11 +212,11 @@ class ScoringClient:
         )
 
 
-def _batches(rows: Sequence[Row], wanted: Sequence[int]) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
     batch: list[int] = []
     held = 0
-    for place in wanted:
-        size = sum(len(turn.content.encode()) for turn in rows[place].prompt)
+    for place, row in enumerate(rows):
+        size = sum(len(turn.content.encode()) for turn in row.prompt)
         if batch and (len(batch) == BATCH or held + size > BATCH_BYTES):
             yield batch
             batch, held = [], 0
