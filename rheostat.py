@@ -217,11 +217,6 @@ def calibrate(
         ),
     ] = None,
     policy: Annotated[str | None, typer.Option(help="Check that policy's traffic only.")] = None,
-    alpha: Annotated[float, typer.Option(min=1e-9, max=0.5, help="Of the check.")] = 0.01,
-    tolerance: Annotated[float, typer.Option(min=0, max=1, help="Of the check.")] = 0.02,
-    same_mix: Annotated[
-        bool, typer.Option(help="Take the traffic to hold the categories in the same shares.")
-    ] = False,
     flags: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
     """Measure how a checkpoint decides on known prompts, so that rates can be asked for.
@@ -265,9 +260,7 @@ def calibrate(
         for figure in calibration_figures.save_figures(calibration, path.parent):
             typer.echo(figure)
     if check is not None:
-        drift = check_recorded(
-            calibration, check, policy=policy, alpha=alpha, tolerance=tolerance, same_mix=same_mix
-        )
+        drift = check_recorded(calibration, check, policy=policy)
         Console().print(drift.table())
         if drift.drifted:
             raise typer.Exit(3)

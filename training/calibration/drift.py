@@ -85,8 +85,7 @@ class DriftReport:
 
     Attributes:
         rows: Recorded decisions.
-        mix: By group, its estimated share of the traffic; of the calibration where it was taken
-            to be the same.
+        mix: By group, its estimated share of the traffic.
         categories: One test each.
     """
 
@@ -145,13 +144,7 @@ def reference(
 
 
 def check_recorded(
-    calibration: Calibration,
-    path: Path,
-    *,
-    policy: str | None = None,
-    alpha: float = ALPHA,
-    tolerance: float = TOLERANCE,
-    same_mix: bool = False,
+    calibration: Calibration, path: Path, *, policy: str | None = None
 ) -> DriftReport:
     """Tests a calibration against a file of margins that a server recorded.
 
@@ -159,9 +152,6 @@ def check_recorded(
         calibration: The calibration.
         path: What `models.histogram.save_margins` wrote.
         policy: Whose traffic; None for all of it.
-        alpha: As for `check`.
-        tolerance: As for `check`.
-        same_mix: As for `check`.
 
     Raises:
         ConfigError: The file is of another form, other weights or other categories, or the policy
@@ -177,7 +167,7 @@ def check_recorded(
         )
     observed = _observed(recorded, path, policy, calibration.names)
     calibrated = reference(calibration.margins, calibration.category, calibration.names)
-    return check(calibrated, observed, alpha=alpha, tolerance=tolerance, same_mix=same_mix)
+    return check(calibrated, observed)
 
 
 def _observed(
@@ -207,7 +197,6 @@ def check(
     *,
     alpha: float = ALPHA,
     tolerance: float = TOLERANCE,
-    same_mix: bool = False,
 ) -> DriftReport:
     """Tests whether a calibration explains recorded margins.
 
@@ -218,7 +207,6 @@ def check(
             (Bonferroni).
         tolerance: Distances up to this are no alarm, however significant: with much traffic
             every difference becomes significant.
-        same_mix: Take the calibration's own mix of categories as the traffic's.
 
     Raises:
         EvaluationError: Nothing was recorded.
@@ -235,7 +223,7 @@ def check(
     if not rows:
         raise EvaluationError("no margins are recorded yet: there is nothing to check")
     sizes = calibrated.sizes.astype(np.float64)
-    mix = sizes / sizes.sum() if same_mix else estimate_mix(calibrated, seen)
+    mix = estimate_mix(calibrated, seen)
     expected = np.einsum("g,gkb->kb", mix / sizes, calibrated.counts)
     effective = 1.0 / float(np.sum(mix**2 / sizes))
     tests = tuple(
