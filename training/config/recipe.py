@@ -13,7 +13,6 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -155,14 +154,14 @@ class EvaluationConfig(Frozen):
         every: Share of the steps between two measurements.
         rows: At most so many rows, drawn at random.
         best: What chooses the checkpoint that is kept; `last` keeps the last one.
-        flip_sample: Rows that are also forced against the model's decision, at the end.
+        at_start: Whether the model is also measured before the first step.
     """
 
     data: Origin
     every: Annotated[float, Field(gt=0, le=1)] = 0.1
     rows: PositiveInt = 2000
     best: Literal["auc", "refused_at_5", "calibration_error", "loss", "last"] = "auc"
-    flip_sample: NonNegativeInt = 64
+    at_start: bool = True
 
 
 def _model_kind(value: Any) -> str:

@@ -1,12 +1,14 @@
 """Measures a model on the decision token while it is trained."""
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from models.errors import ConfigError, EvaluationError
 from models.manifest import Manifest
@@ -180,7 +182,7 @@ class DecisionMonitor:
             EvaluationError: A logit is not finite.
         """
         with measuring(model):
-            parts = shared(self._decisions, lambda batch: self._decide(model, batch))
+            parts = shared(self._decisions, lambda batch: self._decide(model, batch), "decisions")
         margins = np.empty((len(self._truth), len(self._categories)))
         losses = np.empty(len(self._truth))
         for batch, (found, loss) in zip(self._decisions, parts, strict=True):
@@ -209,9 +211,22 @@ class DecisionMonitor:
                 the training, with the loss behind control tokens after it.
         """
         with measuring(model):
-            parts = shared(self._texts[control_tokens], lambda batch: _cross_entropy(model, batch))
+            parts = shared(
+                self._texts[control_tokens], lambda batch: _cross_entropy(model, batch), "text loss"
+            )
         tokens = sum(count for _, count in parts)
         return sum(loss for loss, _ in parts) / tokens if tokens else None
+
+    def seconds(self, model: torch.nn.Module) -> float:
+        """Returns how long `measure` takes, extrapolated from two batches."""
+        with measuring(model):
+            return sum(
+                _seconds(work, do)
+                for work, do in (
+                    (self._decisions, lambda batch: self._decide(model, batch)),
+                    (self._texts[True], lambda batch: _cross_entropy(model, batch)),
+                )
+            )
 
     def _decide(self, model: torch.nn.Module, batch: Batch) -> tuple[Floats, Floats]:
         """Returns `[B, k]` margins and `[B]` cross-entropies over the whole vocabulary."""
@@ -330,18 +345,22 @@ def measuring(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def shared(work: Sequence[Batch], do: Callable[[Batch], Result]) -> list[Result]:
+def shared(work: Sequence[Batch], do: Callable[[Batch], Result], measured: str) -> list[Result]:
     """Returns the result of each batch, in order, each done by one of the processes.
 
     Args:
         work: The batches, the same in every process.
         do: What is done with each. Every process calls it equally often, some for nothing.
+        measured: What the progress bar, on a terminal, says is measured.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     world = torch.distributed.get_world_size() if distributed else 1
     own: dict[int, Result] = {}
-    for start in range(0, len(work), world):
+    # None: no bar where the output is no terminal.
+    hidden = True if rank > 0 else None
+    starts = range(0, len(work), world)
+    for start in tqdm(starts, f"measuring: {measured}", leave=False, disable=hidden):
         at = min(start + rank, len(work) - 1)
         result = do(work[at])
         if start + rank == at:
@@ -352,6 +371,17 @@ def shared(work: Sequence[Batch], do: Callable[[Batch], Result]) -> list[Result]
         torch.distributed.all_gather_object(everyones, own)
     whole = {at: result for part in everyones for at, result in part.items()}
     return [whole[at] for at in range(len(work))]
+
+
+def _seconds(work: Sequence[Batch], do: Callable[[Batch], object]) -> float:
+    """Returns how long all batches take, extrapolated from the last one, the longest."""
+    if not work:
+        return 0.0
+    do(work[0])  # warms up
+    began = time.perf_counter()
+    do(work[-1])
+    spent = time.perf_counter() - began
+    return spent * sum(batch.input_ids.numel() for batch in work) / work[-1].input_ids.numel()
 
 
 def _drawn(

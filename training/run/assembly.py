@@ -36,7 +36,6 @@ class Watch(NamedTuple):
         points: Where resume points and best weights go.
         monitor: Measures the model; None measures nothing.
         best: Which of its metrics chooses the weights that are kept.
-        resumed: Whether the run goes on from a point.
         report_to: Where the log goes besides the checkpoint's folder.
     """
 
@@ -44,7 +43,6 @@ class Watch(NamedTuple):
     points: ResumePoints | None = None
     monitor: DecisionMonitor | None = None
     best: str = "last"
-    resumed: bool = False
     report_to: tuple[str, ...] = ()
 
 
@@ -161,7 +159,7 @@ def _arguments(config: TrainConfig, folder: Path, watch: Watch) -> SFTConfig:
             logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
-            eval_on_start=watch.monitor is not None and not watch.resumed,
+            eval_on_start=watch.monitor is not None and watch.rhythm.evaluate_first,
             run_name=config.name,
             report_to=[name for name in watch.report_to if name != "tensorboard"] or "none",
         )

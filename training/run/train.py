@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.checkpoint import load_checkpoint
-from models.errors import EvaluationError
 from training.config.data import DEMO
 from training.config.loss import LossConfig
-from training.config.recipe import EvaluationConfig, TrainConfig
+from training.config.recipe import TrainConfig
 from training.data.encoding import encode_rows
 from training.data.mixture import Mixture, decision_weights, gather
 from training.data.rows import Row
@@ -67,20 +66,6 @@ class _Run(NamedTuple):
             from rich.console import Console
 
             Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-class _Kept(NamedTuple):
-    """What is measured on.
-
-    Attributes:
-        rows: The rows.
-        monitor: Measures on them.
-        config: What the recipe says of it.
-    """
-
-    rows: list[Row]
-    monitor: "DecisionMonitor"
-    config: EvaluationConfig
 
 
 def train(
@@ -155,6 +140,7 @@ def _train_into(run: _Run) -> None:
     from training.run.assembly import memory_told
 
     config, seconds = run.config, dict[str, float]()
+    evaluation = config.evaluation
     with _timed(seconds, "data_s"):
         run.processes.on_main(lambda: _render_demo(config, run.demo_folder))
         mixture, held_out = run.processes.together(lambda: _read(run))
@@ -163,20 +149,22 @@ def _train_into(run: _Run) -> None:
         start = run.processes.together(lambda: start_of(config, mixture.rows))
         run.processes.on_main(lambda: _write_contract(run, start, config.loss))
         # Before the search for the loss, which may take longer than the training.
-        kept = run.processes.together(lambda: _kept(run, start, held_out))
+        monitor = run.processes.together(lambda: _monitor(run, start, held_out))
     with _timed(seconds, "loss_s"):
         loss = _resolved_loss(run, start, mixture)
         run.processes.on_main(lambda: _write_contract(run, start, loss))
     with _timed(seconds, "trainer_s"), memory_told():
         point = run.processes.on_main(run.points.open)
-        trainer = _trainer(run, start, mixture, loss, kept, resumed=point is not None)
-        before = kept and kept.monitor.text_loss(trainer.model, control_tokens=False)
+        trainer = _trainer(run, start, mixture, loss, monitor, resumed=point is not None)
+        before = None
+        if monitor is not None and evaluation is not None and evaluation.at_start:
+            before = monitor.text_loss(trainer.model, control_tokens=False)
     with _timed(seconds, "training_s"), memory_told():
         if point is not None:
             run.say(f"{run.folder}: goes on after step {point.name.rpartition('-')[2]}")
         trainer.train(resume_from_checkpoint=None if point is None else str(point))
     with _timed(seconds, "saving_s"):
-        summary = _closing(run, start, mixture, kept, trainer, before)
+        summary = _closing(run, start, mixture, monitor, trainer, before)
     if run.processes.is_main:
         write_log(run.folder, [*trainer.state.log_history, *summary, seconds])
 
@@ -224,14 +212,13 @@ def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
     return with_choice(run.config.loss, choice)
 
 
-def _kept(run: _Run, start: Start, rows: list[Row] | None) -> _Kept | None:
-    config, evaluation = run.config, run.config.evaluation
-    if evaluation is None or rows is None:
+def _monitor(run: _Run, start: Start, rows: list[Row] | None) -> "DecisionMonitor | None":
+    if rows is None:
         return None
-    monitor = held_out_monitor(config, rows, start.tokenizer, start.manifest, start.config)
+    monitor = held_out_monitor(run.config, rows, start.tokenizer, start.manifest, start.config)
     if monitor.left_out:
         run.say(f"evaluation.data: {monitor.left_out} rows are left out: too long for the model")
-    return _Kept(rows, monitor, evaluation)
+    return monitor
 
 
 def _trainer(
@@ -239,7 +226,7 @@ def _trainer(
     start: Start,
     mixture: Mixture,
     loss: LossConfig,
-    kept: _Kept | None,
+    monitor: "DecisionMonitor | None",
     *,
     resumed: bool,
 ) -> "ControlTokenTrainer":
@@ -258,17 +245,14 @@ def _trainer(
             config.data.too_long,
         )
     )
+    evaluation = config.evaluation
     rhythm = Rhythm(
-        save=config.optimisation.save_every, evaluate=0.0 if kept is None else kept.config.every
+        save=config.optimisation.save_every,
+        evaluate=0.0 if evaluation is None else evaluation.every,
+        evaluate_first=evaluation is not None and evaluation.at_start and not resumed,
     )
-    watch = Watch(
-        rhythm,
-        run.points,
-        None if kept is None else kept.monitor,
-        "last" if kept is None else kept.config.best,
-        resumed,
-        config.report_to,
-    )
+    best = "last" if evaluation is None else evaluation.best
+    watch = Watch(rhythm, run.points, monitor, best, config.report_to)
     return assemble(config, start, examples, loss, run.folder, watch)
 
 
@@ -276,7 +260,7 @@ def _closing(
     run: _Run,
     start: Start,
     mixture: Mixture,
-    kept: _Kept | None,
+    monitor: "DecisionMonitor | None",
     trainer: "ControlTokenTrainer",
     text_loss_before: float | None,
 ) -> list[dict[str, Any]]:
@@ -284,49 +268,21 @@ def _closing(
     from training.run.export import export
 
     step = trainer.load_best()
-    final = None if kept is None else kept.monitor.measure(trainer.model)
+    final = None if monitor is None else monitor.measure(trainer.model)
     export(trainer, start, run.folder, run.processes)
     lines: list[dict[str, Any]] = [{"data": mixture.summary()}]
-    if kept is not None and final is not None:
+    if final is not None:
         lines.append(
             {
                 "kept_step": trainer.state.global_step if step is None else step,
                 "text_loss_before": text_loss_before,
                 "text_loss_after": final.metrics.get("text_loss"),
                 "final": final.metrics,
-                **_flips(run, start, mixture, kept, trainer),
             }
         )
     if run.processes.is_main:
         _draw(run, trainer, final)
     return lines
-
-
-def _flips(
-    run: _Run, start: Start, mixture: Mixture, kept: _Kept, trainer: "ControlTokenTrainer"
-) -> dict[str, Any]:
-    if not kept.config.flip_sample:
-        return {}
-    if trainer.is_fsdp_enabled:
-        return {"flips_not_measured": "the weights are spread over processes"}
-    from training.measure.flips import flip_fidelity
-    from training.measure.judge import Judge
-
-    try:
-        # In every process: it measures decisions, and all of them share a measurement.
-        flips = flip_fidelity(
-            trainer.model,
-            start.tokenizer,
-            start.manifest,
-            kept.rows,
-            Judge(mixture.rows),
-            sample=kept.config.flip_sample,
-            seed=run.config.seed,
-            max_length=run.config.optimisation.max_length,
-        )
-    except EvaluationError as error:
-        return {"flips_not_measured": error.message}
-    return {"flips": {name: share.as_dict() for name, share in flips.items()}}
 
 
 def _draw(run: _Run, trainer: "ControlTokenTrainer", final: "Measurement | None") -> None:

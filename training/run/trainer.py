@@ -32,12 +32,14 @@ class Rhythm(NamedTuple):
     Attributes:
         log: A line of the log.
         save: A resume point.
-        evaluate: A measurement; also before the first and after the last step.
+        evaluate: A measurement; also after the last step.
+        evaluate_first: Whether there is a measurement before the first step.
     """
 
     log: float = 0.05
     save: float = 0.0
     evaluate: float = 0.0
+    evaluate_first: bool = False
 
 
 class ControlTokenTrainer(SFTTrainer):

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import random
@@ -347,8 +348,24 @@ def test_batch_ends_before_its_logits_grow_too_large() -> None:
 def test_shared_work_of_one_process_is_in_order() -> None:
     work = batches([_sequence(length, 0) for length in (2, 3, 4)], 1, 10, 0)
 
-    assert shared(work, lambda batch: batch.input_ids.shape[1]) == [2, 3, 4]
-    assert shared([], lambda batch: batch.members) == []
+    assert shared(work, lambda batch: batch.input_ids.shape[1], "lengths") == [2, 3, 4]
+    assert shared([], lambda batch: batch.members, "nothing") == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", screen)
+        shared(batches([_sequence(2, 0)], 1, 10, 0), lambda batch: batch.members, "decisions")
+        shown[screen.isatty()] = screen.getvalue()
+
+    assert "measuring: decisions" in shown[True]
+    assert shown[False] == ""
 
 
 PROCESS = """

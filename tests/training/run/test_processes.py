@@ -24,7 +24,7 @@ def _config(data: Path, **optimisation: Any) -> TrainConfig:
     return tiny_config(
         data,
         loss={"decision": {"q": 0.5, "weight": 4}, "text": {"gamma": 1.0}},
-        evaluation={"data": [str(data)], "every": 0.5, "flip_sample": 8},
+        evaluation={"data": [str(data)], "every": 0.5},
         # 31 rows by 8: the last step of a pass is a short one.
         optimisation={"epochs": 2, "save_every": 0.5, **optimisation},
     )

@@ -156,7 +156,7 @@ def test_recipe_of_a_large_model_trains_a_small_one(
 def test_single_token_recipe_trains(tmp_path: Path) -> None:
     values = load_config("single-token").model_dump(mode="json")
     values["optimisation"] |= {"epochs": 0.02}
-    values["evaluation"] |= {"rows": 100, "flip_sample": 0, "every": 1}
+    values["evaluation"] |= {"rows": 100, "every": 1}
 
     manifest, _ = load_checkpoint(train(TrainConfig.model_validate(values), tmp_path / "out"))
 

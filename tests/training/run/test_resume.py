@@ -28,7 +28,7 @@ def config(write_rows: WriteRows) -> TrainConfig:
     return tiny_config(
         rows,
         optimisation={"epochs": 2.5, "save_every": 0.2},
-        evaluation={"data": [str(rows)], "every": 0.3, "flip_sample": 0},
+        evaluation={"data": [str(rows)], "every": 0.3},
     )
 
 

@@ -330,13 +330,13 @@ def test_stale_checkpoint_is_replaced_where_that_is_asked_for(
 def _measured(config: TrainConfig, **changes: Any) -> TrainConfig:
     assert config.data.train != "demo"
     path = config.data.train[0].path
-    evaluation = {"data": [path], "every": 0.25, "flip_sample": 0} | changes
+    evaluation = {"data": [path], "every": 0.25} | changes
     return TrainConfig.model_validate(config.model_dump(mode="json") | {"evaluation": evaluation})
 
 
 def test_measuring_on_the_way_changes_no_weight(trained: Trained, tmp_path: Path) -> None:
     plain = weights_of(trained.folder)
-    out = train(_measured(trained.config, best="last", flip_sample=6), tmp_path / "measured")
+    out = train(_measured(trained.config, best="last"), tmp_path / "measured")
 
     measured = weights_of(out)
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
@@ -345,9 +345,17 @@ def test_measuring_on_the_way_changes_no_weight(trained: Trained, tmp_path: Path
     last = next(line for line in log_of(out) if "final" in line)
     assert last["kept_step"] == 20
     assert last["text_loss_after"] < last["text_loss_before"]
-    assert sum(share["total"] for share in last["flips"].values()) == 6
     figures = {path.name for path in (out / "plots").glob("*.png")}
     assert {"loss.png", "margins.png", "reliability.png"} <= figures
+
+
+def test_measurement_before_the_first_step_can_be_switched_off(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    out = train(_measured(config, best="last", every=1, at_start=False), tmp_path / "out")
+
+    assert [line["step"] for line in log_of(out) if "eval_auc" in line] == [20]
+    assert next(line for line in log_of(out) if "final" in line)["text_loss_before"] is None
 
 
 @pytest.mark.parametrize(("best", "choose"), [("auc", max), ("loss", min)])
