@@ -132,14 +132,22 @@ def _template(name: str) -> str:
         raise ConfigError(f"model.chat_template: {name} cannot be read: {error}") from error
 
 
-def _stored_dtype(folder: Path) -> str:
+def model_config(folder: Path) -> Any:
+    """Returns the configuration of an existing model; its weights need not be there.
+
+    Raises:
+        CheckpointError: It is none that can be read.
+    """
     from transformers import AutoConfig
 
     try:
-        dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise _unloadable(folder, error) from error
-    return str(dtype or "float32").removeprefix("torch.")
+
+
+def _stored_dtype(folder: Path) -> str:
+    return str(model_config(folder).dtype or "float32").removeprefix("torch.")
 
 
 def _load(folder: Path, dtype: str) -> Any:

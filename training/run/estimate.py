@@ -1,27 +1,21 @@
-"""How long a training will take, before it starts."""
+"""How long a training takes: a few real steps and batches of a measurement, timed."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from models.errors import CheckpointError
 from training.config.loss import LossConfig
-from training.config.recipe import OptimisationConfig, ScratchModel, TrainConfig
+from training.config.recipe import EvaluationConfig, OptimisationConfig, TrainConfig
 from training.data.encoding import Example
 from training.model.start import Start
 
-MEASURED_PARAMETERS = 50_000_000
-WARM_UP_STEPS = 2
-FEWEST_STEPS = 3
-MOST_STEPS = 12
-ENOUGH_S = 8.0
-LONGEST_S = 30.0
+if TYPE_CHECKING:
+    from training.measure.monitor import DecisionMonitor
 
-# What one GPU sustains: 40 % of the 312 TFLOP/s of an A100 in bfloat16 (NVIDIA's data sheet).
-ASSUMED_FLOPS = 1.25e14
-ASSUMPTION = "assuming one GPU that sustains 125 TFLOP/s, an A100 at 40 %"
+MOST_STEPS = 3
+ENOUGH_S = 30.0
 
 
 class Work(NamedTuple):
@@ -40,16 +34,22 @@ class Work(NamedTuple):
     steps: int
 
 
-class Estimate(NamedTuple):
-    """How long it takes.
+class Timing(NamedTuple):
+    """How long a training takes on this machine.
 
     Attributes:
-        seconds: Of training, without reading data and without measurements on the way.
-        basis: What that rests on.
+        steps: How many steps were timed.
+        training_s: All steps, extrapolated by their tokens.
+        measurement_s: One measurement of the held-out rows; None where the recipe has none.
+        measurements: How many there are, the first and the last included.
+        device: Where the steps were taken.
     """
 
-    seconds: float
-    basis: str
+    steps: int
+    training_s: float
+    measurement_s: float | None
+    measurements: int
+    device: str
 
 
 def work(examples: Sequence[Example], optimisation: OptimisationConfig) -> Work:
@@ -68,16 +68,22 @@ def work(examples: Sequence[Example], optimisation: OptimisationConfig) -> Work:
     )
 
 
-def measured(
-    config: TrainConfig, start: Start, examples: Sequence[Example], done: Work
-) -> Estimate:
-    """Takes a few real steps in a folder that vanishes, and extrapolates by their tokens.
+def timed(
+    config: TrainConfig,
+    start: Start,
+    examples: Sequence[Example],
+    monitor: "DecisionMonitor | None",
+) -> Timing:
+    """Takes up to three real steps in a folder that vanishes, and measures some batches.
 
     Args:
         config: The recipe.
         start: What it begins with.
         examples: What is learnt from.
-        done: What the training has to do.
+        monitor: Of the held-out rows, where the recipe has any.
+
+    Raises:
+        ConfigError: The model or a step does not fit into this machine's memory.
     """
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -91,11 +97,23 @@ def measured(
         clock = _clock()
         trainer.add_callback(clock)
         trainer.train()
-    device = "GPU" if trainer.args.device.type != "cpu" else "CPU"
-    return Estimate(
-        clock.seconds_a_token() * done.tokens * config.optimisation.epochs,
-        f"measured: {clock.steps} steps on this machine's {device}, as busy as it is now",
+        measurement_s = None if monitor is None else monitor.seconds(trainer.model)
+    done = work(examples, config.optimisation)
+    return Timing(
+        steps=clock.steps,
+        training_s=clock.seconds_a_token() * done.tokens * config.optimisation.epochs,
+        measurement_s=measurement_s,
+        measurements=_measurements(config.evaluation, done.steps),
+        device="GPU" if trainer.args.device.type != "cpu" else "CPU",
     )
+
+
+def _measurements(evaluation: EvaluationConfig | None, steps: int) -> int:
+    if evaluation is None:
+        return 0
+    between = max(1, -(-evaluation.every * steps // 1))
+    # Once more at the very end: of the weights that are exported.
+    return int(evaluation.at_start) + int(-(-steps // between)) + 1
 
 
 def _without_auto(config: TrainConfig) -> LossConfig:
@@ -107,18 +125,19 @@ def _without_auto(config: TrainConfig) -> LossConfig:
 
 
 def _clock() -> Any:
+    # transformers takes seconds to import, and other parts of a dry run do not need it.
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Times the steps after the first ones, and ends the training after a few of them."""
+        """Times a few steps and then ends the training."""
 
         def __init__(self) -> None:
             self._marks: list[tuple[float, int]] = []
 
         @property
         def _first(self) -> int:
-            # The first steps also import, allocate and warm up.
-            return min(WARM_UP_STEPS, len(self._marks) - 2)
+            # The first step also imports, allocates and warms up.
+            return 1 if len(self._marks) > 2 else 0
 
         @property
         def steps(self) -> int:
@@ -134,84 +153,6 @@ def _clock() -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
             spent = self._marks[-1][0] - self._marks[0][0]
-            warm = len(self._marks) > WARM_UP_STEPS + FEWEST_STEPS
-            control.should_training_stop = (
-                self.steps >= MOST_STEPS or (warm and spent > ENOUGH_S) or spent > LONGEST_S
-            )
+            control.should_training_stop = len(self._marks) > MOST_STEPS or spent > ENOUGH_S
 
     return Clock()
-
-
-def assumed(config: TrainConfig, parameters: int, done: Work) -> Estimate:
-    """Estimates from the number of parameters, at 6 operations a parameter and token.
-
-    Two of them are the forward pass, four the backward pass; adapters leave out the two that make
-    gradients of the frozen weights, gradient checkpointing adds a second forward pass.
-    Source: Kaplan et al. 2020 (arXiv 2001.08361), section 2.1.
-
-    Args:
-        config: The recipe.
-        parameters: Of the model.
-        done: What the training has to do.
-    """
-    operations = 6 - 2 * (config.lora is not None) + 2 * config.optimisation.gradient_checkpointing
-    tokens = done.tokens * config.optimisation.epochs
-    return Estimate(
-        operations * parameters * tokens / ASSUMED_FLOPS,
-        f"not measured: {parameters / 1e9:.2g} billion parameters, {ASSUMPTION}",
-    )
-
-
-def described(folder: Path) -> Any:
-    """Returns the configuration of an existing model; its weights need not be there.
-
-    Args:
-        folder: Where its config.json is.
-
-    Raises:
-        CheckpointError: It is none that can be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise _unloadable(folder, error) from error
-
-
-def parameters(folder: Path) -> int:
-    """Counts the parameters of an existing model from its configuration alone.
-
-    Args:
-        folder: Where its config.json is.
-
-    Raises:
-        CheckpointError: It is no configuration of a model that can be trained here.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            model = build(described(folder))
-    except (OSError, ValueError) as error:
-        raise _unloadable(folder, error) from error
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _unloadable(folder: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0]
-    return CheckpointError(f"{folder}: the model cannot be loaded: {reason}")
-
-
-def is_cheap(config: TrainConfig, folder: Path | None) -> bool:
-    """Tells whether steps of the real model can be taken while someone waits.
-
-    Args:
-        config: The recipe.
-        folder: Where an existing model lies with its weights; None where they are not here.
-    """
-    if isinstance(config.model, ScratchModel):
-        return True
-    return folder is not None and parameters(folder) <= MEASURED_PARAMETERS

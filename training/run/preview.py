@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from models.checkpoint import resolve_checkpoint
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from training.config.recipe import CheckpointModel, ScratchModel, TrainConfig
@@ -23,25 +23,19 @@ from training.data.encoding import DecisionWeights, Example, encode_rows, fit
 from training.data.mixture import RESPOND, Mixture, decision_weights, gather, prompt_key
 from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
-from training.model.start import Start, start_of, tokenizer_of
+from training.model.start import Start, model_config, start_of, tokenizer_of
 from training.run.auto_loss import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
-from training.run.estimate import (
-    Estimate,
-    Work,
-    assumed,
-    described,
-    is_cheap,
-    measured,
-    parameters,
-    work,
-)
+from training.run.estimate import Timing, Work, timed, work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from training.measure.monitor import DecisionMonitor
+
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLES_A_KIND = 2
 RUN_CHARACTERS = 320
+NOT_HERE = "the model's weights are not on this machine"
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 WARNING = "yellow"
@@ -58,12 +52,21 @@ class Words(NamedTuple):
         manifest: Of the control tokens.
         start: What the training begins with; None where the weights are not here.
         folder: Where an existing model's configuration lies; None for a new model.
+        why_not: Why there is no start.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     manifest: Manifest
     start: Start | None
     folder: Path | None
+    why_not: str = ""
+
+    def described(self) -> Any:
+        """Returns the model's configuration."""
+        if self.start is not None:
+            return self.start.config
+        assert self.folder is not None
+        return model_config(self.folder)
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:
@@ -99,10 +102,12 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     examples = fit(mixture.rows, whole, longest, config.data.too_long)
     if left_out := len(whole) - len(examples):
         console.print(Text(f"Left out, because they are too long: {left_out:,} rows", WARNING))
+    monitor = None
     if held_out is not None:
-        _print_lines(console, _unmeasured(held_out, words, config))
-    done = work(examples, config.optimisation)
-    console.print(_plan(done, config, _estimate(config, words, examples, done)))
+        described = words.described()
+        monitor = held_out_monitor(config, held_out, words.tokenizer, words.manifest, described)
+        _print_lines(console, _unmeasured(monitor))
+    _print_plan(config, words, examples, monitor, console)
 
 
 def _print_lines(console: Console, lines: Iterable[Text]) -> None:
@@ -212,12 +217,23 @@ def _words(config: TrainConfig, rows: Sequence[Row]) -> Words:
         start = start_of(config, rows)
         return Words(start.tokenizer, start.manifest, start, None)
     folder = Path(config.model.checkpoint)
-    if folder.is_dir():
-        start = start_of(config, rows)
-        return Words(start.tokenizer, start.manifest, start, folder)
-    folder = _fetched(config.model)
-    tokenizer = tokenizer_of(config.model, folder)
-    return Words(tokenizer, add_control_tokens(tokenizer, config.token_categories), None, folder)
+    if not folder.is_dir():
+        folder = _fetched(config.model)
+        if not any(folder.glob("*.safetensors")):
+            return _without_weights(config, config.model, folder, NOT_HERE)
+    here = config.model.model_copy(update={"checkpoint": str(folder), "revision": None})
+    try:
+        start = start_of(config.model_copy(update={"model": here}), rows)
+    except ConfigError as error:
+        # Where it is not the weights that are wrong, this ends the same way.
+        return _without_weights(config, config.model, folder, error.message)
+    return Words(start.tokenizer, start.manifest, start, folder)
+
+
+def _without_weights(config: TrainConfig, model: CheckpointModel, folder: Path, why: str) -> Words:
+    tokenizer = tokenizer_of(model, folder)
+    manifest = add_control_tokens(tokenizer, config.token_categories)
+    return Words(tokenizer, manifest, None, folder, why)
 
 
 def _fetched(model: CheckpointModel) -> Path:
@@ -230,15 +246,7 @@ def _fetched(model: CheckpointModel) -> Path:
         raise _Unreachable(error.message) from error
 
 
-def _described(words: Words) -> Any:
-    if words.start is not None:
-        return words.start.config
-    assert words.folder is not None
-    return described(words.folder)
-
-
-def _unmeasured(rows: Sequence[Row], words: Words, config: TrainConfig) -> Iterator[Text]:
-    monitor = held_out_monitor(config, rows, words.tokenizer, words.manifest, _described(words))
+def _unmeasured(monitor: "DecisionMonitor") -> Iterator[Text]:
     if monitor.left_out:
         yield Text(f"Not measured, because they are too long: {monitor.left_out:,} rows", WARNING)
 
@@ -334,24 +342,42 @@ def _legend(weights: DecisionWeights) -> Text:
 # --- time -----------------------------------------------------------------------------------------
 
 
-def _estimate(
-    config: TrainConfig, words: Words, examples: Sequence[Example], done: Work
-) -> Estimate:
-    here = words.folder if words.start is not None else None
-    if words.start is not None and is_cheap(config, here):
-        return measured(config, words.start, examples, done)
-    assert words.folder is not None
-    return assumed(config, parameters(words.folder), done)
+def _print_plan(
+    config: TrainConfig,
+    words: Words,
+    examples: Sequence[Example],
+    monitor: "DecisionMonitor | None",
+    console: Console,
+) -> None:
+    done = work(examples, config.optimisation)
+    timing, why = None, words.why_not
+    if words.start is not None:
+        try:
+            timing = timed(config, words.start, examples, monitor)
+        except ConfigError as error:
+            why = error.message
+    console.print(_plan(done, config, timing))
+    if timing is None:
+        console.print(Text(f"Time is not shown: {why}", WARNING))
 
 
-def _plan(done: Work, config: TrainConfig, estimate: Estimate) -> Table:
+def _plan(done: Work, config: TrainConfig, timing: Timing | None) -> Table:
     plan = Table(title="The training", title_justify="left", show_header=False)
     packed = f", packed into {done.sequences:,} sequences" if config.optimisation.packing else ""
     share = done.learnt / max(done.tokens, 1)
     plan.add_row("tokens an epoch", f"{done.tokens:,}{packed}; {share:.0%} of them learnt")
     epochs = config.optimisation.epochs
     plan.add_row("steps", f"{done.steps:,} in {epochs:g} epochs, on one process")
-    plan.add_row("time", f"about {_duration(estimate.seconds)} ({estimate.basis})")
+    if timing is None:
+        return plan
+    basis = f"{timing.steps} steps on this machine's {timing.device}, as busy as it is now"
+    plan.add_row("time of the steps", f"about {_duration(timing.training_s)} (measured: {basis})")
+    if timing.measurement_s is not None:
+        whole = _duration(timing.measurements * timing.measurement_s)
+        one = _duration(timing.measurement_s)
+        plan.add_row(
+            "time of the measurements", f"about {whole} ({timing.measurements} of {one} each)"
+        )
     return plan
 
 

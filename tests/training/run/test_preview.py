@@ -12,11 +12,11 @@ from rich.console import Console
 from models.errors import CheckpointError, ConfigError
 from models.tokens import add_control_tokens
 from tests.training.conftest import Rows, WriteRows, small_rows
-from training.config.recipe import LoraConfig, OptimisationConfig, TrainConfig
+from training.config.recipe import OptimisationConfig, TrainConfig
 from training.data.encoding import Example
 from training.model.scratch import train_tokenizer
 from training.model.start import start_of
-from training.run.estimate import assumed, parameters, work
+from training.run.estimate import work
 from training.run.preview import dry_run, rendered
 
 ROOT = Path(__file__).parents[3]
@@ -305,37 +305,55 @@ def test_existing_model_is_measured_where_it_lies_here(
     assert "12 in 3 epochs" in text
 
 
-def test_parameters_are_counted_without_weights(write_rows: WriteRows, tmp_path: Path) -> None:
+def _out_of_memory(*_values: Any, **_options: Any) -> None:
+    raise MemoryError
+
+
+def test_model_that_is_too_large_for_this_machine_has_no_time(
+    write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.run.trainer.ControlTokenTrainer.compute_loss", _out_of_memory)
+    text = _shown(_values(write_rows(small_rows())))
+
+    assert "12 in 3 epochs" in text
+    assert "time of" not in text
+    assert "Time is not shown: out of memory: lower optimisation.batch_size" in text
+
+
+def test_model_whose_weights_are_elsewhere_has_no_time(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = _values(write_rows(small_rows()))
     folder = _checkpoint(TrainConfig.model_validate(values), tmp_path / "base")
+    hub = {**values, "model": {"checkpoint": "some/model"}}
+    monkeypatch.setattr("training.run.preview._fetched", lambda model: folder)
+
+    assert "time of the steps" in _shown(hub)
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.AutoModelForCausalLM.from_pretrained", _out_of_memory)
+        text = _shown({**values, "model": {"checkpoint": str(folder)}})
+    assert "Time is not shown: model: its weights do not fit" in text
     (folder / "model.safetensors").unlink()
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-
-    # Tied embeddings; two layers of 4 attention and 3 feed-forward matrices and 2 norms; a norm.
-    layer = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
-    assert parameters(folder) == vocabulary * 64 + 2 * layer + 64
+    text = _shown(hub)
+    assert "12 in 3 epochs" in text
+    assert "Time is not shown: the model's weights are not on this machine" in text
 
 
-def test_assumed_time_counts_operations() -> None:
+def test_time_of_the_measurements_is_told(write_rows: WriteRows, tmp_path: Path) -> None:
+    evaluation = {**_held_out(tmp_path, "safety"), "best": "last", "every": 0.25}
+    values = {**_values(write_rows(small_rows())), "evaluation": evaluation}
+
+    # 12 steps: before the first, after every third, and of what is exported.
+    assert "(6 of 0 s each)" in _shown(values)
+    assert "(5 of 0 s each)" in _shown({**values, "evaluation": {**evaluation, "at_start": False}})
+
+
+def test_work_counts_tokens_and_steps() -> None:
     examples = [Example([1] * 100, [0.0] * 60 + [1.0] * 40)] * 50
     optimisation = OptimisationConfig(epochs=2, batch_size=4, gradient_accumulation_steps=2)
-    config = TrainConfig.model_validate(
-        {
-            "name": "a",
-            "model": {"checkpoint": "b"},
-            "data": {"train": "demo"},
-            "optimisation": optimisation,
-        }
-    )
-    done = work(examples, optimisation)
-    lora = config.model_copy(update={"lora": LoraConfig()})
 
-    # 50 rows in batches of 8 are 7 steps an epoch; 6 operations for each of 10,000 tokens and 8e9
-    # parameters, at 1.25e14 a second.
-    assert done == (5000, 2000, 50, 14)
-    assert assumed(config, 8_000_000_000, done).seconds == pytest.approx(3.84)
-    assert assumed(lora, 8_000_000_000, done).seconds == pytest.approx(2.56)
-    assert "not measured" in assumed(config, 8_000_000_000, done).basis
+    # 50 rows in batches of 8 are 7 steps an epoch.
+    assert work(examples, optimisation) == (5000, 2000, 50, 14)
 
 
 def _run(recipe: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
