@@ -433,7 +433,7 @@ def test_reference_has_every_field_with_its_default() -> None:
 def _sentences() -> str:
     """Returns the package's texts, with a mark where something is put in."""
     texts: list[str] = []
-    for path in sorted((ROOT / "training").glob("*.py")):
+    for path in sorted((ROOT / "training").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
