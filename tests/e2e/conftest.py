@@ -12,6 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 from models.calibration import CALIBRATIONS
 from models.manifest import Manifest, load_manifest
 from tests.e2e.calibrating import KEY, CalibratedServer, calibrate, calibration_prompts
+from tests.e2e.decided.reference import Reference
 from tests.e2e.policied import Policied, policied_server
 from tests.e2e.servers import Server, rheostat_server, stock_server
 from training.config.recipe import load_config
@@ -81,6 +82,11 @@ def calibrated(
 def policied(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policied]:
     with policied_server(checkpoint, tmp_path_factory.mktemp("policies")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> Reference:
+    return Reference(checkpoint)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A server with a policy file; its tenants' floors refuse every prompt."""
+"""A server with a policy file; its tenants' floors refuse every prompt, or harmful ones."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ from models.manifest import load_manifest
 from server.credentials import generate_key, hash_key
 from tests.e2e.servers import Server, rheostat_server
 
-ACME, SHOP, SECRET = generate_key(), generate_key(), generate_key()
+ACME, SHOP, SECRET, CLINIC, PRESS = (generate_key() for _ in range(5))
 FIXED_TEXT = "Please ask at the desk."
+GRADED_SENSITIVITY = 0.95
 # A floor of 60 nats refuses every prompt, so one answer would be one too many.
 FILE = f"""\
 policies:
@@ -47,6 +48,15 @@ policies:
     report: true
   lab:
     defaults: {{categories: {{safety: never}}}}
+  # At this floor benign prompts are answered and harmful ones refused.
+  graded: &graded
+    floors: {{safety: {GRADED_SENSITIVITY}}}
+    raw_prompts: true
+    report: true
+    defaults: {{report: true}}
+  prefilled:
+    <<: *graded
+    prefill: true
   strict:
     floors: {{safety: {{bias: 60}}}}
     ceilings: {{humanizing: 0.5}}
@@ -59,6 +69,12 @@ tenants:
     policies: [strict]
     keys: ["{hash_key(SHOP)}"]
     header: shop
+  clinic:
+    policies: [graded, lab]
+    keys: ["{hash_key(CLINIC)}"]
+  press:
+    policies: [prefilled]
+    keys: ["{hash_key(PRESS)}"]
 gateway:
   tenant_header: X-Tenant
   secret_header: X-Gateway-Secret
