@@ -26,7 +26,7 @@ lint: setup
 	@$(BIN)/mypy
 
 fuzz: setup
-	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest tests/e2e/test_fuzz.py
+	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest tests/e2e/test_fuzz.py tests/e2e/test_conversations.py
 
 bench: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses
