@@ -7,16 +7,19 @@ token arrives. Each row says for whom it was written. A worker that does not sha
 memory writes nowhere that is read: then the row says so, and the margins are asked for once more.
 """
 
+import fcntl
 import itertools
 import os
 import tempfile
 import weakref
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+PREFIX = "rheostat-margins-"
 ROWS = 4096
 # Tags stand in the rows as fp32, which is exact up to here.
 _TAGS = 2**24 - 1
@@ -60,10 +63,10 @@ class MarginBoard:
 
     def __init__(self, categories: int, folder: Path | None = None) -> None:
         shared = Path("/dev/shm")
-        in_memory = shared if shared.is_dir() else None
-        descriptor, self._path = tempfile.mkstemp(prefix="rheostat-", dir=folder or in_memory)
-        os.close(descriptor)
-        self._remove = weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
+        folder = folder or (shared if shared.is_dir() else Path(tempfile.gettempdir()))
+        _remove_abandoned(folder)
+        descriptor, self._path = _locked_file(folder)
+        self._remove = weakref.finalize(self, _remove, descriptor, self._path)
         shape = (ROWS, MARGINS + categories)
         self._rows = np.memmap(self._path, dtype=np.float32, mode="w+", shape=shape)
         self._free = deque(range(ROWS))
@@ -87,3 +90,29 @@ class MarginBoard:
     def close(self) -> None:
         """Removes the file, which also goes with the board and at exit."""
         self._remove()
+
+
+def _locked_file(folder: Path) -> tuple[int, str]:
+    # Locked for as long as its process lives, however that ends.
+    while True:
+        descriptor, path = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, path
+        os.close(descriptor)  # before it was locked, another server removed it as abandoned
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # it is locked, another user's, or gone by now
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _remove(descriptor: int, path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+    os.close(descriptor)

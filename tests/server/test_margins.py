@@ -1,6 +1,8 @@
 """Both sides of the board, in one process and in two."""
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from server.margin_rows import write_rows
-from server.margins import ROWS, MarginBoard, Margins, Ticket
+from server.margins import PREFIX, ROWS, MarginBoard, Margins, Ticket
 
 LOGITS = torch.tensor([[1.0, -2.0, 0.5], [3.0, 4.0, -1.0]])
 NORMALISERS = torch.tensor([2.0, 5.0])
@@ -96,3 +98,29 @@ def test_file_of_a_board_that_nobody_holds_is_gone_too(tmp_path: Path) -> None:
     MarginBoard(2, tmp_path)
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_file_of_a_killed_server_goes_with_the_next_start(tmp_path: Path) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from server.margins import MarginBoard; "
+        f"board = MarginBoard(2, Path({str(tmp_path)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (abandoned,) = tmp_path.iterdir()
+    assert abandoned.name.startswith(PREFIX)
+    living = MarginBoard(2, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert kept != abandoned
+    ticket = taken(living)
+    MarginBoard(2, tmp_path).close()
+    assert list(tmp_path.iterdir()) == [kept] == [Path(ticket.path)]
+
+
+def test_what_is_no_file_of_a_servers_stays(tmp_path: Path) -> None:
+    others = [tmp_path / "rheostat-notes", tmp_path / f"{PREFIX}folder"]
+    others[0].touch()
+    others[1].mkdir()
+    os.mkfifo(tmp_path / f"{PREFIX}fifo")  # opening it must not wait for a writer
+    MarginBoard(2, tmp_path).close()
+    assert sorted(tmp_path.iterdir()) == sorted(others)
