@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,8 +16,12 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.server.failing import answers, expected, failing_app
+from tests.server.wires import listening
+
 CONF = Path(__file__).parents[2] / "docker" / "nginx.conf"
 TIMEOUT_S = 10
+REQUESTS = 2002
 MISSING = (
     "this test runs a real nginx, and there is none on PATH, in /usr/sbin or in the virtual "
     "environment, where `make setup` unpacks it from Debian's packages: apt-get install nginx"
@@ -120,14 +125,12 @@ def nginx_command(prefix: Path) -> list[str]:
     return [nginx_binary(), "-p", f"{prefix}/", "-c", f"{prefix}/nginx.conf", "-e", "stderr"]
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    prefix = tmp_path_factory.mktemp("nginx")
-    upstream = Upstream()
-    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+@contextmanager
+def nginx(prefix: Path, upstream_port: int) -> Iterator[int]:
+    """Runs nginx before an upstream, and gives its port."""
     port = free_port()
-    address = f"server 127.0.0.1:{upstream.server_address[1]};"
-    (prefix / "nginx.conf").write_text(adapt(f"127.0.0.1:{port}", address))
+    server = f"server 127.0.0.1:{upstream_port};"
+    (prefix / "nginx.conf").write_text(adapt(f"127.0.0.1:{port}", server))
     # As root nginx would give its workers to a user that cannot enter the prefix.
     directives = "daemon off;" + (" user root;" if os.geteuid() == 0 else "")
     process = subprocess.Popen(
@@ -138,12 +141,22 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     )
     try:
         wait_until_started(process)
-        yield Gateway(port, upstream)
+        # Its log of errors must not fill the pipe.
+        threading.Thread(target=list, args=(process.stderr,), daemon=True).start()
+        yield port
     finally:
         process.terminate()
-        process.communicate(timeout=TIMEOUT_S)
-        upstream.shutdown()
-        upstream.server_close()
+        process.wait(timeout=TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    upstream = Upstream()
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    with nginx(tmp_path_factory.mktemp("nginx"), upstream.server_address[1]) as port:
+        yield Gateway(port, upstream)
+    upstream.shutdown()
+    upstream.server_close()
 
 
 def wait_until_started(process: subprocess.Popen[str]) -> None:
@@ -222,21 +235,12 @@ def test_refusal_headers_pass_and_forwarded_address_is_not_the_callers_word(
 
 
 def test_server_that_is_gone_is_502_in_the_error_shape(gateway: Gateway, tmp_path: Path) -> None:
-    port = free_port()
-    (tmp_path / "nginx.conf").write_text(
-        adapt(f"127.0.0.1:{port}", f"server 127.0.0.1:{free_port()};")
-    )
-    process = subprocess.Popen(
-        [*nginx_command(tmp_path), "-g", "daemon off;"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_until_started(process)
+    with nginx(tmp_path, free_port()) as port:
         answer = Gateway(port, gateway.upstream).send("GET", "/v1/models")
         assert answer.status == 502
         assert b'"code":"service_error"' in answer.read()
-    finally:
-        process.terminate()
-        process.communicate(timeout=TIMEOUT_S)
+
+
+def test_no_request_behind_an_error_of_the_server_is_lost(tmp_path: Path) -> None:
+    with listening(failing_app()) as upstream, nginx(tmp_path, upstream) as port:
+        assert answers(f"http://127.0.0.1:{port}", REQUESTS) == expected(REQUESTS)
