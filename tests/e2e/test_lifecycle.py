@@ -1,6 +1,8 @@
 """Starting, being watched, and leaving nothing behind."""
 
+import os
 import signal
+import time
 from pathlib import Path
 
 import httpx
@@ -9,6 +11,7 @@ import pytest
 
 from tests.e2e.servers import Server, rheostat_server
 from tests.huge_pages import bytes_in_huge_pages, huge_pages_are_given
+from tests.server.wires import connect
 
 
 def test_health_and_readiness(server: Server) -> None:
@@ -63,11 +66,31 @@ def test_server_and_worker_hold_their_memory_in_huge_pages(server: Server) -> No
 def test_server_takes_its_children_with_it(
     checkpoint: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:
-    with rheostat_server(checkpoint, tmp_path / "server.log") as server:
+    file = tmp_path / "policies.yaml"
+    file.write_text("policies: {all: {}}\nanonymous: all\n")
+    variables = {"RHEOSTAT_POLICY_FILE": str(file)}
+    with (
+        rheostat_server(checkpoint, tmp_path / "server.log", variables=variables) as server,
+        connect(server.port) as half_head,
+        connect(server.port) as half_body,
+    ):
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert any(child.is_running() for child in children)
+        # Neither clients that stop short nor what becomes of the policy file holds the end.
+        half_head.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        half_body.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+        file.unlink()
+        os.mkfifo(file)
+        wait_until_bad(server)
         server.process.send_signal(ending)
-        server.process.wait(timeout=60)
+        server.process.wait(timeout=30)
         gone, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
         assert len(gone) == len(children)
+
+
+def wait_until_bad(server: Server) -> None:
+    deadline = time.monotonic() + 30
+    while "rheostat_policy_file_valid 0" not in server.metrics():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

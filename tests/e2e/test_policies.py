@@ -403,6 +403,7 @@ def test_trace_has_a_line_a_choice_and_no_text(policied: Policied, acme: httpx.C
         (["--api-key", "k"], {}, "--api-key (or VLLM_API_KEY): RHEOSTAT_POLICY_FILE holds"),
         ([], {"RHEOSTAT_DEFAULTS": "{}"}, "RHEOSTAT_DEFAULTS: the policies of RHEOSTAT_POLICY"),
         ([], {"RHEOSTAT_POLICY_FILE": "absent.yaml"}, "absent.yaml: it cannot be read"),
+        ([], {"RHEOSTAT_POLICY_FILE": "/dev/zero"}, "/dev/zero: it cannot be read: it is no"),
         ([], {"RHEOSTAT_TRACE_FILE": "no/where"}, "RHEOSTAT_TRACE_FILE: no/where cannot be"),
     ],
 )
