@@ -102,6 +102,12 @@ def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
     return {**body, FIELD: options}
 
 
+def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """Returns a request's headers with the length of another body."""
+    kept = [(name, value) for name, value in headers if name != b"content-length"]
+    return [*kept, (b"content-length", b"%d" % length)]
+
+
 def replay_body(raw: bytes, receive: Receive) -> Receive:
     """Returns a ``receive`` that gives a body which was already read, then the connection's own."""
     sent = False

@@ -1,6 +1,6 @@
 """Fields of vLLM's that no request may bring here: each would lead around the decision step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -43,6 +43,23 @@ TEMPLATE_ARGUMENTS = frozenset(
 ENGINE_ARGUMENTS = frozenset({EXTRA_ARGS_KEY, "kv_transfer_params", "ec_transfer_params"})
 # Read by vLLM; its answer tells of all tenants' traffic.
 LOAD_HEADER = "endpoint-load-metrics-format"
+# Names that are copied into answers, events, traces and logs, with the headers that mean the same.
+COPIED = (
+    "model",
+    "request_id",
+    "session_id",
+    "user",
+    "cache_salt",
+    "prompt_cache_key",
+    "safety_identifier",
+)
+COPIED_HEADERS = (
+    "X-Request-Id",
+    "X-Session-ID",
+    "X-Amzn-SageMaker-Adapter-Identifier",
+    "X-Amzn-SageMaker-Session-Id",
+)
+MOST_NAME_CHARACTERS = 128
 
 
 def _given(value: Any) -> bool:
@@ -72,7 +89,7 @@ RESERVED: Mapping[str, tuple[str, frozenset[str]]] = {
 
 
 def refuse_fields(body: Mapping[str, Any]) -> None:
-    """Refuses a body that holds one of them, whatever its route.
+    """Refuses a body that holds one of them, or too long a name, whatever its route.
 
     Raises:
         RequestError: With the field's path and the reason.
@@ -80,11 +97,34 @@ def refuse_fields(body: Mapping[str, Any]) -> None:
     for name, (reason, counts) in REFUSED.items():
         if name in body and counts(body[name]):
             raise _refused(name, reason)
+    _check_lengths(body, COPIED)
     for name, (what, keys) in RESERVED.items():
         given = body.get(name)
         reserved = sorted(keys.intersection(given)) if isinstance(given, dict) else []
         if reserved:
             raise _refused(f"{name}.{reserved[0]}", f"it is {what}, and no request may set it")
+
+
+def refuse_headers(headers: Mapping[str, str]) -> None:
+    """Refuses headers that no tenant's request may bring, or too long a name in one.
+
+    Raises:
+        RequestError: With the header and the reason.
+    """
+    if LOAD_HEADER in headers:
+        raise _refused(
+            LOAD_HEADER, "the load is that of all callers; the operator reads it from /metrics"
+        )
+    _check_lengths(headers, COPIED_HEADERS)
+
+
+def _check_lengths(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        value = given.get(name)
+        if isinstance(value, str) and len(value) > MOST_NAME_CHARACTERS:
+            raise _refused(
+                name, f"it has {len(value)} characters, and at most {MOST_NAME_CHARACTERS} here"
+            )
 
 
 def _refused(path: str, reason: str) -> RequestError:

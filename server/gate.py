@@ -10,12 +10,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.errors import RequestError, UnknownCallerError
 from server import metrics
 from server.access import Access, AccessTable, Route, route_path
-from server.bodies import read_body, replay_body
+from server.bodies import read_body, replay_body, with_length
 from server.context import BODY, CALLER
 from server.credentials import hash_key, presented_keys
 from server.error_shape import ErrorShape, error_response
-from server.fields import LOAD_HEADER, refuse_fields
-from server.limits import check_head, read_json
+from server.fields import refuse_fields, refuse_headers
+from server.limits import check_head, read_json, write_json
 from server.policies import CallerSource
 from server.settings import PREFIX, Settings
 
@@ -65,13 +65,7 @@ class Gate:
 
     def _identify(self, route: Route, headers: Headers) -> dict[str, Any]:
         if route.access is Access.TENANT:
-            if LOAD_HEADER in headers:
-                raise RequestError(
-                    f"{LOAD_HEADER}: the load is that of all callers; the operator reads it from "
-                    "/metrics",
-                    param=LOAD_HEADER,
-                    status=HTTPStatus.BAD_REQUEST,
-                )
+            refuse_headers(headers)
             return {CALLER: self._callers.caller(headers)}
         # Without a hash in the settings the table has no such route.
         known = self._settings.operator_key_hash
@@ -98,6 +92,8 @@ class Gate:
         if raw and route.access is Access.TENANT:
             scope[BODY] = read_json(raw, self._settings)
             refuse_fields(scope[BODY])
+            raw = write_json(scope[BODY])
+            scope["headers"] = with_length(scope["headers"], len(raw))
         return replay_body(raw, receive)
 
     async def _read(self, receive: Receive) -> bytes:

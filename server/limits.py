@@ -1,19 +1,24 @@
 """What a request's head and its JSON may hold at most, before anything is made of them."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any
 
+import msgspec
 from pydantic import TypeAdapter, ValidationError
 from starlette.types import Scope
 
-from models.errors import RequestError, shortened
+from models.errors import RequestError
 from server.settings import PREFIX, Settings
 
-# Beyond it, a number may be none that the engine's own types hold.
-_BIGGEST_INTEGER = 2**64
+# Of a stop string or a bad word.
+MOST_WORD_CHARACTERS = 1024
 _INT = TypeAdapter(int)
+# Strict where Python's own parser is not: NaN, infinities, halves of surrogate pairs and other
+# encodings are errors.
+_JSON = msgspec.json.Decoder(dict[str, Any])
+_ONE_KIND_OF_BRACKET = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def check_head(scope: Scope, settings: Settings) -> None:
@@ -45,97 +50,51 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
     Raises:
         RequestError: It is none, holds what JSON or the engine has no number for, or too much.
     """
-    _check_strings(raw, settings)
-    body = _parsed(raw)
-    if not isinstance(body, dict):
+    _check_values(raw, settings)
+    try:
+        body: dict[str, Any] = _JSON.decode(raw)
+        msgspec.msgpack.encode(body)  # as vLLM's processes tell each other: in at most 64 bits
+    except RecursionError as error:
+        raise RequestError("the body nests too deeply", status=HTTPStatus.BAD_REQUEST) from error
+    except OverflowError as error:
         raise RequestError(
-            f"the body must be a JSON object, not {type(body).__name__}",
-            status=HTTPStatus.BAD_REQUEST,
-        )
-    # No container is deeper than there are containers.
-    if raw.count(b"[") + raw.count(b"{") > settings.max_body_depth:
-        _check_depth(body, settings)
+            "the body holds an integer of more than 64 bits", status=HTTPStatus.BAD_REQUEST
+        ) from error
+    except ValueError as error:  # msgspec's own errors are, and those of bytes that are no UTF-8
+        raise RequestError(
+            f"the body must be a JSON object in UTF-8: {error}", status=HTTPStatus.BAD_REQUEST
+        ) from error
     _check_counts(body, settings)
     return body
 
 
-def _check_strings(raw: bytes, settings: Settings) -> None:
-    # Of a string that ends in a backslash one quote is taken for an escaped one.
-    strings = (raw.count(b'"') - raw.count(b'\\"')) // 2
-    if strings > settings.max_body_strings:
-        raise _beyond(
-            "the number of strings in the body",
-            strings,
-            "max_body_strings",
-            settings,
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-        )
+def write_json(body: Mapping[str, Any]) -> bytes:
+    """Returns what vLLM reads of a body, so that its parser never sees what ours did not."""
+    return msgspec.json.encode(body)
 
 
-def _parsed(raw: bytes) -> Any:
-    # As vLLM's routes parse, so that both read the same: the last of equal keys, the encodings.
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-        body = _JSON.decode(text)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(body, ensure_ascii=False).encode()
-        return body
-    except UnicodeError as error:
-        raise RequestError(
-            "the body holds bytes that are no text, or half of a surrogate pair",
-            status=HTTPStatus.BAD_REQUEST,
-        ) from error
-    except RecursionError as error:
-        raise RequestError("the body nests too deeply", status=HTTPStatus.BAD_REQUEST) from error
-    except ValueError as error:
-        raise RequestError(
-            f"the body must be a JSON object: {error}", status=HTTPStatus.BAD_REQUEST
-        ) from error
+def _check_values(raw: bytes, settings: Settings) -> None:
+    # Before anything is made of them, and without a loop of Python's over them. A backslash
+    # stands in strings only, so what is left are whole strings between quotes.
+    text = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    _hold("the number of strings in the body", text.count(b'"') // 2, "max_body_strings", settings)
+    outside = b"".join(text.split(b'"')[::2])
+    opened = outside.count(b"[") + outside.count(b"{")
+    _hold("the number of lists and objects in the body", opened, "max_body_strings", settings)
+    # Each value is the first of its list or object, or follows a comma.
+    values = opened + outside.count(b",")
+    _hold("the number of values in the body", values, "max_body_values", settings)
+    if opened > settings.max_body_depth:  # no container is deeper than there are containers
+        _check_depth(outside, settings)
 
 
-def _no_number(text: str) -> NoReturn:
-    shown = shortened(text, 40)
-    raise RequestError(
-        f"the body holds {shown}, which is no number that can be used here",
-        status=HTTPStatus.BAD_REQUEST,
-    )
-
-
-def _integer(text: str) -> int:
-    if len(text) > 21 or abs(value := int(text)) >= _BIGGEST_INTEGER:
-        _no_number(text)
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        _no_number(text)
-    return value
-
-
-_JSON = json.JSONDecoder(parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
-
-
-def _check_depth(body: dict[str, Any], settings: Settings) -> None:
-    level: list[Any] = [body]
-    depth = 0
-    while level:
-        depth += 1
-        if depth > settings.max_body_depth:
-            raise _beyond(
-                "the depth of the body",
-                f"more than {settings.max_body_depth}",
-                "max_body_depth",
-                settings,
-                HTTPStatus.UNPROCESSABLE_ENTITY,
-            )
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
+def _check_depth(outside: bytes, settings: Settings) -> None:
+    left = outside.translate(_ONE_KIND_OF_BRACKET, delete=_NO_BRACKETS)
+    for _ in range(settings.max_body_depth):  # each round takes the innermost ones out
+        left = left.replace(b"[]", b"")
+    if b"[]" in left:
+        deeper = settings.max_body_depth + 1
+        _hold("the depth of the body", deeper, "max_body_depth", settings)
 
 
 def prompts_in(body: dict[str, Any]) -> int:
@@ -144,9 +103,30 @@ def prompts_in(body: dict[str, Any]) -> int:
 
 
 def _check_counts(body: dict[str, Any], settings: Settings) -> None:
+    for name, conversation in _all_conversations(body):
+        entries = _entries(conversation, settings.max_messages)
+        _hold(name, entries, "max_messages", settings, name)
     for name, bound, counted in _COUNTS:
-        if name in body and (count := counted(body[name])) > getattr(settings, bound):
-            raise _beyond(name, count, bound, settings, HTTPStatus.UNPROCESSABLE_ENTITY, name)
+        if name in body:
+            _hold(name, counted(body[name]), bound, settings, name)
+    for name in _WORDS:
+        if name in body:
+            _check_words(name, body[name], settings)
+    if "n" in body or "best_of" in body or "prompt" in body:
+        widest = max(1, _number(body.get("n")), _number(body.get("best_of")))
+        choices = widest * prompts_in(body)
+        _hold("n times the number of prompts", choices, "max_choices", settings, "n")
+
+
+def _check_words(name: str, value: Any, settings: Settings) -> None:
+    words = value if isinstance(value, list) else [value]
+    _hold(name, len(words), "max_stops", settings, name)
+    if any(isinstance(word, str) and len(word) > MOST_WORD_CHARACTERS for word in words):
+        raise RequestError(
+            f"{name}: a string has at most {MOST_WORD_CHARACTERS} characters here",
+            param=name,
+            status=HTTPStatus.UNPROCESSABLE_ENTITY,
+        )
 
 
 def _length(value: Any) -> int:
@@ -157,11 +137,28 @@ def _conversations(value: Any) -> int:
     return sum(isinstance(entry, list) for entry in value) if isinstance(value, list) else 0
 
 
-def _messages(value: Any) -> int:
-    # A batch is a list of conversations.
-    return _length(value) + (
-        sum(_length(entry) for entry in value) if isinstance(value, list) else 0
-    )
+def _all_conversations(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in ("messages", "input"):
+        if name in body:
+            yield name, body[name]
+    for place, scored in enumerate(body["inputs"] if _length(body.get("inputs")) else ()):
+        if isinstance(scored, dict):
+            yield f"inputs.{place}.messages", scored.get("messages")
+
+
+def _entries(conversation: Any, most: int) -> int:
+    # Messages, their parts and the parts of these; of a batch, its conversations too. Each is tried
+    # against every kind that the API has, in one step of vLLM's.
+    lists = [conversation] if isinstance(conversation, list) else []
+    count = 0
+    for entries in lists:  # which grow on the way
+        count += len(entries)
+        if count > most:
+            break
+        for entry in entries:
+            nested = entry.values() if isinstance(entry, dict) else (entry,)
+            lists.extend(child for child in nested if isinstance(child, list))
+    return count
 
 
 def _prompts(value: Any) -> int:
@@ -178,14 +175,20 @@ def _number(value: Any) -> int:
 
 
 _COUNTS: tuple[tuple[str, str, Callable[[Any], int]], ...] = (
-    ("messages", "max_messages", _messages),
-    ("input", "max_messages", _messages),
     ("messages", "max_inputs", _conversations),
     ("prompt", "max_inputs", _prompts),
     ("documents", "max_inputs", _length),
     ("tools", "max_tools", _length),
-    ("n", "max_choices", _number),
 )
+# Each is looked for in every token's text, or encoded before the engine sees the request.
+_WORDS = ("stop", "stop_sequences", "bad_words")
+
+
+def _hold(
+    what: str, found: int, setting: str, settings: Settings, param: str | None = None
+) -> None:
+    if found > getattr(settings, setting):
+        raise _beyond(what, found, setting, settings, HTTPStatus.UNPROCESSABLE_ENTITY, param)
 
 
 def _beyond(

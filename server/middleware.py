@@ -18,11 +18,13 @@ from server.bodies import (
     read_body,
     replay_body,
     with_header_dials,
+    with_length,
 )
 from server.context import BODY, STEERING, Steering
 from server.credentials import now
 from server.error_shape import RESPONSES, error_response
 from server.guard import Guard
+from server.limits import write_json
 from server.policies import ActivePolicy, CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.score import SCORE
@@ -94,7 +96,7 @@ class RefusalMiddleware:
                 turns = open_turns(body, path, self._manifest)
                 if turns.body is not body:
                     raw = encode(turns.body)
-                    scope = _with_length(scope, len(raw))
+                    scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -123,8 +125,8 @@ class RefusalMiddleware:
             options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
             changed, steering = self.prepare(body, path, options, caller.policy(options.policy))
             if changed is not body:
-                raw = encode(changed)
-                scope = _with_length(scope, len(raw))
+                raw = write_json(changed)
+                scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
         except RequestError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -207,8 +209,3 @@ def _choices_per_prompt(body: dict[str, Any]) -> int:
 
 def _is_batch(prompt: Any) -> bool:
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-
-
-def _with_length(scope: Scope, length: int) -> Scope:
-    headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length",)]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

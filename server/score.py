@@ -16,7 +16,7 @@ from models.errors import RequestError
 from models.manifest import Manifest
 from server import metrics
 from server.bodies import encode, parse_body, read_body, with_header_dials
-from server.context import Decision, Steering
+from server.context import BODY, Decision, Steering
 from server.dials import Resolution
 from server.error_shape import error_response
 from server.guard import Guard
@@ -141,7 +141,7 @@ class ScoreRoute:
         try:
             caller = caller_of(request.scope, self._callers)
             raw = await read_body(request.receive, self._max_body_bytes)
-            body = parse_body(raw)
+            body = request.scope[BODY] if BODY in request.scope else parse_body(raw)
             wanted = parse_score(body and with_header_dials(body, request.headers))
             policy = caller.policy(wanted.refusal.policy)
             policy.reports(wanted.refusal.model_copy(update={"report": True}))

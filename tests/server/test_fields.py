@@ -2,10 +2,20 @@ from inspect import signature
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 from transformers import PythonBackend
 
 from models.errors import RequestError
-from server.fields import ENGINE_ARGUMENTS, REFUSED, TEMPLATE_ARGUMENTS, refuse_fields
+from server.fields import (
+    COPIED,
+    COPIED_HEADERS,
+    ENGINE_ARGUMENTS,
+    LOAD_HEADER,
+    REFUSED,
+    TEMPLATE_ARGUMENTS,
+    refuse_fields,
+    refuse_headers,
+)
 
 
 def refused(body: dict[str, Any]) -> RequestError:
@@ -61,3 +71,25 @@ def test_arguments_of_the_engine_are_no_extensions(key: str) -> None:
 )
 def test_everything_else_is_none_of_its_business(body: dict[str, Any]) -> None:
     refuse_fields(body)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_name_that_is_copied_has_a_bounded_length(name: str) -> None:
+    refuse_fields({name: "a" * 128})
+    refuse_fields({name: None})
+    error = refused({name: "a" * 129})
+    assert (error.status, error.param) == (400, name)
+    assert error.message == f"{name}: it has 129 characters, and at most 128 here"
+
+
+@pytest.mark.parametrize("name", COPIED_HEADERS)
+def test_header_that_is_copied_has_a_bounded_length(name: str) -> None:
+    refuse_headers(Headers({name.lower(): "a" * 128}))
+    with pytest.raises(RequestError, match="129 characters, and at most 128") as caught:
+        refuse_headers(Headers({name.lower(): "a" * 129}))
+    assert (caught.value.status, caught.value.param) == (400, name)
+
+
+def test_header_that_asks_for_the_load_is_refused() -> None:
+    with pytest.raises(RequestError, match="the load is that of all callers"):
+        refuse_headers(Headers({LOAD_HEADER: "text"}))

@@ -1,11 +1,15 @@
 import json
 import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from models.errors import RequestError
-from server.limits import check_head, read_json
+from server.limits import MOST_WORD_CHARACTERS, check_head, read_json, write_json
 from server.settings import Settings
 
 SETTINGS = Settings(
@@ -16,13 +20,14 @@ SETTINGS = Settings(
     max_messages=3,
     max_inputs=2,
     max_tools=1,
+    max_stops=2,
     max_choices=4,
 )
 
 
-def refused(raw: bytes) -> RequestError:
+def refused(raw: bytes, settings: Settings = SETTINGS) -> RequestError:
     with pytest.raises(RequestError) as caught:
-        read_json(raw, SETTINGS)
+        read_json(raw, settings)
     return caught.value
 
 
@@ -79,9 +84,12 @@ def test_headers_are_bounded_in_number_and_size() -> None:
         b'{"a": ' + b"9" * 400 + b".0}",
         b'{"a": ' + b"1" * 5000 + b"}",
         b'{"a": 18446744073709551616}',
-        b'{"a": -18446744073709551616}',
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
+        b'{"a": -9223372036854775809}',
+        b'\xef\xbb\xbf{"a": 1}',
+        '{"a": "ä"}'.encode("utf-16"),
+        '{"a": "ä"}'.encode("utf-32"),
+        b"[" * 50_000,
+        b'{"a":' * 50_000,
     ],
     ids=lambda raw: repr(raw[:24]),
 )
@@ -95,12 +103,10 @@ def test_what_is_no_usable_object_is_400(raw: bytes) -> None:
     "raw",
     [
         b"{}",
-        b'{"a": 18446744073709551615, "b": -18446744073709551615}',
+        b'{"a": 18446744073709551615, "b": -9223372036854775808}',
         b'{"a": 1e308, "b": 1e-999, "c": "1e999 and 99999999999999999999999"}',
         b'{"a": 1.7976931348623157e308}',
         b'{"a": "NaN", "b": "Infinity"}',
-        b'\xef\xbb\xbf{"a": 1}',
-        '{"a": "ä"}'.encode("utf-16"),
         b'{"a": 1, "a": 2}',
     ],
 )
@@ -119,21 +125,38 @@ def nested(depth: int) -> dict[str, Any]:
 
 def test_depth_is_bounded_however_wide_the_body_is() -> None:
     fits = nested(8)
-    wide = {**fits, "b": [[]] * 100}
+    wide = {**fits, "b": [[]] * 100, "c": "[" * 100 + '\\"{'}
     assert read_json(json.dumps(wide).encode(), SETTINGS) == wide
-    error = refused(json.dumps({"a": fits}).encode())
+    for beyond in ({"a": fits}, {"a": fits, "b": [[]] * 100}):
+        error = refused(json.dumps(beyond).encode())
+        assert error.status == 422
+        assert "at most 8 here (RHEOSTAT_MAX_BODY_DEPTH)" in error.message
+
+
+BOUNDED = Settings(max_body_strings=64, max_body_values=256)
+
+
+@pytest.mark.parametrize(
+    ("fits", "beyond", "setting"),
+    [
+        ({"a": ['a "word"'] * 61, "b": {"c": 5}}, {"a": [""] * 64}, "STRINGS"),
+        ({"a": ["\\"] * 63}, {"a": ["\\"] * 64}, "STRINGS"),
+        ({"a": ['\\"'] * 63}, {"a": ['\\"'] * 64}, "STRINGS"),
+        ({"a": ['[{,:"' * 99]}, {str(key): 1 for key in range(65)}, "STRINGS"),
+        ({"a": [[]] * 62}, {"a": [[]] * 63}, "STRINGS"),
+        ({"a": [{}] * 62}, {"a": [{}] * 63}, "STRINGS"),
+        ({"a": [1] * 255}, {"a": [1] * 256}, "VALUES"),
+        ({"a": [1.5, True, None] * 85}, {"a": [1.5, True, None] * 86}, "VALUES"),
+    ],
+    ids=lambda case: str(case)[:24],
+)
+def test_values_are_bounded_wherever_they_stand(
+    fits: dict[str, Any], beyond: dict[str, Any], setting: str
+) -> None:
+    assert read_json(json.dumps(fits).encode(), BOUNDED) == fits
+    error = refused(json.dumps(beyond).encode(), BOUNDED)
     assert error.status == 422
-    assert "at most 8 here (RHEOSTAT_MAX_BODY_DEPTH)" in error.message
-
-
-def test_strings_are_bounded_wherever_they_stand() -> None:
-    bounded = Settings(max_body_strings=64)
-    fits = {"a": ['a "word"'] * 61, "b": {"c": 5}}
-    assert read_json(json.dumps(fits).encode(), bounded) == fits
-    for beyond in ({**fits, "d": ""}, {"a": ["\\"] * 140}):
-        with pytest.raises(RequestError, match=r"at most 64 here \(RHEOSTAT_MAX_BODY_STR") as told:
-            read_json(json.dumps(beyond).encode(), bounded)
-        assert told.value.status == 422
+    assert f"(RHEOSTAT_MAX_BODY_{setting})" in error.message
 
 
 @pytest.mark.parametrize(
@@ -142,12 +165,35 @@ def test_strings_are_bounded_wherever_they_stand() -> None:
         ({"messages": [{}] * 3}, {"messages": [{}] * 4}, "messages", "MAX_MESSAGES"),
         ({"input": [{}] * 3}, {"input": [{}] * 4}, "input", "MAX_MESSAGES"),
         ({"messages": [[{}], []]}, {"messages": [[{}, {}], [{}]]}, "messages", "MAX_MESSAGES"),
+        (
+            {"messages": [[]]},
+            {"messages": [{"content": ["a", "b", "c"]}]},
+            "messages",
+            "MAX_MESSAGES",
+        ),
+        (
+            {"input": [{"content": [{"content": []}]}, {"summary": {"a": [1, 2]}}]},
+            {"input": [{"content": [{"content": [1, 2]}]}]},
+            "input",
+            "MAX_MESSAGES",
+        ),
+        (
+            {"inputs": [{"messages": [{}] * 3}] * 5},
+            {"inputs": [{"messages": [{}]}, {"messages": [{}] * 4}]},
+            "inputs.1.messages",
+            "MAX_MESSAGES",
+        ),
         ({"messages": [[], []]}, {"messages": [[], [], []]}, "messages", "MAX_INPUTS"),
         ({"prompt": ["a"] * 2}, {"prompt": ["a"] * 3}, "prompt", "MAX_INPUTS"),
         ({"prompt": [1] * 99}, {"prompt": [[1], [2], [3]]}, "prompt", "MAX_INPUTS"),
         ({"documents": [{}] * 2}, {"documents": [{}] * 3}, "documents", "MAX_INPUTS"),
         ({"tools": [{}]}, {"tools": [{}, {}]}, "tools", "MAX_TOOLS"),
         ({"n": 4}, {"n": 5}, "n", "MAX_CHOICES"),
+        ({"n": 2, "prompt": ["a", "b"]}, {"n": 3, "prompt": ["a", "b"]}, "n", "MAX_CHOICES"),
+        ({"n": 2, "messages": [[], []]}, {"n": 3, "messages": [[], []]}, "n", "MAX_CHOICES"),
+        ({"best_of": 4}, {"best_of": 5, "use_beam_search": True}, "n", "MAX_CHOICES"),
+        ({"stop": "ab"}, {"stop": ["a", "b", "c"]}, "stop", "MAX_STOPS"),
+        ({"bad_words": ["a", "b"]}, {"bad_words": ["a"] * 3}, "bad_words", "MAX_STOPS"),
         ({"n": "x"}, {"n": "5"}, "n", "MAX_CHOICES"),
         ({"n": 4.5}, {"n": 5.0}, "n", "MAX_CHOICES"),
     ],
@@ -171,10 +217,104 @@ def test_numbers_are_bounded_and_the_bound_is_named(
     ],
 )
 def test_half_a_surrogate_pair_is_400(raw: bytes) -> None:
-    with pytest.raises(RequestError, match="half of a surrogate pair") as raised:
-        read_json(raw, Settings())
-    assert raised.value.status == 400
+    error = refused(raw)
+    assert error.status == 400
+    assert error.message.startswith("the body must be a JSON object in UTF-8: ")
 
 
 def test_whole_surrogate_pair_is_a_character() -> None:
     assert read_json(b'{"stop": "\\ud83d\\ude00"}', Settings()) == {"stop": "\U0001f600"}
+
+
+def test_prompts_without_n_count_as_choices() -> None:
+    many = {"prompt": ["a"] * 5}
+    error = refused(json.dumps(many).encode(), Settings(max_choices=4))
+    assert (error.status, error.param) == (422, "n")
+    assert (
+        error.message
+        == "n times the number of prompts: 5, and at most 4 here (RHEOSTAT_MAX_CHOICES)"
+    )
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_sequences", "bad_words"])
+def test_length_of_a_stop_string_is_bounded(name: str) -> None:
+    longest = "a" * MOST_WORD_CHARACTERS
+    for fits in (longest, ["b", longest]):
+        assert read_json(json.dumps({name: fits}).encode(), SETTINGS) == {name: fits}
+    for beyond in (longest + "a", ["b", longest + "a"]):
+        error = refused(json.dumps({name: beyond}).encode())
+        assert (error.status, error.param) == (422, name)
+
+
+# Pieces that parsers disagree on, and those that hold a JSON text together.
+PIECES = [
+    *(
+        '{"a":',
+        '{"b": ',
+        "[",
+        "]",
+        "}",
+        ",",
+        ":",
+        '"',
+        "\\",
+        " ",
+        "\t",
+        "\n",
+        "\x0b",
+        "\x00",
+        "\xa0",
+    ),
+    *("0", "-0", "01", "1.", ".5", "1e5", "1E+400", "-1e-400", "2.2250738585072011e-308"),
+    *("1.7976931348623157e308", "5e-324", "0.1", "123456789012345678901234567890.5"),
+    *("9223372036854775807", "-9223372036854775809", "18446744073709551615", "1" * 40),
+    *("true", "null", "NaN", "Infinity", "-Infinity", "True", "nan", "'a'", "/**/"),
+    *('"ä"', '"\\u00e4"', '"\\ud83d\\ude00"', '"\\ud83d"', '"\\ude00\\ud83d"', '"\\/"', '"\\x"'),
+    *('"\\u0000"', '"\x7f"', '"\\\\"', '"\\""', '"NaN"', '"[{,:"', '"\U0001f600"'),
+]
+
+
+def odd_bodies(count: int) -> Iterator[bytes]:
+    draw = random.Random(12)
+    for _ in range(count):
+        inner = [draw.choice(PIECES) for _ in range(draw.randrange(1, 5))]
+        whole = draw.choice(
+            [
+                '{"a": ' + ", ".join(inner) + "}",
+                '{"a": [' + ", ".join(inner) + "]}",
+                "{" + ", ".join(f'"{draw.choice("aab")}": {piece}' for piece in inner) + "}",
+                '{"a"' + "".join(inner) + "}",
+                "".join(inner),
+            ]
+        )
+        raw = whole.encode(draw.choice(["utf-8"] * 9 + ["utf-8-sig", "utf-16", "utf-32"]))
+        if draw.random() < 0.1:
+            place = draw.randrange(len(raw))
+            raw = raw[:place] + bytes([draw.randrange(256)]) + raw[place + 1 :]
+        yield raw
+
+
+def test_what_vllm_reads_is_what_was_parsed_and_what_python_parses() -> None:
+    settings = Settings()
+    accepted = 0
+    for raw in odd_bodies(20_000):
+        with suppress(RequestError):
+            body = read_json(raw, settings)
+            accepted += 1
+            # As text: 1 is 1.0 and True to Python's ==, and 0.0 is -0.0.
+            assert repr(body) == repr(json.loads(raw)) == repr(json.loads(write_json(body))), raw
+    assert accepted > 1000
+
+
+def test_many_values_are_counted_before_they_are_made() -> None:
+    most = 2**22 // 2 - 10
+    bodies = [
+        b'{"a":[' + b",".join([b"1"] * most) + b"]}",
+        b'{"a":[' + b",".join([b"[]"] * (most // 2)) + b"]}",
+        b'{"a":[' + b",".join([b'""'] * (most // 2)) + b"]}",
+        b"[" * (2 * most),
+    ]
+    for raw in bodies:
+        started_s = time.process_time()
+        assert refused(raw, Settings()).status in (400, 422)
+        assert time.process_time() - started_s < 0.5  # some 10 ms, but for a busy machine

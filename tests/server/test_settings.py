@@ -17,7 +17,7 @@ def test_defaults_leave_every_decision_as_trained() -> None:
     settings = load_settings()
     assert settings.defaults.categories == {}
     assert settings.defaults.decision is None
-    assert settings.max_body_bytes == 33_554_432
+    assert settings.max_body_bytes == 4_194_304
 
 
 def test_values_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +41,10 @@ def test_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -
         f"the environment variable {name} means nothing here; known are "
         "RHEOSTAT_BODY_TIMEOUT_S, RHEOSTAT_DEFAULTS, RHEOSTAT_HEAD_TIMEOUT_S, "
         "RHEOSTAT_IDLE_TIMEOUT_S, RHEOSTAT_MAX_BODY_BYTES, RHEOSTAT_MAX_BODY_DEPTH, "
-        "RHEOSTAT_MAX_BODY_STRINGS, RHEOSTAT_MAX_CHOICES, RHEOSTAT_MAX_HEADERS, "
+        "RHEOSTAT_MAX_BODY_STRINGS, RHEOSTAT_MAX_BODY_VALUES, "
+        "RHEOSTAT_MAX_CHOICES, RHEOSTAT_MAX_HEADERS, "
         "RHEOSTAT_MAX_HEADER_BYTES, RHEOSTAT_MAX_INPUTS, RHEOSTAT_MAX_MESSAGES, "
-        "RHEOSTAT_MAX_TOOLS, RHEOSTAT_MAX_URL_BYTES, "
+        "RHEOSTAT_MAX_STOPS, RHEOSTAT_MAX_TOOLS, RHEOSTAT_MAX_URL_BYTES, "
         "RHEOSTAT_OPERATOR_KEY_HASH, RHEOSTAT_POLICY_FILE, RHEOSTAT_RECORD_FILE, "
         "RHEOSTAT_RECORD_SHARE, RHEOSTAT_TRACE_FILE"
     )
