@@ -20,13 +20,21 @@ from pydantic import ValidationError
 from starlette.middleware import Middleware
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -55,6 +63,7 @@ from models.tokens import single_id
 from server.context import STEERING, Decision, Steering
 from server.dials import Resolution
 from server.error_shape import Failure, failure, failure_of
+from server.first_error import stop_at_first_error
 from server.flags import refuse_switched_on, refuse_unserved
 from server.gate import Gate
 from server.generation import Generation, Outputs
@@ -73,6 +82,15 @@ from server.trace import DecisionTrace
 
 CPU_KVCACHE_GIB = "2"
 YOUNG_OBJECTS = 20_000
+# The bodies of the routes that tenants may send to.
+_REQUESTS = (
+    ChatCompletionRequest,
+    BatchChatCompletionRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    AnthropicMessagesRequest,
+    AnthropicCountTokensRequest,
+)
 
 
 class SteeredLLM(AsyncLLM):
@@ -406,6 +424,7 @@ async def _serve_http(
 ) -> Any:
     manifest = engine.manifest
     tasks = await engine.get_supported_tasks()
+    stop_at_first_error(*_REQUESTS)
     app = build_app(args, tasks, engine.model_config)
     directory = Path(args.model)
     app.include_router(

@@ -138,7 +138,7 @@ def _conversations(value: Any) -> int:
 
 
 def _all_conversations(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in ("messages", "input"):
+    for name in ("messages", "input", "system"):
         if name in body:
             yield name, body[name]
     for place, scored in enumerate(body["inputs"] if _length(body.get("inputs")) else ()):
