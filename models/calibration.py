@@ -4,7 +4,6 @@ A calibration is one safetensors file, ``DIR/calibrations/NAME.safetensors``. It
 no prompt, no text.
 """
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import CheckpointError, ConfigError
+from models.files import write_atomically
 from models.hashes import Hashes
 from models.manifest import Name
 
@@ -140,17 +140,8 @@ def save_calibration(directory: Path, calibration: Calibration) -> Path:
         {field: getattr(calibration, field) for field in _TENSORS},
         {_METADATA_KEY: calibration.info.model_dump_json()},
     )
-    # No reader's pattern matches the suffix, and no other writer has the process id.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    # No reader's pattern matches the partial file's suffix.
+    write_atomically(path, content, unique=True)
     return path
 
 
@@ -219,14 +210,6 @@ def _read(path: Path) -> tuple[dict[str, Any], CalibrationInfo]:
                 f"{field} is {tensors[field].dtype}, a calibration has {np.dtype(dtype)}"
             )
     return tensors, CalibrationInfo.model_validate_json(metadata)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_shapes(calibration: Calibration) -> None:

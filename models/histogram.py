@@ -15,6 +15,7 @@ from pydantic import field_validator as validates
 from pydantic import model_validator as validates_model
 
 from models.errors import ConfigError
+from models.files import write_atomically
 from models.manifest import Name
 
 # Log-odds. A quarter of a nat moves a probability by at most 6.3 points; beyond 20 nats none does.
@@ -112,6 +113,4 @@ def load_margins(path: Path) -> RecordedMargins:
 
 def save_margins(path: Path, recorded: RecordedMargins) -> None:
     """Writes recorded margins atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(recorded.model_dump()) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(recorded.model_dump()) + "\n")

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic import model_validator as validates_model
 
 from models.errors import CheckpointError
+from models.files import write_atomically
 
 MANIFEST_NAME = "rheostat.json"
 
@@ -132,8 +133,5 @@ def load_manifest(directory: Path) -> Manifest:
 def save_manifest(directory: Path, manifest: Manifest) -> Path:
     """Writes ``rheostat.json`` atomically and returns its path."""
     path = directory / MANIFEST_NAME
-    partial = path.with_suffix(".json.partial")
-    text = manifest.model_dump_json(indent=2, exclude_none=True) + "\n"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
     return path

@@ -1,12 +1,14 @@
 """A calibration, drawn: curves, trade-off, reliability of p(refuse), margins."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from models.calibration import BENIGN, Calibration
+from models.files import write_atomically
 from models.solver import CurvePoint, curve
 from training.measure.figures import (
     BLACK,
@@ -56,9 +58,9 @@ def save_figures(calibration: Calibration, folder: Path) -> list[Path]:
     written = []
     for name, figure in figures(calibration).items():
         written.append(folder / f"{calibration.info.name}-{name}.png")
-        partial = written[-1].with_suffix(".partial")
-        figure.savefig(partial, dpi=DPI, format="png")
-        partial.replace(written[-1])
+        drawing = BytesIO()
+        figure.savefig(drawing, dpi=DPI, format="png")
+        write_atomically(written[-1], drawing.getvalue())
     return written
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -22,10 +21,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from models.errors import ConfigError
+from models.files import parse_yaml
 from models.manifest import Name
 from models.tokens import COCONOT_DESCRIPTIONS, SINGLE, SINGLE_DESCRIPTION
 from training.config.data import DataConfig, Origin
-from training.config.fields import Frozen, Seed, Share, Text
+from training.config.fields import Frozen, Seed, Share, Text, reason_of
 from training.config.loss import FORMS, LossConfig
 
 REFUSAL_TEXTS: Mapping[str, str] = {
@@ -39,7 +39,6 @@ DEFAULT_REFUSAL_TEXT = "I can't help with that."
 # What settings of one number a category, and the judge of texts, call the answers.
 RESPOND = "respond"
 ANSWERS = (RESPOND, "answer")
-MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class ScratchModel(Frozen):
@@ -263,21 +262,6 @@ class TrainConfig(Frozen):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class _EachFieldOnce(yaml.SafeLoader):
-    """Refuses a field that stands twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if name in seen and key.tag != MERGE_TAG:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the field {name!r} stands there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: str | Path) -> TrainConfig:
     """Reads a recipe.
 
@@ -288,11 +272,7 @@ def load_config(path: str | Path) -> TrainConfig:
         ConfigError: There is no such file or recipe, or it is wrong; one line for each wrong field.
     """
     text, origin = _read_recipe(str(path))
-    try:
-        values = yaml.load(text, _EachFieldOnce)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{origin}: is no YAML: {reason}") from error
+    values = parse_yaml(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(f"{origin}: holds no fields; name, model and data are needed")
     try:
@@ -336,23 +316,4 @@ def _describe(origin: str, detail: ErrorDetails) -> str:
         if len(parts) == 2 or detail["type"] == "model_type":
             return f"{origin}: {'.'.join(parts[:2])}: must be a list of sources, or the word demo"
     where = ".".join(part for part in parts if part != "[key]")
-    return f"{origin}: {where + ': ' if where else ''}{_reason(detail)}"
-
-
-def _reason(detail: ErrorDetails) -> str:
-    if detail["type"] == "extra_forbidden":
-        return "no such field; check the spelling or take it out"
-    if detail["type"] == "missing":
-        return "is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return message
-    return f"{message[0].lower()}{message[1:]}, got {_shown(detail['input'])}"
-
-
-def _shown(value: object) -> str:
-    # A wrong value may be a whole table, or hold itself.
-    shortened = reprlib.Repr()
-    shortened.maxstring = shortened.maxother = shortened.maxlong = 100
-    shortened.maxlevel = 2
-    return shortened.repr(value)
+    return f"{origin}: {where + ': ' if where else ''}{reason_of(detail)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.errors import CheckpointError, ConfigError
+from models.files import write_atomically
 from models.manifest import MANIFEST_NAME, Recipe, load_manifest
 
 IDENTITY_NAME = "run.json"
@@ -206,23 +207,3 @@ def put_in_place(partial: Path, out: Path) -> None:
     (out / IDENTITY_NAME).unlink()
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there in full or not at all, whenever the process is killed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

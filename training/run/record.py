@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.files import write_atomically
 from models.manifest import Recipe, save_manifest
 from training.config.data import Origin
 from training.config.loss import GammaSchedule, LossConfig, QSchedule
 from training.config.recipe import TrainConfig
 from training.data.sources import identify
 from training.model.start import Start
-from training.run.folder import write_atomically
 
 LOG_NAME = "training_log.jsonl"
 CONFIG_NAME = "resolved_config.yaml"

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from training.run.folder import sync
+from models.files import sync
 
 KEPT = 2
 STATE_NAME = "trainer_state.json"

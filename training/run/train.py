@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.checkpoint import load_checkpoint
+from models.files import write_atomically
 from training.config.data import DEMO
 from training.config.loss import LossConfig
 from training.config.recipe import TrainConfig
@@ -25,7 +26,6 @@ from training.run.folder import (
     mark_finished,
     open_partial,
     put_in_place,
-    write_atomically,
 )
 from training.run.processes import Processes
 from training.run.record import DEMO_DATA, data_hashes, recipe_of, write_contract, write_log
