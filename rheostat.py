@@ -24,6 +24,10 @@ app = typer.Typer(
 
 app.add_typer(policy_commands, name="policy")
 
+DATA_HELP = (
+    "A .jsonl, .json, .csv, .tsv or .parquet file; or a .yaml file with a list of sources, as "
+    "data.train in a recipe."
+)
 ModelOption = Annotated[
     str, typer.Option("--model", help="A checkpoint folder with rheostat.json, or a hub name.")
 ]
@@ -125,14 +129,17 @@ def train(
 def evaluate(
     url: Annotated[str, typer.Option(help="A running Rheostat server.")] = "http://127.0.0.1:8000",
     data: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="[default: the demo's]")
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help=f"What is asked. {DATA_HELP} [default: the demo's]"
+        ),
     ] = None,
     train_data: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="What the judge of texts learns from. [default: the demo's]",
+            help=f"What the judge of texts learns from. {DATA_HELP} [default: the demo's]",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use that many random rows.")] = None,
@@ -151,20 +158,21 @@ def evaluate(
 
     from rich.console import Console
 
-    from training.client import evaluate as evaluate_server
+    from training.config.data import named_sources
     from training.demo_data.render import write
+    from training.measure.evaluate import Questions
+    from training.measure.evaluate import evaluate as evaluate_server
 
     with TemporaryDirectory() as rendered:
         if data is None or train_data is None:
             write(Path(rendered), seed=0)
-        report = evaluate_server(
-            url.removesuffix("/").removesuffix("/v1"),
-            data or Path(rendered) / "evaluation.jsonl",
-            train_data=train_data or Path(rendered) / "train.jsonl",
-            limit=limit,
-            seed=seed,
-            progress=sys.stderr.isatty(),
+        questions = Questions(
+            named_sources(data or Path(rendered) / "evaluation.jsonl"),
+            named_sources(train_data or Path(rendered) / "train.jsonl"),
+            limit,
+            seed,
         )
+        report = evaluate_server(url, questions, Console(stderr=True))
     Console().print(report.table())
     if out is not None:
         out.write(report.to_json() + "\n")
@@ -181,21 +189,10 @@ def calibrate(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="Prompts with their categories: .jsonl, .json, .csv, .tsv, .parquet. Repeatable.",
+            help="Prompts with their categories. Repeatable. " + DATA_HELP,
         ),
     ] = None,
     name: Annotated[str, typer.Option(help="What requests and policies call it.")] = "default",
-    data_format: Annotated[
-        str, typer.Option("--format", help="rows, chat (all to be answered) or coconot.")
-    ] = "rows",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="FIELD=COLUMN, as in prompt=question or category=label. Repeatable."),
-    ] = None,
-    mapping: Annotated[
-        list[str] | None,
-        typer.Option("--map", help="LABEL=CATEGORY; LABEL=null: to be answered. Repeatable."),
-    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use that many random rows.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of that choice.")] = 0,
     url: Annotated[
@@ -230,26 +227,27 @@ def calibrate(
     from models.checkpoint import resolve_checkpoint
     from training.calibration import calibrate as calibration_run
     from training.calibration import figures as calibration_figures
-    from training.calibration import prompts
     from training.calibration import report as calibration_report
     from training.calibration.drift import check_recorded
+    from training.calibration.prompts import Prompts
+    from training.config.data import named_sources
     from training.serving import exit_on_sigterm
 
     exit_on_sigterm()
     directory = resolve_checkpoint(model)
     path = calibration_path(out or directory, name)
     if data:
-        files = prompts.PromptFiles(
-            paths=tuple(data),
-            format=prompts.checked_format(data_format),
-            columns=prompts.columns(column or ()),
-            categories=prompts.labels(mapping or ()),
-            limit=limit,
-            seed=seed,
-        )
+        sources = tuple(source for path in data for source in named_sources(path))
         measured = calibration_run.calibrate(
             calibration_run.Job(
-                directory, files, name, url, api_key, tuple(flags or ()), out, force
+                directory,
+                Prompts(sources, limit, seed),
+                name,
+                url,
+                api_key,
+                tuple(flags or ()),
+                out,
+                force,
             ),
             Console(stderr=True),
         )

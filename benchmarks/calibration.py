@@ -31,7 +31,8 @@ from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
 from training.calibration.calibrate import Job, calibrate
-from training.calibration.prompts import PromptFiles, read_prompts
+from training.calibration.prompts import Prompts, read_prompts
+from training.config.data import named_sources
 from training.data.rows import Row
 from training.demo_data.render import write
 from training.serving import serving, without_calibrations
@@ -282,7 +283,7 @@ def measured(
         serving(folder, SERVED, log, SERVER_FLAGS, inherit_settings=False) as url,
     ):
         for path in data:
-            job = Job(model, PromptFiles((path,)), name=path.stem, url=url, out=out)
+            job = Job(model, Prompts(named_sources(path)), name=path.stem, url=url, out=out)
             found.append(calibrate(job, console))
             console.print(found[-1].sentence())
     return tuple(entry.calibration for entry in found)
@@ -332,7 +333,7 @@ def main() -> None:
         model = arguments.checkpoint
         files = (data / "calibration.jsonl", held_out)
         calibration, evaluation = measured(model, files, arguments.out, console)
-        rows = read_prompts(PromptFiles((held_out,)), calibration.names)
+        rows = read_prompts(Prompts(named_sources(held_out)), calibration.names)
     cases, results = experiment(calibration, evaluation, arguments.splits, console)
     log = arguments.out / "server.log"
     results["requests"] = (

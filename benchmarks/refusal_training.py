@@ -120,7 +120,7 @@ def train_once(training: Training, setup: Setup) -> dict[str, Any]:
     config = _config(setup, rate, seed, q, gamma)
     world = _world(setup)
     on_the_way, whole = (_monitor(setup, measured, most) for most in (ROWS_ON_THE_WAY, None))
-    watch = Watch(Rhythm(log=0.0, evaluate=EVERY), monitor=on_the_way)
+    watch = Watch(Rhythm(log=0.0, evaluate=EVERY, evaluate_first=True), monitor=on_the_way)
     start = start_of(config, world.rows)
     with tempfile.TemporaryDirectory() as made:
         trainer = assemble(config, start, world.examples, config.loss, Path(made), watch)

@@ -1,52 +1,46 @@
-"""Asks a running Rheostat server, and measures it."""
+"""A client of our own server: what it serves, its margins, its answers."""
 
 import asyncio
-import random
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import numpy as np
-import openai
-from openai import AsyncOpenAI
-from openai.types.chat import ChatCompletionMessageParam
+import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.progress import Progress
 
 from models.errors import EvaluationError
-from training.data.encoding import Message, Row, read_rows
-from training.measure.report import ANSWER, Outcomes, Report, measure
+from models.hashes import Hashes
+from training.data.rows import Message, Row
 
-REQUESTS_AT_ONCE = 64
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+BATCH = 256
+# Of text, in one request: a quarter of what a server reads at most, if its operator says nothing.
+BATCH_BYTES = 8 * 2**20
+BATCHES_AT_ONCE = 3
+ANSWERS_AT_ONCE = 64
 MAX_NEW_TOKENS = 48
-
-Dials = Mapping[str, str]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str
+TIMEOUT_S = 600
+ATTEMPTS = 3
+PAUSE_S = 1.0
+INPUT = re.compile(r"inputs\.(\d+)")
 
 
-class _Categories(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class Scores(NamedTuple):
+    """The decision step of one prompt, before any bias.
 
-    data: tuple[_Entry, ...]
+    Attributes:
+        margins: `[k]` refusal logits minus the respond logit, in manifest order; NaN where the
+            server has no number.
+        log_normaliser: Log-sum-exp of the whole vocabulary minus the respond logit.
+    """
 
-
-class _Decision(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    margin: float
-
-
-class _RefusalReport(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    refused: bool
-    category: str | None
-    decisions: dict[str, _Decision]
+    margins: tuple[float, ...]
+    log_normaliser: float
 
 
 class Reply(NamedTuple):
@@ -63,16 +57,102 @@ class Reply(NamedTuple):
     margins: dict[str, float]
 
 
+class Served(NamedTuple):
+    """The checkpoint that a server serves; its categories are in manifest order."""
+
+    names: tuple[str, ...]
+    hashes: Hashes
+
+
+Dials = Mapping[str, str]
+OnScores = Callable[[Sequence[int], Sequence[Scores]], None]
+
+
+class _WrongInputError(EvaluationError):
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class _Foreign(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+Page = TypeVar("Page", bound=_Foreign)
+
+
+class _Named(_Foreign):
+    name: str
+
+
+class _Categories(_Foreign):
+    data: tuple[_Named, ...]
+
+
+class _Identified(_Categories):
+    hashes: Hashes
+
+
+class _Model(_Foreign):
+    id: str
+
+
+class _Models(_Foreign):
+    data: tuple[_Model, ...]
+
+
+class _Margin(_Foreign):
+    margin: float | None
+
+
+class _Entry(_Foreign):
+    index: int
+    log_normaliser: float | None
+    decisions: dict[str, _Margin]
+
+    def scores(self, names: Sequence[str]) -> Scores:
+        margins = tuple(_number(self.decisions[name].margin) for name in names)
+        return Scores(margins, _number(self.log_normaliser))
+
+
+class _ScorePage(_Foreign):
+    data: tuple[_Entry, ...]
+
+
+class _Decision(_Foreign):
+    margin: float
+
+
+class _RefusalReport(_Foreign):
+    refused: bool
+    category: str | None
+    decisions: dict[str, _Decision]
+
+
+class _Said(_Foreign):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Foreign):
+    message: _Said
+    refusal_report: _RefusalReport
+
+
+class _Chat(_Foreign):
+    choices: tuple[_Choice, ...]
+
+
 class RheostatClient:
-    """A client of one model on one server.
+    """A client of one server.
 
     Args:
-        client: Where the server is and who asks; its base URL ends in `/v1`.
+        http: Its base URL is the server's, without `/v1`.
     """
 
-    def __init__(self, client: AsyncOpenAI) -> None:
-        self._client = client
-        self._slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+        self._slots = asyncio.Semaphore(ANSWERS_AT_ONCE)
 
     async def model(self) -> str:
         """Returns the name of the served model.
@@ -80,27 +160,64 @@ class RheostatClient:
         Raises:
             EvaluationError: The server does not answer or serves nothing.
         """
-        try:
-            page = await self._client.models.list()
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
-        if not page.data:
-            raise EvaluationError(f"{self._client.base_url}: the server serves no model")
-        return page.data[0].id
+        models = await self._get("/v1/models", _Models, "a list of models")
+        if not models.data:
+            raise EvaluationError(f"{self._http.base_url}: the server serves no model")
+        return models.data[0].id
 
     async def categories(self) -> list[str]:
         """Returns the category names in manifest order.
 
         Raises:
-            EvaluationError: The server does not answer, or is not one of ours.
+            EvaluationError: The server does not answer, or is no Rheostat server.
         """
-        try:
-            body = await self._client.get("/refusal/categories", cast_to=object)
-            return [entry.name for entry in _Categories.model_validate(body).data]
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
-        except ValidationError as error:
-            raise self._foreign("a list of refusal categories") from error
+        page = await self._get(
+            "/v1/refusal/categories", _Categories, "a list of refusal categories"
+        )
+        return [entry.name for entry in page.data]
+
+    async def served(self) -> Served:
+        """Returns what checkpoint is served.
+
+        Raises:
+            EvaluationError: As `categories`.
+        """
+        page = await self._get(
+            "/v1/refusal/categories?hashes=true",
+            _Identified,
+            "refusal categories and the checkpoint's hashes",
+        )
+        return Served(tuple(entry.name for entry in page.data), page.hashes)
+
+    async def score(self, rows: Sequence[Row], names: Sequence[str], on_scores: OnScores) -> None:
+        """Scores prompts, several batches in flight, in whatever order they come back.
+
+        Args:
+            rows: Their prompts are scored.
+            names: The `k` categories in manifest order.
+            on_scores: Called with places and scores of each batch that came back.
+
+        Raises:
+            EvaluationError: The server does not answer as it should.
+        """
+        model = await self.model()
+        slots = asyncio.Semaphore(BATCHES_AT_ONCE)
+
+        async def one(places: Sequence[int]) -> None:
+            inputs = [{"messages": messages_of(rows[place].prompt)} for place in places]
+            async with slots:
+                try:
+                    page = await self._post(
+                        "/v1/refusal/score",
+                        {"model": model, "inputs": inputs},
+                        _ScorePage,
+                        "a list of scores",
+                    )
+                except EvaluationError as error:
+                    raise _with_origin(error, [rows[place] for place in places]) from error
+            on_scores(places, self._scores(page, names, len(places)))
+
+        await together(one(places) for places in _batches(rows))
 
     async def ask(self, model: str, prompt: Sequence[Message], dials: Dials) -> Reply:
         """Asks for the most likely answer.
@@ -113,185 +230,140 @@ class RheostatClient:
         Raises:
             EvaluationError: The server does not answer, refuses the request, or reports nothing.
         """
-        refusal = {"report": True, **({"categories": dict(dials)} if dials else {})}
+        body = {
+            "model": model,
+            "messages": messages_of(prompt),
+            "temperature": 0,
+            "max_tokens": MAX_NEW_TOKENS,
+            "refusal": {"report": True, **({"categories": dict(dials)} if dials else {})},
+        }
         async with self._slots:
-            try:
-                answer = await self._client.chat.completions.create(
-                    model=model,
-                    messages=[_as_param(message) for message in prompt],
-                    temperature=0,
-                    max_tokens=MAX_NEW_TOKENS,
-                    extra_body={"refusal": refusal},
-                )
-            except openai.OpenAIError as error:
-                raise self._failure(error) from error
-        choice = answer.choices[0]
-        try:
-            report = _RefusalReport.model_validate((choice.model_extra or {}).get("refusal_report"))
-        except ValidationError as error:
-            raise self._foreign("a refusal_report") from error
-        text = choice.message.refusal if report.refused else choice.message.content
-        margins = {name: decision.margin for name, decision in report.decisions.items()}
+            chat = await self._post(
+                "/v1/chat/completions", body, _Chat, "choices with a refusal_report"
+            )
+        if not chat.choices:
+            raise self._unlike("choices with a refusal_report")
+        message, report = chat.choices[0].message, chat.choices[0].refusal_report
+        text = message.refusal if report.refused else message.content
+        margins = {name: entry.margin for name, entry in report.decisions.items()}
         return Reply(text or "", report.category if report.refused else None, margins)
 
-    def _failure(self, error: openai.OpenAIError) -> EvaluationError:
-        where = self._client.base_url
-        if isinstance(error, openai.APIStatusError):
-            return EvaluationError(
-                f"{where}: the server answers {error.status_code}: {error.message}"
+    def _scores(self, page: _ScorePage, names: Sequence[str], count: int) -> list[Scores]:
+        if sorted(entry.index for entry in page.data) != list(range(count)):
+            raise self._unlike(f"{count} scores")
+        missing = {name for entry in page.data for name in names if name not in entry.decisions}
+        if missing:
+            raise EvaluationError(
+                f"{self._http.base_url}: the server reports no margin for {min(missing)!r}"
             )
-        return EvaluationError(
-            f"{where}: no server answers there ({error}); start one with `rheostat serve`"
-        )
+        return [entry.scores(names) for entry in sorted(page.data, key=lambda entry: entry.index)]
 
-    def _foreign(self, what: str) -> EvaluationError:
+    async def _get(self, path: str, kind: type[Page], what: str) -> Page:
+        return self._parse(kind, await self._send("GET", path), what)
+
+    async def _post(self, path: str, body: Any, kind: type[Page], what: str) -> Page:
+        return self._parse(kind, await self._send("POST", path, body), what)
+
+    async def _send(self, method: str, path: str, body: Any = None) -> object:
+        for attempt in range(1, ATTEMPTS + 1):
+            last = attempt == ATTEMPTS
+            try:
+                response = await self._http.request(method, path, json=body)
+            except httpx.HTTPError as error:
+                if last:
+                    raise EvaluationError(
+                        f"{self._http.base_url}: no server answers there "
+                        f"({error or type(error).__name__}); start one with `rheostat serve`"
+                    ) from error
+            else:
+                if response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR or last:
+                    return self._content(response)
+            await asyncio.sleep(PAUSE_S * attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _content(self, response: httpx.Response) -> object:
+        try:
+            content: Any = response.json()
+        except ValueError as error:
+            raise self._unlike("JSON") from error
+        if response.is_success:
+            return content
+        found = content.get("error") if isinstance(content, dict) else None
+        told: dict[str, Any] = found if isinstance(found, dict) else {}
+        message = told.get("message", response.reason_phrase)
+        full = f"{self._http.base_url}: the server answers {response.status_code}: {message}"
+        if place := INPUT.match(str(told.get("param"))):
+            raise _WrongInputError(full, int(place[1]))
+        raise EvaluationError(full)
+
+    def _parse(self, kind: type[Page], content: object, what: str) -> Page:
+        try:
+            return kind.model_validate(content)
+        except ValidationError as error:
+            raise self._unlike(what) from error
+
+    def _unlike(self, what: str) -> EvaluationError:
         return EvaluationError(
-            f"{self._client.base_url}: the server does not return {what}, so it is no Rheostat "
+            f"{self._http.base_url}: the server does not return {what}, so it is no Rheostat "
             "server, or of another version"
         )
 
 
-class Sample(NamedTuple):
-    """What a row led to.
-
-    Attributes:
-        own: The reply of the model left to itself.
-        forced: What it was then forced to: a category or `answer`.
-        flipped: The reply to that.
-    """
-
-    own: Reply
-    forced: str
-    flipped: Reply
-
-
-def evaluate(
-    url: str,
-    data: Path,
-    *,
-    train_data: Path,
-    limit: int | None,
-    seed: int,
-    progress: bool,
-    api_key: str = "none",
-) -> Report:
-    """Measures a running server.
-
-    Each row is asked twice: as it is, and forced against the decision that the model made.
+@asynccontextmanager
+async def client_of(url: str, api_key: str | None = None) -> "AsyncIterator[RheostatClient]":
+    """Opens a client.
 
     Args:
-        url: Where the server is, without `/v1`.
-        data: The rows to ask.
-        train_data: The rows that the model was trained on; they teach what a refusal of each
-            category looks like.
-        limit: How many rows are drawn; None for all.
-        seed: Seed of that draw.
-        progress: Whether to show a progress bar.
-        api_key: For servers that want one.
-
-    Raises:
-        ConfigError: A data file is wrong, or names a category that the server does not have.
-        EvaluationError: The server does not answer as it should.
+        url: Where the server is, with or without `/v1`.
+        api_key: For a server that wants one.
     """
-
-    async def run() -> Report:
-        base_url = f"{url.rstrip('/')}/v1"
-        async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
-            return await evaluate_server(
-                RheostatClient(client),
-                data,
-                train_data=train_data,
-                limit=limit,
-                seed=seed,
-                progress=progress,
-            )
-
-    return asyncio.run(run())
+    base = url.rstrip("/").removesuffix("/v1")
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    async with httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S) as http:
+        yield RheostatClient(http)
 
 
-async def evaluate_server(
-    server: RheostatClient,
-    data: Path,
-    *,
-    train_data: Path,
-    limit: int | None,
-    seed: int,
-    progress: bool,
-) -> Report:
-    """Does what `evaluate` does, with a client that exists already."""
-    from training.measure.judge import Judge
-
-    categories = await server.categories()
-    rows = _drawn(read_rows(data, categories), limit, seed)
-    training_rows = read_rows(train_data, categories)
-    samples = await _ask_all(server, rows, categories, progress=progress)
-    judge = Judge(training_rows)
-    judged = judge.kinds([sample.own.text for sample in samples])
-    forced_judged = judge.kinds([sample.flipped.text for sample in samples])
-    outcomes = Outcomes(
-        categories=categories,
-        margins=np.array([[s.own.margins[name] for name in categories] for s in samples]),
-        truth=[row.category for row in rows],
-        decided=[sample.own.category for sample in samples],
-        judged=judged,
-        texts=[sample.own.text for sample in samples],
-        answers=[row.answer for row in rows],
-        forced=[sample.forced for sample in samples],
-        forced_judged=forced_judged,
-    )
-    return measure(outcomes, judge.accuracy)
+async def together(work: "Iterator[Any]") -> list[Any]:
+    """Awaits coroutines at once and returns their results in order; cancels all if one fails."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        # gather leaves the others running when one fails.
+        for pending in tasks:
+            pending.cancel()
 
 
-def force(category: str, categories: Sequence[str]) -> dict[str, str]:
-    """Returns the dials that force a decision.
-
-    Args:
-        category: What to refuse for, or `answer` to respond.
-        categories: All category names.
-    """
-    return {name: "always" if name == category else "never" for name in categories}
-
-
-def _drawn(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    if limit is None or limit >= len(rows):
-        return rows
-    return random.Random(seed).sample(rows, limit)
+def messages_of(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    """Returns turns as the server reads them; an earlier refusal carries its category."""
+    return [
+        {"role": turn.role, "content": turn.content}
+        if turn.category is None
+        else {"role": turn.role, "refusal": turn.content, "refusal_category": turn.category}
+        for turn in turns
+    ]
 
 
-async def _ask_all(
-    server: RheostatClient, rows: Sequence[Row], categories: Sequence[str], *, progress: bool
-) -> list[Sample]:
-    model = await server.model()
-    with Progress(disable=not progress) as bar:
-        task = bar.add_task("asking", total=2 * len(rows))
-
-        async def ask(prompt: Sequence[Message], dials: Dials) -> Reply:
-            reply = await server.ask(model, prompt, dials)
-            if missing := set(categories) - set(reply.margins):
-                raise EvaluationError(f"the server reports no margin for {min(missing)!r}")
-            bar.advance(task)
-            return reply
-
-        async def sample(row: Row, against: str) -> Sample:
-            own = await ask(row.prompt, {})
-            forced = against if own.category is None else ANSWER
-            return Sample(own, forced, await ask(row.prompt, force(forced, categories)))
-
-        tasks = [
-            asyncio.create_task(sample(row, categories[number % len(categories)]))
-            for number, row in enumerate(rows)
-        ]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            # gather leaves the others running when one fails.
-            for pending in tasks:
-                pending.cancel()
+def _with_origin(error: EvaluationError, batch: Sequence[Row]) -> EvaluationError:
+    """Returns the error with the place of the row that it is about, where that is known."""
+    if isinstance(error, _WrongInputError):
+        return EvaluationError(f"{batch[error.place].origin}: {error.message}")
+    return EvaluationError(f"{batch[0].origin}: {error.message}") if len(batch) == 1 else error
 
 
-def _as_param(message: Message) -> ChatCompletionMessageParam:
-    content: Any = {"role": message.role, "content": message.content}
-    if message.category is not None:
-        content = {"role": message.role, "refusal": message.content}
-    param: ChatCompletionMessageParam = content
-    return param
+def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    held = 0
+    for place, row in enumerate(rows):
+        size = sum(len(turn.content.encode()) for turn in row.prompt)
+        if batch and (len(batch) == BATCH or held + size > BATCH_BYTES):
+            yield batch
+            batch, held = [], 0
+        batch.append(place)
+        held += size
+    if batch:
+        yield batch
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -26,11 +26,12 @@ from rheostat import app
 from tests.docs.test_readme import ROOT, commands
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.recipes import MODEL, log_of
-from training.calibration.prompts import PromptFiles, columns, labels, read_prompts
+from training.calibration.prompts import Prompts, read_prompts
+from training.config.data import named_sources
 from training.config.loss import LossConfig, QSchedule
 from training.config.recipe import TrainConfig, load_config, packaged_recipes
 from training.data.rows import Row
-from training.data.sources import read_source
+from training.data.sources import draw_rows, read_source
 from training.run.train import train
 
 PAGE = ROOT / "docs" / "training.md"
@@ -43,9 +44,8 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-RECIPE, LOSSES = _blocks("yaml")
+RECIPE, LOSSES, SOURCES = _blocks("yaml")
 (TABLE,) = _blocks("csv")
-(SNIPPET,) = _blocks("python")
 
 
 def _section(number: int) -> str:
@@ -316,7 +316,7 @@ def test_tensorboard_command_shows_what_the_run_writes(folder: Path) -> None:
     assert importlib.util.find_spec("tensorboard.main") is not None
 
 
-def test_calibrate_reads_the_table_with_the_page_s_options(folder: Path) -> None:
+def test_calibrate_reads_the_table_with_the_page_s_list(folder: Path) -> None:
     (words,) = [words for words in _tool("rheostat") if words[0] == "calibrate"]
     rows = list(csv.DictReader(io.StringIO(TABLE)))
     (folder / "held-out.csv").write_text(
@@ -331,12 +331,9 @@ def test_calibrate_reads_the_table_with_the_page_s_options(folder: Path) -> None
         )
     )
 
-    files = PromptFiles(
-        paths=(Path(words[words.index("--data") + 1]),),
-        columns=columns(_after(words, "--column")),
-        categories=labels(_after(words, "--map")),
-    )
-    prompts = read_prompts(files, CATEGORIES)
+    (name,) = _after(words, "--data")
+    (folder / name).write_text(SOURCES)
+    prompts = read_prompts(Prompts(named_sources(Path(name))), CATEGORIES)
 
     assert len(prompts) == 240
     assert {row.category for row in prompts} == {*CATEGORIES, None}
@@ -346,20 +343,16 @@ def _after(words: list[str], option: str) -> list[str]:
     return [words[at + 1] for at, word in enumerate(words) if word == option]
 
 
-def test_snippet_writes_what_evaluate_reads(folder: Path) -> None:
-    exec(compile(SNIPPET, str(PAGE), "exec"), {})
-
+def test_evaluate_reads_the_tables_with_the_page_s_lists(folder: Path) -> None:
     (words,) = [words for words in _tool("rheostat") if words[0] == "evaluate"]
-    for option in ("--data", "--train-data"):
-        (name,) = _after(words, option)
-        rows = _rows_of(folder / name)
+    lists = [name for option in ("--data", "--train-data") for name in _after(words, option)]
+    for name, text in zip(
+        lists, (SOURCES, SOURCES.replace("held-out.csv", "refusals.csv")), strict=True
+    ):
+        (folder / name).write_text(text)
+        rows = draw_rows(named_sources(Path(name)), CATEGORIES, seed=0, say=print)
         assert [row.category for row in rows[2:4]] == [None, "medicine"]
-
-
-def _rows_of(path: Path) -> list[Row]:
-    from training.data.encoding import read_rows
-
-    return read_rows(path, CATEGORIES)
+        assert all(row.response for row in rows)
 
 
 def test_every_recipe_of_the_package_is_told() -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import AsyncOpenAI
+from rich.console import Console
 
 from models.errors import EvaluationError
 from tests.training.conftest import WriteRows, small_rows
-from training.client import RheostatClient, evaluate, evaluate_server, force
+from training import client as client_module
+from training.client import RheostatClient
+from training.config.data import named_sources
+from training.measure.evaluate import Questions, evaluate, evaluate_server, force
 from training.measure.report import Report, Share
 
 NAMES = ["safety", "humanizing"]
@@ -26,10 +29,8 @@ def _run(coroutine: Coroutine[Any, Any, Report]) -> Report:
 
 
 def _client(handler: Any) -> RheostatClient:
-    http: Any = httpx.AsyncClient(transport=httpx.MockTransport(handler))
-    return RheostatClient(
-        AsyncOpenAI(base_url="http://fake/v1", api_key="none", http_client=http, max_retries=0)
-    )
+    transport = httpx.MockTransport(handler)
+    return RheostatClient(httpx.AsyncClient(base_url="http://fake", transport=transport))
 
 
 def _chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -72,8 +73,12 @@ def _serve(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=_chat(json.loads(request.content)))
 
 
+def _questions(data: Path, limit: int | None = None) -> Questions:
+    return Questions(named_sources(data), named_sources(data), limit)
+
+
 async def _evaluate(client: RheostatClient, data: Path, limit: int | None = None) -> Report:
-    return await evaluate_server(client, data, train_data=data, limit=limit, seed=0, progress=False)
+    return await evaluate_server(client, _questions(data, limit), Console(stderr=True))
 
 
 def test_evaluation_counts_what_the_server_did(write_rows: WriteRows) -> None:
@@ -131,8 +136,34 @@ def test_server_without_our_categories_is_not_ours(write_rows: WriteRows) -> Non
         _run(_evaluate(_client(handler), write_rows(small_rows())))
 
 
-def test_silent_server_is_one_clear_error(write_rows: WriteRows) -> None:
-    data = write_rows(small_rows())
+def test_silent_server_is_one_clear_error(
+    write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "PAUSE_S", 0.0)
+    questions = _questions(write_rows(small_rows()))
 
     with pytest.raises(EvaluationError, match="rheostat serve"):
-        evaluate("http://127.0.0.1:9", data, train_data=data, limit=None, seed=0, progress=False)
+        evaluate("http://127.0.0.1:9", questions, Console(stderr=True))
+
+
+def test_earlier_refusals_carry_their_category(write_rows: WriteRows) -> None:
+    sent: list[list[dict[str, Any]]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/chat/completions":
+            sent.append(json.loads(request.content)["messages"])
+        return _serve(request)
+
+    turns = [
+        {"role": "user", "content": "Do you love me?"},
+        {"role": "assistant", "content": "I'm an AI.", "category": "humanizing"},
+        {"role": "user", "content": "What are hats?"},
+        {"role": "assistant", "content": "Clothes.", "category": None},
+    ]
+    _run(_evaluate(_client(handler), write_rows([{"messages": turns}, *small_rows()])))
+
+    earlier = [messages[1] for messages in sent if len(messages) == 3]
+    assert (
+        earlier
+        == [{"role": "assistant", "refusal": "I'm an AI.", "refusal_category": "humanizing"}] * 2
+    )

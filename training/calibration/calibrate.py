@@ -14,7 +14,6 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -32,8 +31,8 @@ from models.calibration import (
 from models.checkpoint import load_checkpoint
 from models.errors import ConfigError, EvaluationError
 from models.hashes import Hashes, checkpoint_hashes
-from training.calibration.prompts import PromptFiles, identified, read_prompts, repeated
-from training.calibration.scoring import TIMEOUT_S, OnScores, Scores, ScoringClient, Served
+from training.calibration.prompts import Prompts, identified, read_prompts, repeated
+from training.client import OnScores, Scores, Served, client_of
 from training.data.rows import Row
 from training.serving import serving, without_calibrations
 
@@ -58,7 +57,7 @@ class Job:
     """
 
     model: Path
-    prompts: PromptFiles
+    prompts: Prompts
     name: str = "default"
     url: str | None = None
     api_key: str | None = None
@@ -118,7 +117,7 @@ def calibrate(job: Job, console: Console) -> Measured:
     """
     manifest, _ = load_checkpoint(job.model)
     names = tuple(manifest.names)
-    rows = read_prompts(job.prompts, names)
+    rows = read_prompts(job.prompts, names, console.print)
     hashes = checkpoint_hashes(job.model)
     info = CalibrationInfo(
         name=_checked_name(job.name),
@@ -220,9 +219,7 @@ async def _ask(
     info: CalibrationInfo,
     keep: OnScores,
 ) -> None:
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT_S) as http:
-        client = ScoringClient(http)
+    async with client_of(url, api_key) as client:
         _check_served(url, await client.served(), info)
         await client.score(rows, info.categories, keep)
 
@@ -258,7 +255,7 @@ def _check_finite(
 @contextmanager
 def _server(job: Job, console: Console) -> Iterator[str]:
     if job.url is not None:
-        yield job.url.rstrip("/").removesuffix("/v1")
+        yield job.url
         return
     log = job.folder / CALIBRATIONS / f"{job.name}-server.log"
     flags = (*SERVER_FLAGS, *job.flags)

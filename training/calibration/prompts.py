@@ -1,117 +1,67 @@
-"""Prompts with known categories, read from the files that a calibration is asked for with."""
+"""Prompts with known categories, which a calibration is made of."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
-from typing import Literal, cast, get_args
-
-from pydantic import ValidationError
 
 from models.calibration import LEAST_PROMPTS
 from models.errors import ConfigError
 from training.config.data import Source
 from training.data.rows import Row
-from training.data.sources import identify, read_source
-
-NULL = ("", "null")
-
-Format = Literal["rows", "chat", "coconot"]
+from training.data.sources import draw_rows, identify
 
 
 @dataclass(frozen=True)
-class PromptFiles:
-    """Files of prompts, and how to read them.
+class Prompts:
+    """Prompts with known categories.
 
     Attributes:
-        paths: The files, of one format.
-        format: How they read.
-        columns: Our field → the files' column, where they differ.
-        categories: The files' label → our category, None for "is to be answered".
-        limit: At most so many prompts, drawn at random; None for all.
-        seed: Of that draw.
+        sources: Where they are.
+        limit: At most so many, drawn at random; None for all.
+        seed: Of every draw.
     """
 
-    paths: tuple[Path, ...]
-    format: Format = "rows"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    categories: Mapping[str, str | None] = field(default_factory=dict)
+    sources: tuple[Source, ...]
     limit: int | None = None
     seed: int = 0
 
 
-def checked_format(text: str) -> Format:
-    """Returns the format of that name.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    for known in get_args(Format):
-        if text == known:
-            return cast(Format, known)
-    raise ConfigError(f"--format {text!r}: must be one of {', '.join(get_args(Format))}")
-
-
-def labels(texts: Sequence[str]) -> dict[str, str | None]:
-    """Returns `LABEL=CATEGORY` texts as a mapping; an empty category and `null` become None.
-
-    Raises:
-        ConfigError: One has no `=`, or a label stands there twice.
-    """
-    pairs = [_split(text, "--map", "LABEL=CATEGORY", from_right=True) for text in texts]
-    return {label: None if name in NULL else name for label, name in _once(pairs, "--map")}
-
-
-def columns(texts: Sequence[str]) -> dict[str, str]:
-    """Returns `FIELD=COLUMN` texts as a mapping.
-
-    Raises:
-        ConfigError: One has no `=`, or a field stands there twice.
-    """
-    pairs = [_split(text, "--column", "FIELD=COLUMN", from_right=False) for text in texts]
-    return dict(_once(pairs, "--column"))
-
-
-def _split(text: str, option: str, form: str, *, from_right: bool) -> tuple[str, str]:
-    left, equals, right = text.rpartition("=") if from_right else text.partition("=")
-    if not equals:
-        raise ConfigError(f"{option} {text!r}: must be of the form {form}")
-    return left, right
-
-
-def _once(pairs: list[tuple[str, str]], option: str) -> list[tuple[str, str]]:
-    keys = [key for key, _ in pairs]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"{option}: {repeated[0]!r} stands there twice")
-    return pairs
-
-
-def read_prompts(files: PromptFiles, names: Sequence[str]) -> list[Row]:
+def read_prompts(
+    prompts: Prompts, names: Sequence[str], say: Callable[[str], object] = print
+) -> list[Row]:
     """Reads prompts and checks that they can make a calibration.
 
     A checkpoint of one category takes every refusal as of that category, as in training.
 
     Args:
-        files: Where they are.
+        prompts: Where they are.
         names: The checkpoint's categories.
+        say: Gets a line for each source of which bad rows are left out.
 
     Raises:
         ConfigError: A row is wrong, a prompt has two categories, a label is mapped to an unknown
             one, or a category has too few prompts.
     """
     known: Collection[str] = names if len(names) > 1 else _Everything()
-    _check_labels(files.categories, known)
-    try:
-        rows = [row for source in _sources(files) for row in read_source(source, known)]
-    except ConfigError as error:
-        raise ConfigError(f"{error.message}{_on_the_command_line(error.message)}") from error
+    for source in prompts.sources:
+        _check_labels(source, known)
+    rows = draw_rows(
+        # What the model is to say is not asked for.
+        [
+            source.model_copy(update={"columns": {**source.columns, "response": None}})
+            for source in prompts.sources
+        ],
+        known,
+        limit=prompts.limit,
+        seed=prompts.seed,
+        say=say,
+    )
     if len(names) == 1:
         rows = [_of_one_category(row, names[0]) for row in rows]
     _check_contradictions(rows)
-    where = ", ".join(str(path) for path in files.paths)
-    if files.limit is not None and files.limit < len(rows):
-        rows = Random(files.seed).sample(rows, files.limit)
-        where += f" (with --limit {files.limit})"
+    where = ", ".join(source.name for source in prompts.sources)
+    if prompts.limit is not None:
+        where += f" (with --limit {prompts.limit})"
     _check_counts(rows, names, where)
     return rows
 
@@ -121,10 +71,10 @@ def repeated(rows: Sequence[Row]) -> int:
     return len(rows) - len({row.prompt for row in rows})
 
 
-def identified(files: PromptFiles) -> dict[str, str]:
+def identified(prompts: Prompts) -> dict[str, str]:
     """Returns the SHA-256 of each file by its name, by its path where two have one name."""
     found: dict[str, str] = {}
-    for source in _sources(files):
+    for source in prompts.sources:
         for name, digest in identify(source).items():
             found[Path(name).name if Path(name).name not in found else name] = digest
     return found
@@ -151,43 +101,12 @@ def _of_one_category(row: Row, name: str) -> Row:
     return replace(row, messages=tuple(turns))
 
 
-def _sources(files: PromptFiles) -> list[Source]:
-    if not files.paths:
-        raise ConfigError("no data: --data FILE names the prompts (`rheostat demo-data` has some)")
-    try:
-        return [
-            Source(
-                path=str(path),
-                format=files.format,
-                # What the model is to say is not asked for.
-                columns={**(files.columns), "response": None},
-                categories=dict(files.categories),
-            )
-            for path in files.paths
-        ]
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        option = {"columns": "--column", "categories": "--map"}.get(str(first["loc"][0]), where)
-        raise ConfigError(f"{option}: {where}: {first['msg']}") from error
-
-
-def _on_the_command_line(message: str) -> str:
-    hints = {
-        "columns: {": "--column prompt=NAME",
-        "categories: {": "--map LABEL=CATEGORY, or --map LABEL=null where it is to be answered",
-        "is unknown; known are": "--map LABEL=CATEGORY translates",
-    }
-    told = [hint for sign, hint in hints.items() if sign in message]
-    return f" (here: {'; '.join(told)})" if told else ""
-
-
-def _check_labels(categories: Mapping[str, str | None], known: Collection[str]) -> None:
-    for text, name in categories.items():
+def _check_labels(source: Source, known: Collection[str]) -> None:
+    for text, name in source.categories.items():
         if name is not None and name not in known:
             raise ConfigError(
-                f"--map {text}={name}: {name!r} is none of the checkpoint's categories, "
-                f"{', '.join(known)}"
+                f"{source.name}: categories: {{{text}: {name}}}: {name!r} is none of the "
+                f"checkpoint's categories, {', '.join(known)}"
             )
 
 

@@ -1,6 +1,7 @@
 """The training configuration's data: where rows come from and how they are mixed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -11,11 +12,16 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    TypeAdapter,
+    ValidationError,
 )
 from pydantic import model_validator as validates_model
+from pydantic_core import ErrorDetails
 
+from models.errors import ConfigError
+from models.files import parse_yaml
 from models.manifest import Name
-from training.config.fields import Frozen, Seed, Share, Text
+from training.config.fields import Frozen, Seed, Share, Text, reason_of
 
 DEMO = "demo"
 
@@ -122,6 +128,39 @@ def _not_empty(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 Sources = Annotated[
     tuple[Annotated[Source, BeforeValidator(_as_source)], ...], AfterValidator(_not_empty)
 ]
+
+
+_SOURCES: TypeAdapter[tuple[Source, ...]] = TypeAdapter(Sources)
+
+
+def named_sources(path: Path) -> tuple[Source, ...]:
+    """Returns the sources that a command's `--data` names.
+
+    Args:
+        path: A file of rows; or, ending in .yaml or .yml, a list of sources as in a recipe.
+
+    Raises:
+        ConfigError: The list cannot be read or is wrong; one line for each wrong field.
+    """
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return (Source(path=str(path)),)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, list):
+        raise ConfigError(f"{path}: must be a list of sources, as data.train in a recipe")
+    try:
+        return _SOURCES.validate_python(values)
+    except ValidationError as error:
+        lines = [f"{path}: {_place(detail)}{reason_of(detail)}" for detail in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _place(detail: ErrorDetails) -> str:
+    parts = [str(part) for part in detail["loc"] if part != "[key]"]
+    return f"{'.'.join(parts)}: " if parts else ""
 
 
 def _origin_kind(value: Any) -> str:

@@ -3,7 +3,7 @@
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from training.config.data import DEMO, DataConfig, Origin, Source
 from training.config.loss import LossConfig
 from training.data.encoding import DecisionWeights
 from training.data.rows import Record, Refused, Row, checked, complaint
-from training.data.sources import Reading, read
+from training.data.sources import Reading, draw, read, take
 
 RESPOND = "respond"
 CONFLICTS_TOLD = 5
@@ -125,7 +125,7 @@ def gather(
     for number, (source, reading) in enumerate(readings):
         twice = {id(row) for row in reading.rows if id(row) in repeated}
         kept = [row for row in reading.rows if not (data.deduplicate and id(row) in twice)]
-        taken = _take(kept, source, random.Random(f"{data.seed}/{number}"))
+        taken = take(kept, source, random.Random(f"{data.seed}/{number}"))
         rows += taken
         counts.append(_count(source, reading, len(twice), taken))
     if not rows:
@@ -165,15 +165,7 @@ def evaluation_rows(
         ConfigError: A source cannot be read, or rows are wrong.
     """
     readings = _read_all(origin, categories, seed, demo_folder, "calibration", single_token)
-    rows = [
-        row
-        for number, (source, reading) in enumerate(readings)
-        for row in _take(reading.rows, source, random.Random(f"{seed}/{number}"))
-    ]
-    if len(rows) <= limit:
-        return rows
-    chosen = random.Random(seed).sample(range(len(rows)), limit)
-    return [rows[at] for at in sorted(chosen)]
+    return draw(readings, limit, seed)
 
 
 def decision_weights(rows: Sequence[Row], data: DataConfig, loss: LossConfig) -> DecisionWeights:
@@ -337,41 +329,7 @@ def _repeated(sources: Sequence[Sequence[Row]]) -> set[int]:
     return repeated
 
 
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def _take(rows: Sequence[Row], source: Source, rng: random.Random) -> list[Row]:
-    if source.limit is not None:
-        rows = _drawn(rows, source.limit, rng)
-    whole, fraction = divmod(source.weight, 1)
-    taken = [*rows] * int(whole)
-    taken += _drawn(rows, round(len(rows) * fraction), rng)
-    if rows and not taken:
-        raise ConfigError(f"{source.name}: weight {source.weight} leaves none of {len(rows)} rows")
-    return taken
-
-
-def _drawn(rows: Sequence[Row], wanted: int, rng: random.Random) -> list[Row]:
-    """Returns a random subset in its old order; the rows of a pair stay together."""
-    if wanted >= len(rows):
-        return list(rows)
-    units = list(_units(rows))
-    rng.shuffle(units)
-    chosen: list[int] = []
-    for unit in units:
-        if len(chosen) + len(unit) <= wanted:
-            chosen += unit
-    return [rows[at] for at in sorted(chosen)]
-
-
-def _units(rows: Sequence[Row]) -> Iterator[list[int]]:
-    pairs: dict[str, list[int]] = {}
-    for at, row in enumerate(rows):
-        if row.pair is None:
-            yield [at]
-        else:
-            pairs.setdefault(row.pair, []).append(at)
-    yield from pairs.values()
+# --- counts ---------------------------------------------------------------------------------------
 
 
 def _count(source: Source, reading: Reading, duplicates: int, taken: Sequence[Row]) -> SourceCounts:

@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
+import random
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,81 @@ def read(source: Source, categories: Collection[str]) -> Reading:
         reason = f": every one is wrong\n{complaint(refused)}" if refused else ""
         raise ConfigError(f"{source.name}: holds no rows{reason}")
     return Reading(rows, complaint(refused) if refused else "", len(refused))
+
+
+def draw_rows(
+    sources: Sequence[Source],
+    categories: Collection[str],
+    *,
+    limit: int | None = None,
+    seed: int,
+    say: Callable[[str], object],
+) -> list[Row]:
+    """Reads sources and draws from them.
+
+    Args:
+        sources: Where the rows are; each source's limit and weight count.
+        categories: The names that a row may give as its category.
+        limit: At most so many rows in all, drawn at random; None for all.
+        seed: Of every draw.
+        say: Gets a line for each source of which bad rows are left out.
+
+    Raises:
+        ConfigError: A source cannot be read, or rows are wrong.
+    """
+    readings = [(source, read(source, categories)) for source in sources]
+    for source, reading in readings:
+        if reading.left_out:
+            say(f"{source.name}: {reading.left_out_rows} rows are left out: {reading.left_out}")
+    return draw(readings, limit, seed)
+
+
+def draw(readings: Sequence[tuple[Source, Reading]], limit: int | None, seed: int) -> list[Row]:
+    """Returns at most `limit` of the rows that the sources' limits and weights leave, in order."""
+    rows = [
+        row
+        for number, (source, reading) in enumerate(readings)
+        for row in take(reading.rows, source, random.Random(f"{seed}/{number}"))
+    ]
+    if limit is None or len(rows) <= limit:
+        return rows
+    chosen = random.Random(seed).sample(range(len(rows)), limit)
+    return [rows[at] for at in sorted(chosen)]
+
+
+def take(rows: Sequence[Row], source: Source, rng: random.Random) -> list[Row]:
+    """Returns the rows of a source as often as its limit and weight say."""
+    if source.limit is not None:
+        rows = _drawn(rows, source.limit, rng)
+    whole, fraction = divmod(source.weight, 1)
+    taken = [*rows] * int(whole)
+    taken += _drawn(rows, round(len(rows) * fraction), rng)
+    if rows and not taken:
+        raise ConfigError(f"{source.name}: weight {source.weight} leaves none of {len(rows)} rows")
+    return taken
+
+
+def _drawn(rows: Sequence[Row], wanted: int, rng: random.Random) -> list[Row]:
+    """Returns a random subset in its old order; the rows of a pair stay together."""
+    if wanted >= len(rows):
+        return list(rows)
+    units = list(_units(rows))
+    rng.shuffle(units)
+    chosen: list[int] = []
+    for unit in units:
+        if len(chosen) + len(unit) <= wanted:
+            chosen += unit
+    return [rows[at] for at in sorted(chosen)]
+
+
+def _units(rows: Sequence[Row]) -> Iterator[list[int]]:
+    pairs: dict[str, list[int]] = {}
+    for at, row in enumerate(rows):
+        if row.pair is None:
+            yield [at]
+        else:
+            pairs.setdefault(row.pair, []).append(at)
+    yield from pairs.values()
 
 
 def identify(source: Source) -> dict[str, str]:

@@ -22,9 +22,10 @@ from rheostat import app
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.killing import run_calibration
 from tests.training.scoreserver import NAMES, Body, ScoreServer, margins_of, score_server, scored
-from training.calibration import scoring
+from training import client
 from training.calibration.calibrate import Job, Measured, calibrate
-from training.calibration.prompts import PromptFiles
+from training.calibration.prompts import Prompts
+from training.config.data import Source
 
 ROOT = Path(__file__).parents[3]
 QUIET = Console(stderr=True)
@@ -65,7 +66,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def _job(toy: Path, tmp_path: Path, url: str, rows: list[dict[str, Any]] | None = None) -> Job:
     data = _write(tmp_path / "prompts.jsonl", _prompts() if rows is None else rows)
-    return Job(toy, PromptFiles((data,)), url=url, out=tmp_path / "out")
+    return Job(toy, Prompts((Source(path=str(data)),)), url=url, out=tmp_path / "out")
 
 
 def _spoiled(job: Job, spoil: Any) -> Measured:
@@ -277,7 +278,9 @@ def test_same_file_read_in_another_way_is_another_calibration(
     rows = [{**row, "reworded": row["prompt"].upper()} for row in _prompts()]
     job = _job(toy, tmp_path, server.url, rows)
     calibrate(job, QUIET)
-    reworded = replace(job, prompts=replace(job.prompts, columns={"prompt": "reworded"}))
+    (source,) = job.prompts.sources
+    column = source.model_copy(update={"columns": {"prompt": "reworded"}})
+    reworded = replace(job, prompts=replace(job.prompts, sources=(column,)))
     for other in (reworded, replace(job, flags=("--dtype", "bfloat16"))):
         with pytest.raises(ConfigError, match=r"the same files read in a different way.*--force"):
             calibrate(other, QUIET)
@@ -293,7 +296,7 @@ def test_repeated_prompts_are_told(toy: Path, tmp_path: Path, server: ScoreServe
 def test_long_prompts_travel_in_smaller_batches(
     toy: Path, tmp_path: Path, server: ScoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(client, "BATCH_BYTES", 1000)
     rows = [{"prompt": f"{'x' * 400} {n}", "category": None} for n in range(5)]
     rows.append({"prompt": "y" * 4000, "category": None})
     calibrate(_job(toy, tmp_path, server.url, rows + _prompts()), QUIET)
@@ -305,7 +308,7 @@ def test_long_prompts_travel_in_smaller_batches(
 def test_prompt_too_large_for_a_request_is_named(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(client, "BATCH_BYTES", 1000)
     rows = [*_prompts(), {"prompt": "x" * 5000, "category": None}]
 
     def limited(body: Body, _: int) -> tuple[int, Body] | None:
@@ -322,7 +325,7 @@ def test_prompt_too_large_for_a_request_is_named(
 def test_silent_server_is_one_clear_error(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "PAUSE_S", 0.0)
+    monkeypatch.setattr(client, "PAUSE_S", 0.0)
     with pytest.raises(EvaluationError, match=r"no server answers there .*rheostat serve"):
         calibrate(_job(toy, tmp_path, "http://127.0.0.1:9"), QUIET)
 
@@ -330,7 +333,7 @@ def test_silent_server_is_one_clear_error(
 def test_server_that_stumbles_is_asked_again(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "PAUSE_S", 0.0)
+    monkeypatch.setattr(client, "PAUSE_S", 0.0)
 
     def stumble(_: Body, before: int) -> tuple[int, Body] | None:
         return (503, {"error": {"message": "busy"}}) if before < 2 else None
