@@ -32,8 +32,6 @@ from torch import Tensor
 from benchmarks.label_noise_report import Setting, as_markdown, draw
 from benchmarks.networks import TEST_EVERY, Candidate, Samples, accuracy, ranking, train
 from loss import members
-from loss.members import Member
-from training.run.halving import Choice, Plan, halving
 
 TABLES: dict[str, Callable[..., Any]] = {
     "digits": load_digits,
@@ -94,6 +92,18 @@ class Outcome(NamedTuple):
     curves: Any
     chosen: list[list[Candidate]]
     search_steps: list[float]
+
+
+class Found(NamedTuple):
+    """What the flexible loss's search came to.
+
+    Attributes:
+        winner: The candidate.
+        cost: In whole trainings.
+    """
+
+    winner: Candidate
+    cost: float
 
 
 def spread(number: int) -> list[float]:
@@ -182,9 +192,9 @@ def run(job: Job) -> Outcome:
     posed = problem(job.table, job.noise, job.seeds)
     static = _choose_static(posed, job)
     searched = _search(posed, job)
-    chosen = [[*row, choice.best] for row, choice in zip(static, searched, strict=True)]
+    chosen = [[*row, found.winner] for row, found in zip(static, searched, strict=True)]
     tested = train(chosen, posed.train, posed.test, posed.classes, job.seeds, job.steps, watch=True)
-    spent = [choice.cost * job.steps for choice in searched]
+    spent = [found.cost * job.steps for found in searched]
     return Outcome(tested.accuracy.numpy(), chosen, spent)
 
 
@@ -196,37 +206,42 @@ def _choose_static(posed: Problem, job: Job) -> list[list[Candidate]]:
     return [[own[place] for own, place in zip(STATIC.values(), row, strict=True)] for row in places]
 
 
-def _search(posed: Problem, job: Job) -> list[Choice[Candidate]]:
+def _search(posed: Problem, job: Job) -> list[Found]:
     """Returns for each seed what successive halving came to; all seeds in step."""
-    rows = posed.validation.y.shape[1]
-
-    def least_gain(standard: float) -> float:
-        return GAIN_IN_ERRORS * math.sqrt(max(standard * (1 - standard), 0.0) / rows)
-
-    def standing(best: float) -> int:
-        return int(1 - best > CLEAN_ERROR)
-
-    plan = Plan(BUDGETS, KEEP, tuple(map(_is, STANDARDS)), standing, least_gain)
-    searches = [halving(SEARCH, plan) for _ in job.seeds]
-    rungs = [next(search) for search in searches]
-    choices: list[Choice[Candidate]] = []
-    while not choices:
-        left = [candidates for candidates, _ in rungs]
+    left = [list(SEARCH) for _ in job.seeds]
+    spent = [0.0] * len(left)
+    for budget, keep in zip(BUDGETS, (*KEEP, None), strict=True):
         widest = max(map(len, left))
         # A seed whose best cross-entropy is among the best anyway has one candidate fewer.
         padded = [[*some, *some[:1] * (widest - len(some))] for some in left]
-        scores = _scores(padded, posed, job, rungs[0][1]).tolist()
-        rungs = []
-        for search, some, own in zip(searches, left, scores, strict=True):
-            try:
-                rungs.append(search.send(own[: len(some)]))
-            except StopIteration as end:
-                choices.append(end.value)
-    return choices
+        scores = _scores(padded, posed, job, budget).tolist()
+        spent = [cost + budget * len(some) for cost, some in zip(spent, left, strict=True)]
+        left = [
+            _best(some, own[: len(some)], keep, posed.validation.y.shape[1])
+            for some, own in zip(left, scores, strict=True)
+        ]
+    return [Found(winner, cost) for (winner,), cost in zip(left, spent, strict=True)]
 
 
-def _is(member: Member) -> Callable[[Candidate], bool]:
-    return lambda candidate: candidate.member == member
+def _best(
+    candidates: Sequence[Candidate], scores: Sequence[float], keep: int | None, rows: int
+) -> list[Candidate]:
+    """Returns the candidates that go on, or the winner where `keep` is None.
+
+    The best of each standard goes on in any case. One of them wins unless the best candidate gains
+    enough on it: cross-entropy where the best is right on most rows, else MAE.
+    """
+    ranked = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
+    standards = [
+        next(at for at in ranked if candidates[at].member == standard) for standard in STANDARDS
+    ]
+    if keep is not None:
+        kept = {*ranked[:keep], *standards}
+        return [candidate for at, candidate in enumerate(candidates) if at in kept]
+    best, standing = ranked[0], standards[int(1 - scores[ranked[0]] > CLEAN_ERROR)]
+    score = scores[standing]
+    least_gain = GAIN_IN_ERRORS * math.sqrt(max(score * (1 - score), 0.0) / rows)
+    return [candidates[best if scores[best] - score > least_gain else standing]]
 
 
 def _scores(

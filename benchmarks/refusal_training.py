@@ -141,13 +141,13 @@ def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
     import torch
 
     from training.model.start import start_of
-    from training.run.search import search
+    from training.run.auto import search
 
     torch.set_num_threads(1)
     config = _config(setup, asked.learning_rate, asked.seed, AUTO, AUTO)
     rows = _world(setup).rows
     with tempfile.TemporaryDirectory() as made:
-        found = search(config, start_of(config, rows), rows, Path(made)).search
+        found = search(config, start_of(config, rows), rows, Path(made))
     q, gamma = found.best
     told = q if isinstance(q, float) else q.model_dump_json()
     return {"q": told, "gamma": gamma, "reason": found.reason, "cost_in_trainings": found.cost}

@@ -3,7 +3,7 @@
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from models.tokens import SINGLE
 from training.config.data import DEMO, DataConfig, Origin, Source
 from training.config.loss import LossConfig
 from training.data.encoding import DecisionWeights
-from training.data.rows import Record, Refused, Row, checked, complaint
+from training.data.rows import Message, Record, Refused, Row, checked, complaint
 from training.data.sources import Reading, draw, read, take
 
 RESPOND = "respond"
@@ -262,7 +262,12 @@ def normalised(text: str) -> str:
 
 def prompt_key(row: Row) -> PromptKey:
     """Returns what two rows that ask the same have in common."""
-    return tuple((turn.role, normalised(turn.content)) for turn in row.prompt)
+    return conversation_key(row.prompt)
+
+
+def conversation_key(turns: Iterable[Message]) -> PromptKey:
+    """Returns what two conversations that say the same have in common."""
+    return tuple((turn.role, normalised(turn.content)) for turn in turns)
 
 
 def _pair_key(row: Row) -> tuple[str | None, PromptKey]:

@@ -24,7 +24,7 @@ from training.data.mixture import RESPOND, Mixture, decision_weights, gather, pr
 from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
 from training.model.start import Start, model_config, start_of, tokenizer_of
-from training.run.auto_loss import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
+from training.run.auto import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
 from training.run.estimate import Timing, Work, timed, work
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from training.data.mixture import Mixture, decision_weights, gather
 from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
 from training.model.start import Start, start_of
-from training.run.auto_loss import CHOICE_NAME, is_auto
+from training.run.auto import CHOICE_NAME, is_auto, read_choice, search, with_choice
 from training.run.folder import (
     Identity,
     keeps,
@@ -198,8 +198,6 @@ def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
     """Returns the losses without `auto`, which is searched for once and then read back."""
     if not is_auto(run.config.loss):
         return run.config.loss
-    from training.run.search import read_choice, search, with_choice
-
     choice = read_choice(run.folder)
     if choice is None:
         run.say("auto: choosing q and gamma by short trainings on the training data")
@@ -207,8 +205,8 @@ def _resolved_loss(run: _Run, start: Start, mixture: Mixture) -> LossConfig:
         found = search(run.config, start, mixture.rows, folder)
         run.processes.on_main(lambda: write_atomically(run.folder / CHOICE_NAME, found.to_json()))
         run.processes.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-        run.say(f"auto: {found.search.reason}")
-        choice = found.search.best
+        run.say(f"auto: {found.reason}")
+        choice = found.best
     return with_choice(run.config.loss, choice)
 
 

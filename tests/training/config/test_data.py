@@ -21,7 +21,7 @@ def test_file_is_one_source_and_a_list_is_several(tmp_path: Path) -> None:
         ("[]\n", r"names no source"),
         ("- {path: a.csv, colour: red}\n", r"0\.colour: no such field"),
         ("- {path: a.csv, columns: {question: prompt}}\n", r"0\.columns\.question: .*input should"),
-        ("- {path: a.csv, path: b.csv}\n", r"the field 'path' stands there twice"),
+        ("- {path: a.csv, path: b.csv}\n", r"is no YAML: the field 'path' stands there twice"),
     ],
 )
 def test_wrong_list_is_named_with_its_field(tmp_path: Path, text: str, message: str) -> None:
