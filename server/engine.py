@@ -10,7 +10,6 @@ import secrets
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ from server.gate import Gate
 from server.generation import Generation, Outputs
 from server.guard import Guard, build_guard
 from server.hiding import Hider
-from server.http_head import BoundedConnection
+from server.http_head import connection_options
 from server.huge_pages import collapse_memory
 from server.margins import MarginBoard
 from server.middleware import GENERATING, RefusalMiddleware
@@ -454,11 +453,7 @@ async def _serve_http(
     route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
     app.include_router(build_score_router(route))
     _make_quick(app)
-    uvicorn_options: dict[str, Any] = {
-        "http": partial(BoundedConnection, head_timeout_s=settings.head_timeout_s),
-        "timeout_keep_alive": settings.idle_timeout_s,
-        "ws": "none",  # with a websocket protocol, uvicorn never answers a POST that asks for one
-    }
+    uvicorn_options = connection_options(settings)
     if (log_config := get_uvicorn_log_config(args)) is not None:
         uvicorn_options["log_config"] = log_config
     return await serve_http(

@@ -5,6 +5,7 @@ exception although its answer promised to keep it open: a pooling client loses i
 """
 
 import asyncio
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -14,16 +15,30 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from models.errors import RequestError
 from server.error_shape import error_response
+from server.settings import Settings
 
 # Far above the gate's own bounds (server/limits.py), which are exact.
 MOST_HEAD_BYTES = 2**20
 # Closing with unread bytes resets the connection, and the client may lose the answer.
 LINGER_S = 30.0
 LINGER_IN_SILENCE_S = 1.0
+FLUSH_S = 5
 _ANSWER = (
     b"HTTP/1.1 %d %s\r\n"
     b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 )
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """Returns what uvicorn is to be told of its connections."""
+    return {
+        "http": partial(BoundedConnection, head_timeout_s=settings.head_timeout_s),
+        "timeout_keep_alive": settings.idle_timeout_s,
+        # By then the engine has ended; a client that does not read would hold the process.
+        "timeout_graceful_shutdown": FLUSH_S,
+        # With a websocket protocol, uvicorn never answers a POST that asks for one.
+        "ws": "none",
+    }
 
 
 class BoundedConnection(HttpToolsProtocol):

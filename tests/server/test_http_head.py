@@ -192,6 +192,19 @@ def test_server_ends_while_bodies_are_missing() -> None:
         assert until_closed(waiting) == b""
 
 
+def test_server_ends_while_a_client_does_not_read() -> None:
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+
+    with listening(endless) as port:
+        connection = connect(port)
+        connection.sendall(HEAD + b"content-length: 0\r\n\r\n")
+        assert connection.recv(1)
+    connection.close()
+
+
 def test_answer_before_the_end_of_the_body_closes_and_reaches_the_client() -> None:
     async def deny(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send, b"denied", 401)

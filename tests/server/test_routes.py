@@ -4,7 +4,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from server.gate import Gate
 from server.routes import build_router
+from server.settings import Settings
 from tests.server.boards import HASHES, calibrations, everybody
 from tests.server.manifests import MANIFEST
 
@@ -29,8 +31,9 @@ def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
     )
 
     async def ask() -> httpx.Response:
+        gate = Gate(app, settings=Settings(), callers=EVERYBODY)
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://test"
+            transport=httpx.ASGITransport(gate), base_url="http://test"
         ) as client:
             return await client.get(path)
 

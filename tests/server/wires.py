@@ -4,22 +4,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import uvicorn
 
-from server.http_head import BoundedConnection
+from server.http_head import connection_options
+from server.settings import Settings
 
 
 @contextmanager
 def listening(app: Any, *, head_timeout_s: float = 30, idle_timeout_s: float = 30) -> Iterator[int]:
     """Serves an app as server/engine.py does, and gives its port."""
-    options: dict[str, Any] = {
-        "http": partial(BoundedConnection, head_timeout_s=head_timeout_s),
-        "timeout_keep_alive": idle_timeout_s,
-        "ws": "none",
-    }
+    settings = Settings(head_timeout_s=head_timeout_s, idle_timeout_s=idle_timeout_s)
+    options = connection_options(settings)
     config = uvicorn.Config(app, lifespan="off", log_level="critical", **options)
     server = uvicorn.Server(config)
     with socket.socket() as sock:
