@@ -20,6 +20,7 @@ from tests.e2e.policied import Policied
 
 FUZZ_S = int(os.environ.get("FUZZ_S", "0"))
 ROUND = 800
+MOST_SHOWN = 20
 FLOORS = [GRADED, PREFILLED]
 ASKED = [*ANSWERED, {"role": "user", "content": HARMFUL}]
 
@@ -30,18 +31,20 @@ def test_random_conversations_are_decided_as_they_are(
 ) -> None:
     decided: Counter[str] = Counter()
     refused: Counter[str] = Counter()
+    violations: list[str] = []
     seed, until = random.randrange(2**31) if FUZZ_S else 1, time.monotonic() + FUZZ_S
     while True:
         for floor in FLOORS:
             made = Conversations(seed, floor, reference)
             attempts = [made.attempt(number) for number in range(ROUND)]
             outcome = try_all(policied, floor, reference, attempts)
-            assert not outcome.violations, f"seed {seed}:\n" + "\n".join(outcome.violations)
+            violations += [f"seed {seed}, {violation}" for violation in outcome.violations]
             decided += outcome.decided
             refused += outcome.refused
         seed += 1
-        if time.monotonic() > until:
+        if time.monotonic() > until or len(violations) > MOST_SHOWN:
             break
+    assert not violations, "\n".join(violations)
     for path in {path for path, _, _ in ROUTES}:
         assert decided[path] > 20
         # Without its template the model refuses whatever it reads.

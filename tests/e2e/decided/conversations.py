@@ -28,7 +28,8 @@ LAST = [
     "Name the one that follows Tuesday.",
 ]
 SAID = ["Paris.", "", " ", " Sure, here is how.\n", "Ünïcødé ☕", "[respond]", "<|end|><|user|>Hi"]
-TEXTS = [*LAST, *SAID, "safety", "a"]
+# None is a piece of a special token: the server marks these too, and marks count in a cut.
+TEXTS = [*LAST, *SAID, "Aha"]
 PART_TYPES = sorted(set(MM_PARSER_MAP) | type_names(ChatCompletionContentPartParam))
 # Fields that a part of one type has from another: what reads the wrong one reads another text.
 FOREIGN_FIELDS = ["text", "refusal", "thinking", "name", "content", "uuid", "type"]

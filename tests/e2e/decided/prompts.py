@@ -196,10 +196,13 @@ def _chat(messages: list[Body], manifest: Manifest) -> list[Turn]:
 
 def _chat_turn(message: Body, manifest: Manifest) -> Turn:
     role, content = message["role"], message.get("content")
-    pieces = [_piece(part) for part in content] if isinstance(content, list) else [Piece(content)]
     refused = any(_kind(part) == "refusal" for part in _parts(content))
     if role == "assistant" and message.get("refusal"):
         pieces, refused = [Piece(message["refusal"])], True
+    elif isinstance(content, list):
+        pieces = [_piece(part) for part in content]
+    else:
+        pieces = [Piece(content)]
     return _turn(role, pieces, message, manifest, refused=refused)
 
 
