@@ -120,6 +120,8 @@ class SteeredLLM(AsyncLLM):
         self.hider = Hider(manifest, mark)
         self.category_of = {c.id: i for i, c in enumerate(manifest.categories)}
         self.margin_board = MarginBoard(len(manifest.categories))
+        # V1 gives a request's `logprob_token_ids` to its whole batch: tests/server/test_sampler.py
+        self.margins_by_logprobs = self.vllm_config.use_v2_model_runner
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
         self.mark_id = single_id(tokenizer, mark)
@@ -134,9 +136,16 @@ class SteeredLLM(AsyncLLM):
 
         Raises:
             VLLMUnprocessableEntityError: The request asks an adapter for a rate.
-            VLLMValidationError: While iterating: the prompt holds control tokens that the server
-                did not put there, or the sampling parameters touch them.
+            VLLMValidationError: ``logprob_token_ids`` would reach others' answers. While iterating:
+                the prompt holds control tokens that the server did not put there, or the sampling
+                parameters touch them.
         """
+        if sampling_params.logprob_token_ids and not self.margins_by_logprobs:
+            raise VLLMValidationError(
+                "logprob_token_ids: vLLM's V1 model runner would give these tokens to every "
+                "request of its batch in place of their own; ask for top_logprobs",
+                parameter="logprob_token_ids",
+            )
         steering = STEERING.get() or Steering(self.unsteered())
         if options.get("lora_request"):
             try:

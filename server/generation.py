@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.errors import RequestError
@@ -43,6 +43,8 @@ class Engine(Protocol):
         mark_id: What server/guard.py breaks special tokens with.
         recorder: Counts the margins of a share of the requests.
         margin_board: Where the worker writes margins.
+        margins_by_logprobs: Whether a decision pass may ask for the log-probabilities of the
+            control tokens, without others of its batch getting them.
         model_config: vLLM's.
     """
 
@@ -53,6 +55,7 @@ class Engine(Protocol):
     mark_id: int
     recorder: MarginRecorder | None
     margin_board: MarginBoard
+    margins_by_logprobs: bool
     model_config: Any
 
     def generate_stock(
@@ -77,6 +80,18 @@ class Engine(Protocol):
 
     def failure(self, error: Exception) -> Failure:
         """Returns what vLLM's routes would tell of an error of vLLM's."""
+
+
+class _Asked(NamedTuple):
+    """What a decision pass gave.
+
+    Attributes:
+        output: vLLM's.
+        seen: The margins, where they are wanted and came back.
+    """
+
+    output: Any
+    seen: Margins | None
 
 
 class Generation:
@@ -129,8 +144,8 @@ class Generation:
         self.records = False
         prompt = without_id(prompt, self.engine.mark_id)
         ids, _ = self._checked_ids(prompt)
-        choice = (await self._ask(prompt, ids)).outputs[0]
-        return self._decided(choice, self._seen_in(choice))
+        asked = await self._ask(prompt, ids)
+        return self._decided(asked.output.outputs[0], asked.seen)
 
     async def outputs(self, prompt: Any) -> Outputs:
         """Yields vLLM's outputs, without control tokens.
@@ -219,7 +234,7 @@ class Generation:
 
     async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
         board = self.engine.margin_board
-        ticket = board.take() if self.wants_margins else None
+        ticket = await board.take() if self.wants_margins else None
         opened: set[int] = set()
         try:
             params = self._with_decision(ticket)
@@ -253,11 +268,11 @@ class Generation:
         return params
 
     async def _seen(self, prompt: Any, ids: list[int], ticket: Ticket | None) -> Margins | None:
-        if not self.wants_margins:
-            return None
         written = ticket and self.engine.margin_board.read(ticket)
+        if ticket is None or written or not self.engine.margins_by_logprobs:
+            return written
         # A worker on another machine writes nothing that can be read here.
-        return written or self._seen_in((await self._ask(prompt, ids)).outputs[0])
+        return (await self._ask(prompt, ids)).seen
 
     def _open(self, choice: Any) -> None:
         token = choice.token_ids[0]
@@ -279,9 +294,9 @@ class Generation:
                 yield output
 
     async def _decision_pass(self, prompt: Any, decided: list[int]) -> Any:
-        final = await self._ask(prompt, decided)
+        final, seen = await self._ask(prompt, decided)
         for index, choice in enumerate(self._choices(final)):
-            self._record(index, self._decided(choice, self._seen_in(choice)), final)
+            self._record(index, self._decided(choice, seen), final)
         return final
 
     def _choices(self, final: Any) -> list[Any]:
@@ -298,19 +313,38 @@ class Generation:
         output.request_id, output.outputs, output.finished = self.request_id, [ended], True
         yield output
 
-    async def _ask(self, prompt: Any, decided: list[int]) -> Any:
+    async def _ask(self, prompt: Any, decided: list[int]) -> _Asked:
+        if not self.wants_margins:
+            return _Asked(await self._one_token(prompt, decided), None)
+        if self.engine.margins_by_logprobs:
+            final = await self._one_token(prompt, decided, by_logprobs=True)
+            return _Asked(final, self._seen_in(final.outputs[0]))
+        board = self.engine.margin_board
+        ticket = await board.take()
+        try:
+            final = await self._one_token(prompt, decided, ticket)
+            return _Asked(final, board.read(ticket))
+        finally:
+            board.give_back(ticket)
+
+    async def _one_token(
+        self,
+        prompt: Any,
+        decided: list[int],
+        ticket: Ticket | None = None,
+        *,
+        by_logprobs: bool = False,
+    ) -> Any:
         # Greedy and the paper's rule choose the same token for every choice of a request.
         draws = self.steering.controls.rule is Rule.SAMPLE
-        params = self._steered(
-            self.engine.decision_params(
-                self.params,
-                choices=self.params.n if draws else 1,
-                margins=self.wants_margins,
-            )
-        )
+        choices = self.params.n if draws else 1
+        params = self.engine.decision_params(self.params, choices=choices, margins=by_logprobs)
         final = None
         stream = self.engine.generate_stock(
-            with_ids(prompt, decided), params, f"{self.request_id}-decision", **self.options
+            with_ids(prompt, decided),
+            self._steered(params, ticket),
+            f"{self.request_id}-decision",
+            **self.options,
         )
         async for output in stream:
             final = output
@@ -395,6 +429,12 @@ class Generation:
     def _decided(self, choice: Any, seen: Margins | None) -> Decision:
         category = self.engine.category_of.get(choice.token_ids[0])
         if seen is None:
+            if self.steering.report or not self.steering.enforce:
+                raise RequestError(
+                    "the margins that this needs cannot come back: vLLM's worker shares no memory "
+                    "with the server, and its V1 model runner has no other way",
+                    param="refusal.report",
+                )
             return Decision(category)
         shadow = None if self.steering.enforce else self._shadow(seen)
         return Decision(category, seen.margins, seen.log_normaliser, shadow)
@@ -405,9 +445,7 @@ class Generation:
         params = self.params
         return refused_category(*seen, self.steering.controls, params.temperature, params.seed)
 
-    def _seen_in(self, choice: Any) -> Margins | None:
-        if not self.wants_margins:
-            return None
+    def _seen_in(self, choice: Any) -> Margins:
         step = choice.logprobs[0]
         manifest = self.engine.manifest
         respond = step[manifest.respond.id].logprob

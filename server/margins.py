@@ -4,9 +4,11 @@ vLLM carries tokens back from its workers, and log-probabilities at a price that
 Margins belong to one step. So a request that wants them names a row; the worker writes it in the
 decision step, before the token that the step chose can be seen, and the server reads it when that
 token arrives. Each row says for whom it was written. A worker that does not share this machine's
-memory writes nowhere that is read: then the row says so, and the margins are asked for once more.
+memory writes nowhere that is read: then the row says so, and the margins are asked for once more,
+where vLLM's model runner allows it.
 """
 
+import asyncio
 import fcntl
 import itertools
 import os
@@ -70,12 +72,12 @@ class MarginBoard:
         shape = (ROWS, MARGINS + categories)
         self._rows = np.memmap(self._path, dtype=np.float32, mode="w+", shape=shape)
         self._free = deque(range(ROWS))
+        self._free_rows = asyncio.Semaphore(ROWS)
         self._tags = itertools.cycle(range(1, _TAGS))
 
-    def take(self) -> Ticket | None:
-        """Returns a row for one request, or None when all are taken."""
-        if not self._free:
-            return None
+    async def take(self) -> Ticket:
+        """Returns a row for one request; waits while all are taken."""
+        await self._free_rows.acquire()
         return Ticket(self._path, self._free.popleft(), next(self._tags))
 
     def read(self, ticket: Ticket) -> Margins | None:
@@ -86,6 +88,7 @@ class MarginBoard:
     def give_back(self, ticket: Ticket) -> None:
         """Frees a row. A worker that still writes it writes an old tag, which nobody reads."""
         self._free.append(ticket.row)
+        self._free_rows.release()
 
     def close(self) -> None:
         """Removes the file, which also goes with the board and at exit."""

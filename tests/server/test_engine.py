@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
-from vllm.sampling_params import RequestOutputKind
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
@@ -38,6 +39,8 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine = SteeredLLM.__new__(SteeredLLM)
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
+    config: Any = SimpleNamespace(use_v2_model_runner=False)
+    engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
     as_trained = Resolution(Controls.as_trained(len(manifest.categories)))
     engine.steer(manifest, lambda: as_trained, guard.mark)
@@ -59,6 +62,15 @@ def test_ordinary_control_tokens_are_not_printed_once_steered() -> None:
     assert streamed(tokenizer, ids) == "Hello"
     for control in manifest.control_tokens:
         assert tokenizer.convert_tokens_to_ids(control.token) == control.id
+
+
+def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
+    engine = steered(*published())
+    params = SamplingParams(logprob_token_ids=[1])
+    with pytest.raises(VLLMValidationError, match="V1 model runner would give these"):
+        engine.generate("Hi", params, "id")
+    engine.margins_by_logprobs = True
+    engine.generate("Hi", params, "id")
 
 
 async def outputs(*texts: str) -> AsyncGenerator[Any, None]:

@@ -18,7 +18,7 @@ from server.error_shape import Failure, failure
 from server.generation import Generation
 from server.hiding import Hider
 from server.margin_rows import write_rows
-from server.margins import MarginBoard, Ticket
+from server.margins import ROWS, MarginBoard, Ticket
 from server.recorder import MarginRecorder
 from tests.server.manifests import MANIFEST
 
@@ -37,6 +37,7 @@ class FakeEngine:
         recorder: Counts margins.
         silent: Whether it gives no output at all.
         distant: Whether its worker is on another machine.
+        v2: Whether vLLM's V2 model runner works for it.
         answers: Whether it decides to respond.
         ends_with: Why its texts end.
     """
@@ -47,6 +48,7 @@ class FakeEngine:
         *,
         silent: bool = False,
         distant: bool = False,
+        v2: bool = False,
         answers: bool = False,
         ends_with: str = "stop",
     ) -> None:
@@ -55,6 +57,7 @@ class FakeEngine:
         self.mark_id = MARK
         self.margin_board = MarginBoard(2)
         self.distant = distant
+        self.margins_by_logprobs = v2
         self.opens_with = RESPOND if answers else SAFETY
         self.ends_with = ends_with
         self.opening = OPENING
@@ -85,7 +88,7 @@ class FakeEngine:
         if sampling_params.logprob_token_ids:
             values = {SAFETY: -1.0, HUMANIZING: -3.0, RESPOND: -2.0}
             logprobs = [{i: SimpleNamespace(logprob=value) for i, value in values.items()}]
-        if sampling_params.logprob_token_ids or stopped:
+        if request_id.endswith("-decision") or stopped:
             tokens = tokens[:1]
         choices = [
             SimpleNamespace(
@@ -203,15 +206,19 @@ def test_report_reads_what_the_worker_wrote_in_the_one_pass() -> None:
     assert collected(generation(engine, steering)) == [[TEXT]]
     assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     assert [request_id for _, _, request_id in engine.calls] == ["id"]
-    first = engine.calls[0][1].extra_args[EXTRA_ARGS_KEY]["ticket"]
-    assert engine.margin_board.read(first) is not None
-    taken = [engine.margin_board.take() for _ in range(4096)]
-    assert None not in taken
-    assert engine.margin_board.take() is None
+    assert_all_rows_are_free(engine)
+
+
+def assert_all_rows_are_free(engine: FakeEngine) -> None:
+    async def take_all() -> None:
+        for _ in range(ROWS):
+            await engine.margin_board.take()
+
+    asyncio.run(asyncio.wait_for(take_all(), timeout=30))
 
 
 def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:
-    engine = FakeEngine(distant=True)
+    engine = FakeEngine(distant=True, v2=True)
     steering = Steering(AS_TRAINED, report=True)
     assert collected(generation(engine, steering)) == [[TEXT]]
     assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
@@ -219,24 +226,32 @@ def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:
     assert engine.calls[1][1].logprob_token_ids == MANIFEST.control_ids
 
 
-def test_report_without_a_free_row_is_asked_for_once_more() -> None:
-    engine = FakeEngine()
-    while engine.margin_board.take():
-        pass
-    steering = Steering(AS_TRAINED, report=True)
-    assert collected(generation(engine, steering)) == [[TEXT]]
-    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+@pytest.mark.parametrize("field", [{}, {"repetition_penalty": 1.1}])
+def test_distant_worker_of_v1_has_no_margins_to_report(
+    field: dict[str, Any], recorder: MarginRecorder, tmp_path: Path
+) -> None:
+    engine = FakeEngine(recorder, distant=True)
+    for steering in (Steering(AS_TRAINED, report=True), Steering(AS_TRAINED, enforce=False)):
+        with pytest.raises(RequestError, match="margins that this needs cannot come back"):
+            collected(generation(engine, steering, parameters(**field)))
+    assert collected(generation(engine, Steering(AS_TRAINED), parameters(**field))) == [[TEXT]]
+    assert rows(recorder, tmp_path) == 0
+    assert all(params.logprob_token_ids is None for _, params, _ in engine.calls)
+    assert_all_rows_are_free(engine)
 
 
 @pytest.mark.parametrize("field", [{"repetition_penalty": 1.1}, {"skip_special_tokens": False}])
-def test_decision_comes_first_where_a_field_reaches_its_logits(field: dict[str, Any]) -> None:
-    engine = FakeEngine()
+@pytest.mark.parametrize("v2", [False, True])
+def test_decision_comes_first_where_a_field_reaches_its_logits(
+    field: dict[str, Any], v2: bool
+) -> None:
+    engine = FakeEngine(v2=v2)
     steering = Steering(AS_TRAINED, report=True)
     assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
     assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     (_, decision, name), (continued, answer, _) = engine.calls
     assert name == "id-decision"
-    assert decision.logprob_token_ids == MANIFEST.control_ids
+    assert decision.logprob_token_ids == (MANIFEST.control_ids if v2 else None)
     assert continued == [1, 2, *OPENING, SAFETY]
     assert answer.extra_args is None
 
@@ -279,7 +294,7 @@ def test_fixed_text_of_another_category_and_answers_go_on(field: dict[str, Any])
 def test_policy_in_the_shadow_responds_and_says_what_it_would_refuse(
     field: dict[str, Any], distant: bool
 ) -> None:
-    engine = FakeEngine(answers=True, distant=distant)
+    engine = FakeEngine(answers=True, distant=distant, v2=distant)
     steering = Steering(AS_TRAINED, enforce=False)
     assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
     (decision,) = steering.decisions.values()

@@ -1,5 +1,6 @@
 """Both sides of the board, in one process and in two."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -23,9 +24,7 @@ def board(tmp_path: Path) -> MarginBoard:
 
 
 def taken(board: MarginBoard) -> Ticket:
-    ticket = board.take()
-    assert ticket is not None
-    return ticket
+    return asyncio.run(board.take())
 
 
 def write(tickets: list[Ticket]) -> None:
@@ -46,7 +45,7 @@ def test_late_write_for_a_request_that_went_is_not_read(board: MarginBoard) -> N
     gone = taken(board)
     board.give_back(gone)
     for _ in range(ROWS - 1):
-        board.take()
+        taken(board)
     now = taken(board)
     assert now.row == gone.row
     assert now.tag != gone.tag
@@ -56,13 +55,17 @@ def test_late_write_for_a_request_that_went_is_not_read(board: MarginBoard) -> N
     assert board.read(now) is not None
 
 
-def test_there_are_as_many_tickets_as_rows(board: MarginBoard) -> None:
-    tickets = [board.take() for _ in range(ROWS + 1)]
-    assert tickets[-1] is None
-    last = tickets[0]
-    assert last is not None
-    board.give_back(last)
-    assert board.take() is not None
+def test_request_without_a_free_row_waits_for_one(board: MarginBoard) -> None:
+    async def wait() -> None:
+        tickets = [await board.take() for _ in range(ROWS)]
+        gone, waiting = (asyncio.ensure_future(board.take()) for _ in range(2))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        gone.cancel()
+        board.give_back(tickets[7])
+        assert (await waiting).row == tickets[7].row
+
+    asyncio.run(wait())
 
 
 def test_infinite_margins_come_back(board: MarginBoard) -> None:
