@@ -128,6 +128,7 @@ class RefusalMiddleware:
                 raw = write_json(changed)
                 scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
         except RequestError as error:
+            error.message = error.message.replace(self._guard.mark, "")
             await error_response(error)(scope, receive, send)
             return
         verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))

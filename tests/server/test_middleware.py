@@ -172,6 +172,12 @@ def test_mark_of_the_guard_is_in_no_answer() -> None:
     assert answer.text.startswith('data: {"instructions": "[respond]"}\n\n')
 
 
+def test_mark_of_the_guard_is_in_no_error_of_ours() -> None:
+    turn = {**ANSWERED, "refusal_category": "[respond]"}
+    error = send_to(FakeServer(), CHAT, {"messages": [turn]}).json()["error"]
+    assert "no category '[respond]'" in error["message"]
+
+
 @pytest.mark.parametrize("path", sorted(GENERATING - RAW_PROMPTS))
 def test_conversations_open_a_turn_and_raw_prompts_do_not(path: str) -> None:
     server = FakeServer()
