@@ -53,8 +53,11 @@ class RequestError(RheostatError):
         param: str | None = None,
         status: int = 422,
         headers: dict[str, str] | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
+        if code is not None:
+            self.code = code
         self.param = param
         self.status = status
         self.headers = headers

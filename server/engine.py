@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.middleware import Middleware
@@ -59,6 +60,7 @@ from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
+from server.client_mistakes import drop_client_mistakes
 from server.context import STEERING, Decision, Steering
 from server.dials import Resolution
 from server.error_shape import Failure, failure, failure_of
@@ -78,6 +80,7 @@ from server.routes import build_router
 from server.score import ScoreRoute, build_score_router
 from server.settings import Settings
 from server.trace import DecisionTrace
+from server.validation import answer_failed, answer_invalid, first_problem
 
 CPU_KVCACHE_GIB = "2"
 YOUNG_OBJECTS = 20_000
@@ -207,8 +210,7 @@ class SteeredLLM(AsyncLLM):
 
     def failure(self, error: Exception) -> Failure:
         """Returns what the client is told of an error of vLLM's; see server/generation.py."""
-        told = create_error_response(error).error
-        return failure(told.code, told.message, told.param)
+        return _failure(create_error_response(error))
 
 
 async def _merged(streams: Sequence[Outputs], kind: RequestOutputKind) -> Outputs:
@@ -291,9 +293,7 @@ class _VllmScorer:
             request, rendered = await self._rendered(model, body)
             lora_request = self._chat._maybe_get_adapters(request)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            path = ".".join(str(part) for part in first["loc"][:2])  # then names of vLLM's classes
-            raise RequestError(f"{path}: {first['msg']}", param=path) from error
+            raise first_problem(error.errors(), body) from error
         except (VLLMClientError, ValueError, TypeError, TemplateError) as error:
             raise _request_error(create_error_response(error)) from error
         if isinstance(rendered, ErrorResponse):
@@ -318,8 +318,13 @@ class _VllmScorer:
 
 
 def _request_error(response: ErrorResponse) -> RequestError:
+    told = _failure(response)
+    return RequestError(told.message, param=told.param, status=told.status, code=told.code)
+
+
+def _failure(response: ErrorResponse) -> Failure:
     error = response.error
-    return RequestError(error.message, param=error.param, status=error.code)
+    return failure(error.code, error.message, error.param)
 
 
 def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Policies) -> None:
@@ -434,6 +439,10 @@ async def _serve_http(
     tasks = await engine.get_supported_tasks()
     stop_at_first_error(*_REQUESTS)
     app = build_app(args, tasks, engine.model_config)
+    app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(Exception, answer_failed)
+    if not args.log_error_stack:
+        drop_client_mistakes((VLLMClientError, ValidationError, TemplateError, ErrorResponse))
     directory = Path(args.model)
     app.include_router(
         build_router(

@@ -33,6 +33,7 @@ _CODES = {
     429: "rate_limit_exceeded",
 }
 _PLACES = ("body.", "query.", "path.")
+_PROMPTS = {"/v1/completions": "prompt", RESPONSES: "input"}
 # vLLM's names for the prompt's length are no fields of a request.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
 # vLLM writes an error's fields behind its message.
@@ -54,9 +55,16 @@ class Failure(NamedTuple):
     param: str | None
     code: str
 
+    def on(self, path: str) -> "Failure":
+        """Returns the failure with the prompt's field as a route names it."""
+        named = self.param == "messages" and path in _PROMPTS
+        return self._replace(param=_PROMPTS[path]) if named else self
+
     def body(self, path: str = "") -> dict[str, Any]:
         """Returns the JSON body of the API that a path belongs to."""
-        return self._anthropic() if path.startswith(ANTHROPIC) else {"error": self._openai()}
+        if path.startswith(ANTHROPIC):
+            return self._anthropic()
+        return {"error": self.on(path)._openai()}
 
     def event(self, path: str, number: int) -> bytes:
         """Returns the event that ends a stream, without the separator behind it.
@@ -66,14 +74,14 @@ class Failure(NamedTuple):
             number: How many events stand before it.
         """
         if path == RESPONSES:
-            told = {**self._openai(), "type": "error", "sequence_number": number}
+            told = {**self.on(path)._openai(), "type": "error", "sequence_number": number}
             return b"event: error\ndata: " + encode(told)
         head = b"event: error\n" if path.startswith(ANTHROPIC) else b""
         return head + b"data: " + encode(self.body(path))
 
-    def response(self, headers: dict[str, str] | None = None) -> Response:
-        """Returns the answer in OpenAI's shape."""
-        body = encode(self.body())
+    def response(self, headers: dict[str, str] | None = None, path: str = "") -> Response:
+        """Returns the answer in the shape of the API that a path belongs to."""
+        body = encode(self.body(path))
         return Response(body, self.status, headers, media_type="application/json")
 
     def _openai(self) -> dict[str, Any]:
@@ -176,7 +184,7 @@ class ErrorShape:
                 await self._end(self._start)
 
     async def _end(self, start: Message) -> None:
-        told = read_failure(start["status"], self._body)
+        told = read_failure(start["status"], self._body).on(self._path)
         if self._failed is not None:
             self._failed(told)
         body = encode(told.body(self._path))

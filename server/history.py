@@ -69,6 +69,7 @@ def check_content(content: Any, path: str) -> None:
             f"{path}.content: must be a string, a list of parts or null, got "
             f"{type(content).__name__}",
             param=f"{path}.content",
+            status=400,
         )
 
 
@@ -80,6 +81,7 @@ def _annotate_turn(message: dict[str, Any], manifest: Manifest, path: str) -> di
         raise RequestError(
             f"{path}.refusal: must be a string or null, got {type(refusal).__name__}",
             param=f"{path}.refusal",
+            status=400,
         )
     check_content(content, path)
     if not refusal and isinstance(content, list) and content:

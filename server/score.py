@@ -1,8 +1,10 @@
 """``POST /v1/refusal/score``: the decisions of many prompts, one token of work each, no text."""
 
 import asyncio
+import copy
 import math
 from collections.abc import Awaitable, Coroutine, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter
@@ -24,6 +26,7 @@ from server.history import annotate
 from server.policies import CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.reports import build_report
+from server.validation import NOT_JSON, first_problem
 
 SCORE = "/v1/refusal/score"
 MOST_INPUTS = 1024
@@ -102,10 +105,10 @@ def parse_score(body: Any) -> ScoreRequest:
     try:
         wanted = ScoreRequest.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RequestError(f"{path}: {message}", param=path) from error
+        problem = first_problem(error.errors(), body)
+        if any(one["type"] == "too_long" for one in error.errors()):
+            problem.status = HTTPStatus.UNPROCESSABLE_ENTITY
+        raise problem from error
     if wanted.refusal.report is False:
         raise RequestError(f"{FIELD}.report: scores are reports", param=f"{FIELD}.report")
     return wanted
@@ -141,6 +144,7 @@ class ScoreRoute:
         try:
             caller = caller_of(request.scope, self._callers)
             raw = await read_body(request.receive, self._max_body_bytes)
+            _check_media_type(request.headers.get("content-type", ""))
             body = request.scope[BODY] if BODY in request.scope else parse_body(raw)
             wanted = parse_score(body and with_header_dials(body, request.headers))
             policy = caller.policy(wanted.refusal.policy)
@@ -219,6 +223,12 @@ class ScoreRoute:
         return {"index": index, "log_normaliser": normaliser, **report.to_json()}
 
 
+def _check_media_type(sent: str) -> None:
+    # As vLLM's own routes read it.
+    if sent.lower().split(";", maxsplit=1)[0] != "application/json":
+        raise RequestError(NOT_JSON, param="Content-Type", status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+
+
 def build_score_router(route: ScoreRoute) -> APIRouter:
     """Builds the router of the score route, with its body in the OpenAPI document."""
     router = APIRouter()
@@ -269,8 +279,10 @@ def _steering(dials: Resolution, body: dict[str, Any], history: int) -> Steering
 
 def _at(place: int, error: RequestError) -> RequestError:
     path = f"inputs.{place}"
-    within = f"{path}.{error.param}" if error.param else path
-    return RequestError(f"{path}: {error.message}", param=within, status=error.status)
+    placed = copy.copy(error)
+    placed.param = f"{path}.{error.param}" if error.param else path
+    placed.message = f"{path}: {error.message}"
+    return placed
 
 
 async def _unless_gone(

@@ -100,9 +100,9 @@ def test_every_rule_scores(server: Server, decision: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "status", "param", "said"),
     [
-        ({"messages": [{"role": "user", "content": 5}]}, 422, None, None),
-        ({"messages": [{"content": "x"}]}, 422, None, None),
-        ({"messages": ["x"]}, 422, None, None),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, None, None),
+        ({"messages": [{"content": "x"}]}, 400, None, None),
+        ({"messages": ["x"]}, 400, None, None),
         ({"messages": [{"role": "user|>", "content": "x"}]}, 400, "inputs.1.messages.0.role", None),
         ({"messages": [user("word " * 2000)]}, 400, "inputs.1", None),
         ({"prompt": "word " * 2000}, 400, "inputs.1", None),

@@ -360,7 +360,7 @@ def test_stream_of_responses_that_fails_ends_with_its_error_event() -> None:
     answer = send_to(server, RESPONSES, {"input": "x", "stream": True})
     *_, last = events_of(answer.text)
     assert answer.content.startswith(RESPONSE_OPENING)
-    assert last == {**SHAPED, "type": "error", "sequence_number": 2}
+    assert last == {**SHAPED, "type": "error", "param": "input", "sequence_number": 2}
 
 
 def test_stream_of_responses_that_the_engine_rejects_does_not_begin() -> None:

@@ -74,7 +74,8 @@ def score(
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await client.post(SCORE, content=content, headers=headers)
+            sent = {"content-type": "application/json", **(headers or {})}
+            return await client.post(SCORE, content=content, headers=sent)
 
     return asyncio.run(ask())
 
@@ -166,19 +167,19 @@ def test_so_many_are_served_and_no_more() -> None:
         (b"[]", 400, None),
         (b"5", 400, None),
         (b"\xff", 400, None),
-        ({}, 422, "inputs"),
-        ({"inputs": None}, 422, "inputs"),
-        ({"inputs": {}}, 422, "inputs"),
-        ({"inputs": []}, 422, "inputs"),
-        ({"inputs": ["x"]}, 422, "inputs.0"),
-        ({"inputs": [INPUT, {}]}, 422, "inputs.1"),
-        ({"inputs": [{**INPUT, "prompt": "x"}]}, 422, "inputs.0"),
-        ({"inputs": [INPUT, {"messages": []}]}, 422, "inputs.1.messages"),
-        ({"inputs": [{"messages": "x"}]}, 422, "inputs.0.messages"),
-        ({"inputs": [{"prompt": ["x"]}]}, 422, "inputs.0.prompt"),
-        ({"inputs": [{"prompt": "x", "temperature": 0}]}, 422, "inputs.0.temperature"),
-        ({"inputs": [INPUT], "max_tokens": 5}, 422, "max_tokens"),
-        ({"inputs": [INPUT], "model": 5}, 422, "model"),
+        ({}, 400, "inputs"),
+        ({"inputs": None}, 400, "inputs"),
+        ({"inputs": {}}, 400, "inputs"),
+        ({"inputs": []}, 400, "inputs"),
+        ({"inputs": ["x"]}, 400, "inputs.0"),
+        ({"inputs": [INPUT, {}]}, 400, "inputs.1"),
+        ({"inputs": [{**INPUT, "prompt": "x"}]}, 400, "inputs.0"),
+        ({"inputs": [INPUT, {"messages": []}]}, 400, "inputs.1.messages"),
+        ({"inputs": [{"messages": "x"}]}, 400, "inputs.0.messages"),
+        ({"inputs": [{"prompt": ["x"]}]}, 400, "inputs.0.prompt"),
+        ({"inputs": [{"prompt": "x", "temperature": 0}]}, 400, "inputs.0.temperature"),
+        ({"inputs": [INPUT], "max_tokens": 5}, 400, "max_tokens"),
+        ({"inputs": [INPUT], "model": 5}, 400, "model"),
         ({"inputs": [INPUT], "refusal": {"report": False}}, 422, "refusal.report"),
         ({"inputs": [INPUT], "refusal": {"colour": 1}}, 422, "refusal.colour"),
         (
@@ -188,7 +189,7 @@ def test_so_many_are_served_and_no_more() -> None:
         ),
         (
             {"inputs": [INPUT, {"messages": [{"role": "assistant", "content": 5}]}]},
-            422,
+            400,
             "inputs.1.messages.0.content",
         ),
         ({"inputs": [{"prompt": "x" * 2**20}]}, 413, None),
@@ -203,6 +204,13 @@ def test_wrong_body_is_refused_with_its_path(body: Any, status: int, param: str 
     assert error["param"] == param
     assert len(error["message"]) < 300
     assert engine.decided == 0
+
+
+def test_body_of_another_media_type_is_refused() -> None:
+    answer = score({"inputs": [INPUT]}, headers={"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (415, "Content-Type")
+    sent = {"content-type": "Application/JSON; charset=utf-8"}
+    assert score({"inputs": [INPUT]}, headers=sent).status_code == 200
 
 
 def test_first_input_that_cannot_be_rendered_is_named_before_any_is_decided() -> None:
@@ -239,7 +247,8 @@ def test_client_that_goes_takes_its_prompts_out_of_the_engine() -> None:
                 await asyncio.sleep(0)
             return {"type": "http.disconnect"}
 
-        scope = {"type": "http", "method": "POST", "path": SCORE, "headers": []}
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": SCORE, "headers": headers}
         answer = await route(Request(scope, receive))
         await asyncio.sleep(0)
         return answer.status_code

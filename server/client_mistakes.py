@@ -1,0 +1,46 @@
+"""Keeps clients' mistakes out of vLLM's log, where some of them would fill a screen."""
+
+import logging
+
+from server.context import STEERING
+
+
+class ClientMistakes(logging.Filter):
+    """Drops what vLLM logs of requests that it, or the engine, answers with 4xx.
+
+    The access log has a line for each of them, and the trace says why. At the level DEBUG, and with
+    vLLM's --log-error-stack, nothing is dropped.
+
+    Args:
+        kinds: What is a client's mistake as an exception, or in a record's arguments.
+    """
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        super().__init__()
+        self._kinds = kinds
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether a record is logged."""
+        if record.levelno < logging.WARNING or logging.getLogger(record.name).isEnabledFor(
+            logging.DEBUG
+        ):
+            return True
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        causes = [*arguments, record.exc_info[1] if record.exc_info else None]
+        # What a template says of a conversation is an exception of any kind.
+        rendering = record.name.startswith("vllm.renderers.")
+        kinds = (*self._kinds, Exception) if rendering else self._kinds
+        return not (any(isinstance(cause, kinds) for cause in causes) or _rejected(record))
+
+
+def _rejected(record: logging.LogRecord) -> bool:
+    steering = STEERING.get()
+    failure = steering.failure if steering is not None else None
+    return record.exc_info is not None and failure is not None and failure.status < 500
+
+
+def drop_client_mistakes(kinds: tuple[type, ...]) -> None:
+    """Puts the filter into vLLM's log."""
+    filtered = ClientMistakes(kinds)
+    for handler in (*logging.getLogger("vllm").handlers, *logging.getLogger().handlers):
+        handler.addFilter(filtered)
