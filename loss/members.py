@@ -44,15 +44,3 @@ def generalised_cross_entropy(q: float) -> Member:
         Zhang and Sabuncu, Generalized Cross Entropy Loss, arXiv 1805.07836, equation 6.
     """
     return Member(q, 0.0)
-
-
-def alpha_loss(alpha: float) -> Member:
-    """Returns the alpha-loss, alpha/(alpha-1) · (1-p^((alpha-1)/alpha)).
-
-    Args:
-        alpha: Above 0. 1 is cross-entropy, 1/2 exponential, infinity 1-p.
-
-    Source:
-        Sypherd and others, A Tunable Loss Function for Robust Classification, arXiv 1906.02314.
-    """
-    return Member(1.0 - 1.0 / alpha, 0.0)

@@ -38,10 +38,6 @@ def generalised(q: float) -> Loss:
     return lambda z, y: (1 - chosen(z, y) ** q) / q
 
 
-def alpha(value: float) -> Loss:
-    return lambda z, y: value / (value - 1) * (1 - chosen(z, y) ** ((value - 1) / value))
-
-
 def exponential(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.exp((logits[:, 0] - logits[:, 1]) * (2 * labels - 1))
 
@@ -55,8 +51,6 @@ def exponential(logits: Tensor, labels: Tensor) -> Tensor:
         pytest.param(half_absolute, members.HALF_ABSOLUTE, 7, id="half MAE"),
         pytest.param(brier, members.QUADRATIC, 2, id="two-class Brier"),
         pytest.param(generalised(0.7), members.generalised_cross_entropy(0.7), 7, id="GCE 0.7"),
-        pytest.param(alpha(3.0), members.alpha_loss(3.0), 7, id="alpha 3"),
-        pytest.param(alpha(0.5), members.alpha_loss(0.5), 7, id="alpha 1/2"),
         pytest.param(exponential, members.EXPONENTIAL, 2, id="exponential"),
     ],
 )

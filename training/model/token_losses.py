@@ -6,7 +6,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from loss.flexible import flexible_loss
 from loss.schedule import parameter_at
 from training.config.loss import GammaSchedule, LossConfig, QSchedule
 
@@ -55,32 +54,12 @@ class TokenLosses:
         self._gamma = _parameter("gamma", config.decision.gamma, config.text.gamma, by_name)
         self._copies: dict[tuple[int, torch.device], Tensor] = {}
 
-    def losses(self, log_probs: Tensor, targets: Tensor, progress: float) -> Tensor:
-        """Returns the loss of each token, without weights.
-
-        Args:
-            log_probs: Log-probability of each target, any shape, at most 0.
-            targets: Its token id, same shape; what is no control token's id counts as text.
-            progress: Share of the training's steps that are done, 0 to 1.
-
-        Returns:
-            Shaped as `log_probs`; float64 for float64, else float32.
-
-        Raises:
-            ValueError: `progress` out of range, or other shapes.
-        """
-        if targets.shape != log_probs.shape:
-            raise ValueError(
-                f"targets {list(targets.shape)} must be shaped as log_probs {list(log_probs.shape)}"
-            )
-        return flexible_loss(log_probs, *self.parameters(targets, progress))
-
     def parameters(self, targets: Tensor, progress: float) -> tuple[float | Tensor, float | Tensor]:
         """Returns q and gamma of each token.
 
         Args:
-            targets: As for `losses`.
-            progress: As for `losses`.
+            targets: Token ids, any shape; what is no control token's id counts as text.
+            progress: Share of the training's steps that are done, 0 to 1.
 
         Returns:
             For q and for gamma: one number where all tokens have the same, else a float32 tensor

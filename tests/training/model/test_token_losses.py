@@ -22,7 +22,7 @@ def token_losses(decision: DecisionLoss, text: TextLoss | None = None) -> TokenL
 def test_cross_entropy_everywhere_is_two_numbers() -> None:
     losses = token_losses(DecisionLoss())
     assert losses.parameters(TARGETS, 0.5) == (0.0, 0.0)
-    assert losses.losses(LOG_PROBS, TARGETS, 0.5).equal(-LOG_PROBS)
+    assert flexible_loss(LOG_PROBS, *losses.parameters(TARGETS, 0.5)).equal(-LOG_PROBS)
 
 
 def test_decision_tokens_are_known_by_their_ids() -> None:
@@ -52,7 +52,7 @@ def test_each_category_gets_its_own_and_the_unnamed_0() -> None:
     assert isinstance(gamma, torch.Tensor)
     assert q.tolist() == [[0.0, 0.125, 0.125, 0.5], [-0.5, 0.125, 0.125, 0.0]]
     assert gamma.tolist() == [[2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
-    got = losses.losses(LOG_PROBS, TARGETS, 0.0)
+    got = flexible_loss(LOG_PROBS, *losses.parameters(TARGETS, 0.0))
     for row in range(2):
         for at in range(4):
             alone = flexible_loss(LOG_PROBS[row, at], q[row, at].item(), gamma[row, at].item())
@@ -67,9 +67,9 @@ def test_schedules_move_with_the_training() -> None:
     decisions = torch.tensor([90, 50])
     text = torch.tensor([1, 2])
     for progress, q, gamma in ((0.0, 0.0, 4.0), (0.25, 0.5, 3.0), (0.5, 1.0, 2.0), (1.0, 1.0, 0.0)):
-        ours = losses.losses(torch.tensor([-1.0, -2.0]), decisions, progress)
+        ours = flexible_loss(torch.tensor([-1.0, -2.0]), *losses.parameters(decisions, progress))
         torch.testing.assert_close(ours, flexible_loss(torch.tensor([-1.0, -2.0]), q, 1.0))
-        ours = losses.losses(torch.tensor([-1.0, -2.0]), text, progress)
+        ours = flexible_loss(torch.tensor([-1.0, -2.0]), *losses.parameters(text, progress))
         torch.testing.assert_close(ours, flexible_loss(torch.tensor([-1.0, -2.0]), 0.0, gamma))
 
 
@@ -85,7 +85,7 @@ def test_a_schedule_beside_categories() -> None:
 def test_gradients_are_those_of_each_token_alone() -> None:
     losses = token_losses(DecisionLoss(q={"safety": 0.7}, gamma=0.5))
     together = LOG_PROBS.clone().requires_grad_()
-    torch.autograd.backward(losses.losses(together, TARGETS, 0.0).sum())
+    torch.autograd.backward(flexible_loss(together, *losses.parameters(TARGETS, 0.0)).sum())
     alone = LOG_PROBS.clone().requires_grad_()
     q, gamma = losses.parameters(TARGETS, 0.0)
     torch.autograd.backward(flexible_loss(alone, q, gamma).sum())
@@ -107,7 +107,5 @@ def test_wrong_arguments_are_named() -> None:
         TokenLosses(LossConfig(), [90, 90, 70], NAMES)
     with pytest.raises(ValueError, match="one id and one name of its own"):
         TokenLosses(LossConfig(), CONTROL_IDS, ["respond", "safety", "respond"])
-    with pytest.raises(ValueError, match=r"targets \[4\] must be shaped as log_probs \[2, 4\]"):
-        token_losses(DecisionLoss()).losses(LOG_PROBS, TARGETS[0], 0.0)
     with pytest.raises(ValueError, match=r"progress must be 0 to 1, not 1\.5"):
         token_losses(DecisionLoss(q=QSchedule(start=0, end=1))).parameters(TARGETS, 1.5)
