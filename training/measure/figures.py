@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.measure.metrics import FALSE_REFUSALS, Bin, refusal_probability, reliability
-from training.measure.report import clopper_pearson, refusal_scores
+from training.measure.report import Share, refusal_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,11 +260,12 @@ def trade_off(measurement: "Measurement") -> "Figure | None":
         The figure, None where all rows are of one sort.
     """
     truth = np.array([name or "" for name in measurement.truth])
-    scores = refusal_scores(measurement.margins)
+    # What greedy thresholds: with one bias for all categories the largest margin decides.
+    scores = measurement.margins.max(axis=1)
     benign = truth == ""
     if benign.all() or not benign.any():
         return None
-    refused = measurement.margins.max(axis=1) >= 0
+    refused = scores >= 0
     figure, (axis,) = blank(1, 1, (7.4, 4.8))
     for number, name in enumerate(measurement.categories):
         if (truth == name).any() and len(measurement.categories) > 1:
@@ -354,7 +355,7 @@ def _all_labels(axes: "Sequence[Axes]") -> tuple[list[Any], list[str]]:
 
 def _whiskers(entry: Bin) -> tuple[float, float]:
     share = entry.hits / entry.total
-    low, high = clopper_pearson(entry.hits, entry.total)
+    low, high = Share(entry.hits, entry.total).interval
     return max(0.0, share - low), max(0.0, high - share)
 
 

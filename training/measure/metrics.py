@@ -67,7 +67,8 @@ def decision_metrics(
         raise ValueError("margins must be finite")
     wanted = truth_columns(truth, categories)
     to_refuse = wanted < len(categories)
-    refused = margins.max(axis=1) >= 0
+    largest = margins.max(axis=1)
+    refused = largest >= 0
     scores = refusal_scores(margins)
     caught = to_refuse & refused
     marks = np.array([mark or "" for mark in near_miss or [None] * len(truth)])
@@ -84,7 +85,7 @@ def decision_metrics(
             f"near_miss_refused/{name}": _share(refused[~to_refuse & (marks == name)])
             for name in categories
         },
-        "refused_at_5": refused_at(scores, to_refuse, FALSE_REFUSALS),
+        "refused_at_5": refused_at(largest, to_refuse, FALSE_REFUSALS),
         "right_category": _share(margins.argmax(axis=1)[caught] == wanted[caught]),
         "calibration_error": calibration_error(scores, to_refuse),
         "loss": float(decision_losses(margins, wanted).mean()),
@@ -132,7 +133,7 @@ def refused_at(scores: Floats, to_refuse: Flags, false_refusals: float) -> float
     answered; rows with that very score stay answered, so a tie never breaks the bound.
 
     Args:
-        scores: `[n]` refusal scores.
+        scores: `[n]` largest margins: what greedy thresholds as one bias of all categories moves.
         to_refuse: `[n]`.
         false_refusals: Largest share of the rows to be answered that may be refused.
 

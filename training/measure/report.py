@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.confidence import intervals
 from models.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 ANSWER = "answer"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-CONFIDENCE = 0.95
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +40,8 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]:
         """The Clopper-Pearson interval at 95 % confidence."""
-        return clopper_pearson(self.hits, self.total)
+        low, high = intervals(self.hits, self.total)
+        return float(low), float(high)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns hits, total, value and interval."""
@@ -214,29 +215,6 @@ def refusal_auc(margins: Floats, refuse: Sequence[bool]) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(list(refuse), refusal_scores(margins)))
-
-
-def clopper_pearson(hits: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Returns the exact confidence interval of a share; 0 to 1 where nothing was counted.
-
-    Source: Clopper and Pearson, Biometrika 26 (1934), through the beta distribution's quantiles.
-
-    Args:
-        hits: How many.
-        total: Of how many.
-        confidence: Of the two-sided interval.
-
-    Raises:
-        ValueError: The counts are negative or `hits` exceeds `total`.
-    """
-    from scipy.stats import beta
-
-    if not 0 <= hits <= total:
-        raise ValueError(f"{hits} of {total} is no share")
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, hits, total - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, total - hits)) if hits < total else 1.0
-    return low, high
 
 
 def _refused_by_category(

@@ -125,6 +125,17 @@ def test_trade_off_by_hand() -> None:
     assert "a" not in lines
 
 
+def test_trade_off_passes_through_what_greedy_does_as_trained() -> None:
+    margins = np.array([[0.5, -9.0], [-0.1, -9.0], [-0.2, -0.2], [-9.0, -9.0]])
+
+    figure = trade_off(Measurement(margins, ("a", "a", None, None), ("a", "b"), {}))
+
+    assert figure is not None
+    lines = _lines(figure.axes[0])
+    assert lines["as trained"] == [(0, 50)]
+    assert lines["all rows to be refused"] == [(0, 0), (0, 50), (0, 100), (50, 100), (100, 100)]
+
+
 def test_trade_off_needs_both_sorts() -> None:
     assert trade_off(measurement(["a", "b"])) is None
     assert trade_off(measurement([None, None])) is None

@@ -111,6 +111,14 @@ def test_wrong_arguments_are_named(
         decision_metrics(margins, truth, NAMES)
 
 
+def test_refused_at_5_is_what_greedy_reaches_with_one_bias() -> None:
+    # The largest margin of the row to refuse is above those of all answered rows; by the
+    # log-sum-exp of both margins the answered rows would come first.
+    margins = np.array([[1.0, -9.0], *[[0.9, 0.9]] * 20])
+
+    assert decision_metrics(margins, ["a", *[None] * 20], NAMES)["refused_at_5"] == 1.0
+
+
 def _refused_at(own: list[float], benign: list[float]) -> float | None:
     scores = np.array(own + benign)
     return refused_at(scores, np.arange(scores.size) < len(own), 0.05)

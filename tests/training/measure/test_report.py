@@ -10,7 +10,6 @@ from models.errors import EvaluationError
 from training.measure.report import (
     Outcomes,
     Share,
-    clopper_pearson,
     measure,
     refusal_auc,
     refusal_scores,
@@ -83,14 +82,14 @@ def test_auc_of_one_sort_of_rows_is_unknown() -> None:
 
 def test_interval_without_hits_is_the_closed_form() -> None:
     # No hit in n: the upper end solves (1 - p)^n = 0.025.
-    low, high = clopper_pearson(0, 20)
+    low, high = Share(0, 20).interval
 
     assert low == 0.0
     assert high == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
 def test_interval_ends_leave_a_tail_on_each_side() -> None:
-    low, high = clopper_pearson(3, 10)
+    low, high = Share(3, 10).interval
 
     def at_least(k: int, p: float) -> float:
         return sum(math.comb(10, i) * p**i * (1 - p) ** (10 - i) for i in range(k, 11))
@@ -100,14 +99,8 @@ def test_interval_ends_leave_a_tail_on_each_side() -> None:
 
 
 def test_interval_of_all_and_of_nothing() -> None:
-    assert clopper_pearson(5, 5) == pytest.approx((0.025 ** (1 / 5), 1.0))
-    assert clopper_pearson(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(("hits", "total"), [(-1, 3), (4, 3)])
-def test_interval_of_impossible_counts_is_refused(hits: int, total: int) -> None:
-    with pytest.raises(ValueError, match="is no share"):
-        clopper_pearson(hits, total)
+    assert Share(5, 5).interval == pytest.approx((0.025 ** (1 / 5), 1.0))
+    assert Share(0, 0).interval == (0.0, 1.0)
 
 
 def test_report_survives_json() -> None:
