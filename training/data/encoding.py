@@ -248,7 +248,7 @@ class _Encoder:
         chats = [self._chat(row) for row in rows]
         try:
             rendered = self._render_chats(chats)
-        except _TemplateFailure:
+        except _TemplateError:
             for row, chat in zip(rows, chats, strict=True):
                 self._render_one(row, chat)
             raise
@@ -269,7 +269,7 @@ class _Encoder:
     def _render_one(self, row: Row, chat: Chat) -> None:
         try:
             self._render_chats([chat])
-        except _TemplateFailure as error:
+        except _TemplateError as error:
             raise ConfigError(
                 f"{row.origin}: the chat template does not take this conversation: {error}"
             ) from error
@@ -298,7 +298,7 @@ class _Encoder:
                 list(chats), tokenize=False, add_generation_prompt=asking
             )
         except Exception as error:  # A template is a program: it may fail in any way.
-            raise _TemplateFailure(" ".join(str(error).split())) from error
+            raise _TemplateError(" ".join(str(error).split())) from error
         return list(texts)
 
     def _check_stable(self, row: Row, turns: Sequence[_Turn]) -> None:
@@ -352,7 +352,7 @@ class _Encoder:
         return len(through)
 
 
-class _TemplateFailure(ValueError):
+class _TemplateError(ConfigError):
     pass
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.errors import ConfigError
 from training.config.data import Source, label
-from training.data.rows import BadRow
+from training.data.rows import BadRowError
 
 Values = Mapping[str, Any]
 
@@ -28,11 +28,11 @@ class Cells(dict[str, Any]):
     """Cells of a text table, where an empty one is no value rather than an empty text."""
 
 
-def cells_as_values(header: Sequence[str], cells: Sequence[str]) -> Values | BadRow:
+def cells_as_values(header: Sequence[str], cells: Sequence[str]) -> Values | BadRowError:
     """Returns a line of a text table by column name."""
     if len(cells) == len(header):
         return Cells(zip(header, cells, strict=True))
-    return BadRow(
+    return BadRowError(
         f"has {len(cells)} cells, the header {len(header)}; a cell with a delimiter or a line "
         "break in it must be in double quotes"
     )
@@ -90,7 +90,7 @@ def _renamed(values: Values, source: Source) -> dict[str, Any]:
     row = dict(values)
     for field, column in source.columns.items():
         if column is not None and column not in values:
-            raise BadRow(f"{field}: there is no {column!r}; there are {', '.join(values)}")
+            raise BadRowError(f"{field}: there is no {column!r}; there are {', '.join(values)}")
         row[field] = None if column is None else values[column]
     if isinstance(values, Cells):
         for field in ("messages", "response", "answer", "pair", "near_miss"):
@@ -107,7 +107,7 @@ def _turns_in(cell: str) -> Any:
     try:
         return json.loads(cell)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"messages: is no JSON: {error}") from error
+        raise BadRowError(f"messages: is no JSON: {error}") from error
 
 
 def _category(value: Any, categories: Mapping[str, str | None]) -> Any:
@@ -129,7 +129,7 @@ def _from_chat(values: Values, source: Source) -> Values:
         asked: dict[str, Any] = {f: row[f] for f in ("prompt", "response") if f in row}
         return {**asked, "category": None}
     if not isinstance(turns, list):
-        raise BadRow("messages: must be a list of turns")
+        raise BadRowError("messages: must be a list of turns")
     messages = [_chat_turn(turn) for turn in turns]
     # UltraChat repeats the first user turn as `prompt`; others keep it there alone.
     if row.get("prompt") and not any(turn["role"] == "user" for turn in messages[:2]):
@@ -137,17 +137,17 @@ def _from_chat(values: Values, source: Source) -> Values:
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
-        raise BadRow("messages: no turn is the assistant's")
+        raise BadRowError("messages: no turn is the assistant's")
     return {"messages": messages}
 
 
 def _chat_turn(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise BadRow("messages: a turn must be an object with role and content")
+        raise BadRowError("messages: a turn must be an object with role and content")
     role = turn.get("role", turn.get("from"))
     content = _text_of(turn.get("content", turn.get("value")))
     if not content.strip():
-        raise BadRow(f"messages: a turn of role {role!r} has no text")
+        raise BadRowError(f"messages: a turn of role {role!r} has no text")
     return {"role": SPEAKERS.get(str(role), role), "content": content}
 
 
@@ -155,7 +155,7 @@ def _text_of(content: Any) -> str:
     """Returns the text of a turn, which may come as a list of parts."""
     if isinstance(content, list):
         if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
-            raise BadRow("messages: a turn has parts that are no text")
+            raise BadRowError("messages: a turn has parts that are no text")
         return "".join(str(part.get("text", "")) for part in content)
     return content if isinstance(content, str) else ""
 
@@ -166,7 +166,9 @@ def _from_coconot(values: Values, source: Source) -> Values:
     category = _category(row.get("category"), named)
     answered = _is_answered(row, source)
     if category is None and not answered:
-        raise BadRow("category: is missing; only CoCoNot's contrast and preference rows have none")
+        raise BadRowError(
+            "category: is missing; only CoCoNot's contrast and preference rows have none"
+        )
     return {
         "prompt": row.get("prompt"),
         "category": None if answered else category,

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
+from models.errors import ConfigError
+
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Mark = Annotated[str, Field(coerce_numbers_to_str=True)]
 
@@ -19,7 +21,7 @@ HINTS = {
 }
 
 
-class BadRow(ValueError):
+class BadRowError(ConfigError):
     """A row that cannot be used; the message says why, the reader knows where."""
 
 
@@ -84,7 +86,7 @@ class Record(NamedTuple):
         unit: `line` or `row`.
     """
 
-    values: Mapping[str, Any] | BadRow
+    values: Mapping[str, Any] | BadRowError
     file: str
     number: int
     unit: Literal["line", "row"]
@@ -137,13 +139,13 @@ class _ConversationRow(BaseModel):
         category = last.category
         if "category" in self.model_fields_set:
             if "category" in last.model_fields_set and category != self.category:
-                raise BadRow(
+                raise BadRowError(
                     f"the row's category {self.category!r} and the last message's {category!r} "
                     "differ; one of them is enough"
                 )
             category = self.category
         if any(turn.content is None for turn in self.messages[:-1]):
-            raise BadRow("messages: only the last message may have no content")
+            raise BadRowError("messages: only the last message may have no content")
         return (
             *(
                 Message(role=turn.role, content=turn.content or "", category=turn.category)
@@ -163,19 +165,19 @@ def parse_row(values: Mapping[str, Any], origin: str, categories: Collection[str
         categories: The names that it may give as a category.
 
     Raises:
-        BadRow: It is wrong.
+        BadRowError: It is wrong.
     """
     kind = _ConversationRow if "messages" in values else _PromptRow
     try:
         row: _ConversationRow | _PromptRow = kind.model_validate(values)
     except ValidationError as error:
-        raise BadRow("; ".join(_reason(detail) for detail in error.errors())) from error
+        raise BadRowError("; ".join(_reason(detail) for detail in error.errors())) from error
     turns = row.turns()
     _check_turns(turns, categories)
     if row.near_miss is not None:
         _check_category(row.near_miss, categories, "near_miss")
         if turns[-1].category is not None:
-            raise BadRow(
+            raise BadRowError(
                 f"near_miss marks prompts that are to be answered, and the category is "
                 f"{turns[-1].category!r}"
             )
@@ -201,12 +203,12 @@ def _reason(detail: ErrorDetails) -> str:
 
 def _check_turns(turns: Sequence[Message], categories: Collection[str]) -> None:
     if turns[-1].role != "assistant":
-        raise BadRow("the last message must be the assistant's")
+        raise BadRowError("the last message must be the assistant's")
     for turn in turns:
         if turn.category is None:
             continue
         if turn.role != "assistant":
-            raise BadRow("only assistant messages have a category")
+            raise BadRowError("only assistant messages have a category")
         _check_category(turn.category, categories, "category")
 
 
@@ -214,13 +216,13 @@ def _check_category(value: str, categories: Collection[str], field: str) -> None
     if value in categories:
         return
     if field == "category" and not value.strip():
-        raise BadRow(
+        raise BadRowError(
             "category is empty; if that means that the response answers, say so in the recipe: "
             'categories: {"": null}'
         )
     known = ", ".join(categories)
     answers = ", and null where the response answers" if field == "category" else ""
-    raise BadRow(f"{field} {value!r} is unknown; known are {known}{answers}")
+    raise BadRowError(f"{field} {value!r} is unknown; known are {known}{answers}")
 
 
 class Refused(NamedTuple):
@@ -266,8 +268,8 @@ def checked(
     """Yields the rows that can be used; the others go into `refused`."""
     for record in records:
         try:
-            if isinstance(record.values, BadRow):
+            if isinstance(record.values, BadRowError):
                 raise record.values
             yield parse_row(record.values, record.origin, categories)
-        except BadRow as error:
+        except BadRowError as error:
             refused.append(Refused(record, str(error)))

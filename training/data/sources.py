@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from models.errors import ConfigError
 from training.config.data import Source
 from training.data.formats import FORMATS, Values, cells_as_values, check_columns
-from training.data.rows import BadRow, Record, Refused, Row, checked, complaint
+from training.data.rows import BadRowError, Record, Refused, Row, checked, complaint
 
 CHUNK_BYTES = 1 << 20
 # A prompt may be a long document; Python's own limit of a cell is 128 KiB.
@@ -170,12 +170,12 @@ def _sha256(path: Path) -> str:
 def _ours(source: Source) -> Iterator[Record]:
     convert = FORMATS[source.format]
     for record in _records(source):
-        if isinstance(record.values, BadRow):
+        if isinstance(record.values, BadRowError):
             yield record
             continue
         try:
             yield record._replace(values=convert(record.values, source))
-        except BadRow as error:
+        except BadRowError as error:
             yield record._replace(values=error)
 
 
@@ -221,12 +221,12 @@ def _json_lines(path: Path, source: Source) -> Iterator[Record]:
                 yield Record(_json_object(line), str(path), number, "line")
 
 
-def _json_object(line: str) -> Values | BadRow:
+def _json_object(line: str) -> Values | BadRowError:
     try:
         values: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return BadRow(f"is no JSON: {error}")
-    return values if isinstance(values, dict) else BadRow("must be a JSON object, one a line")
+        return BadRowError(f"is no JSON: {error}")
+    return values if isinstance(values, dict) else BadRowError("must be a JSON object, one a line")
 
 
 def _json_list(path: Path, source: Source) -> Iterator[Record]:
@@ -235,12 +235,11 @@ def _json_list(path: Path, source: Source) -> Iterator[Record]:
     try:
         values: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
-        raise ConfigError(f"{path}: is no JSON: {error}{hint}") from error
+        raise ConfigError(f"{path}: is no JSON: {error}; one object a line is .jsonl") from error
     if not isinstance(values, list):
         raise ConfigError(f"{path}: must hold a list of objects; one object a line is .jsonl")
     for number, value in enumerate(values, start=1):
-        fields = value if isinstance(value, dict) else BadRow("must be a JSON object")
+        fields = value if isinstance(value, dict) else BadRowError("must be a JSON object")
         yield Record(fields, str(path), number, "row")
 
 

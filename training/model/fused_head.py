@@ -161,7 +161,7 @@ class FusedHead:
         self._checked = bool(expected != 0)
 
 
-class _UnknownHeadError(Exception):
+class _UnknownHeadError(ConfigError):
     """The output layer is none that is known; the message says which."""
 
 

@@ -89,7 +89,7 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     _print_lines(console, _search_remarks(mixture, config))
     try:
         words = _words(config, mixture.rows)
-    except _Unreachable as error:
+    except _UnreachableError as error:
         console.print(Text(f"Lengths, samples and time are not shown: {error}", WARNING))
         return
     weights = decision_weights(mixture.rows, config.data, config.loss)
@@ -208,7 +208,7 @@ def _search_remarks(mixture: Mixture, config: TrainConfig) -> Iterator[Text]:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-class _Unreachable(Exception):
+class _UnreachableError(CheckpointError):
     pass
 
 
@@ -243,7 +243,7 @@ def _fetched(model: CheckpointModel) -> Path:
     try:
         return resolve_checkpoint(model.checkpoint, model.revision, with_weights=False)
     except CheckpointError as error:
-        raise _Unreachable(error.message) from error
+        raise _UnreachableError(error.message) from error
 
 
 def _unmeasured(monitor: "DecisionMonitor") -> Iterator[Text]:
