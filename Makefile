@@ -30,7 +30,7 @@ fuzz: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses
-	@$(BIN)/python -m benchmarks.label_noise --out bench/losses
+	@$(BIN)/python -m benchmarks.losses.label_noise --out bench/losses
 	@$(BIN)/python -m benchmarks.fused_head --out bench/fused_head.json
 	@$(BIN)/rheostat train demo
 	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.calibration import bound_holds, chance_kept
+from benchmarks.calibration.experiment import bound_holds, chance_kept
 from tests.models.margins import random_calibration
 
 

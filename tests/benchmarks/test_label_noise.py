@@ -10,7 +10,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from benchmarks.label_noise import (
+from benchmarks.losses.label_noise import (
+    Interval,
+    Setting,
+    as_markdown,
+    draw,
+    interval,
+    paces,
+    ratio_to_first,
+)
+from benchmarks.losses.networks import HIDDEN, Candidate, accuracy, ranking, train
+from benchmarks.losses.noise import (
     BUDGETS,
     FAMILY,
     NAMES,
@@ -21,16 +31,6 @@ from benchmarks.label_noise import (
     problem,
     run,
 )
-from benchmarks.label_noise_report import (
-    Interval,
-    Setting,
-    as_markdown,
-    draw,
-    interval,
-    paces,
-    ratio_to_first,
-)
-from benchmarks.networks import HIDDEN, Candidate, accuracy, ranking, train
 from loss.flexible import flexible_loss
 from loss.members import CROSS_ENTROPY, Member
 

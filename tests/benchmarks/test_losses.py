@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.losses import (
+from benchmarks.losses.__main__ import (
     EXACT,
     MARGINS,
     NEAR,

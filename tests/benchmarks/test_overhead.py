@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.overhead import OURS, REPORTED, STOCK, estimate, show
+from benchmarks.overhead.__main__ import OURS, REPORTED, STOCK, estimate, show
 
 
 def test_interval_tells_how_much_starts_differ() -> None:

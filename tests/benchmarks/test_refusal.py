@@ -6,20 +6,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks.refusal import FLEXIBLE, GRID, Runs, measured, tuned
-from benchmarks.refusal_report import (
+from benchmarks.refusal.__main__ import (
     CROSS_ENTROPY,
+    FLEXIBLE,
+    GRID,
     Result,
+    Runs,
     Setting,
     as_markdown,
     as_record,
     draw,
+    measured,
     summary,
+    tuned,
 )
-from benchmarks.refusal_training import METRICS, PARTS, Search, Setup, Training, recipe, train_once
+from benchmarks.refusal.training import METRICS, PARTS, Search, Setup, Training, recipe, train_once
 from tests.training.conftest import small_rows
 
-RECIPE = Path("benchmarks/refusal.yaml")
+RECIPE = Path("benchmarks/refusal/refusal.yaml")
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def test_training_is_measured_on_the_way_and_at_the_end(folder: Path) -> None:
 
 
 def test_a_recipe_gets_loss_rate_seed_and_folder(tmp_path: Path) -> None:
-    setup = Setup(Path("benchmarks/prompts.yaml"), tmp_path, None)
+    setup = Setup(Path("benchmarks/refusal/prompts.yaml"), tmp_path, None)
 
     made = recipe(setup, 2e-3, 7, -0.3, 0.0)
 

@@ -1,20 +1,11 @@
-"""Ask for a rate, get it? Biases solved on one set of prompts, counted on another.
+"""What `benchmarks.calibration` measures."""
 
-Three questions: do the achieved rates lie where sampling alone would put them; does a category's
-rate move the others'; does a bound on false refusals hold on prompts that it has not seen.
-Decisions are made by `models.decision.decide` on margins that the engine gave, and for some cases
-by the server itself, asked for a rate.
-"""
-
-import argparse
 import asyncio
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -23,7 +14,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.calibration_tables import BOUND, Case, as_markdown, draw
 from models.calibration import BENIGN, Calibration, save_calibration
 from models.confidence import refusals_allowed
 from models.controls import Rule, dial_row
@@ -31,12 +21,12 @@ from models.decision import Dials, decide
 from models.errors import RequestError
 from models.solver import Solution, Target, solve
 from training.calibration.calibrate import Job, calibrate
-from training.calibration.prompts import Prompts, read_prompts
+from training.calibration.prompts import Prompts
 from training.config.data import named_sources
 from training.data.rows import Row
-from training.demo_data.render import write
 from training.serving import serving, without_calibrations
 
+BOUND = 0.02
 RATES = tuple(step / 10 for step in range(1, 10))
 Z95 = 1.959964
 SERVER_FLAGS = ("--enforce-eager", "--dtype", "float32")
@@ -45,6 +35,28 @@ SERVED = "demo"
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+
+
+class Case(NamedTuple):
+    """One category's rate, asked for and achieved.
+
+    Attributes:
+        category: Whose rate.
+        together: Whether all categories were asked for the same rate at once.
+        asked: The rate asked for.
+        calibrated: The rate on the prompts that it was solved on.
+        achieved: The rate on the others.
+        reachable: Whether the solver said that the rate can be met.
+        within: Whether the two differ by no more than two such samples do in 95 % of cases.
+    """
+
+    category: str
+    together: bool
+    asked: float
+    calibrated: float
+    achieved: float
+    reachable: bool
+    within: bool
 
 
 def refused(calibration: Calibration, solution: Solution) -> Flags:
@@ -308,53 +320,3 @@ def experiment(
         "shared": shared(calibration, evaluation).tolist(),
         "bounds": bounds,
     }
-
-
-def main() -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/demo"))
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with calibration.jsonl and evaluation.jsonl or eval.jsonl [default: demo's]",
-    )
-    parser.add_argument("--splits", type=int, default=1000)
-    parser.add_argument("--no-requests", action="store_true", help="leave real requests out")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
-    arguments = parser.parse_args()
-    console = Console()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as rendered:
-        data: Path = arguments.data or Path(rendered)
-        if arguments.data is None:
-            write(data, seed=0)
-        held_out = next(data / n for n in ("evaluation.jsonl", "eval.jsonl") if (data / n).exists())
-        model = arguments.checkpoint
-        files = (data / "calibration.jsonl", held_out)
-        calibration, evaluation = measured(model, files, arguments.out, console)
-        rows = read_prompts(Prompts(named_sources(held_out)), calibration.names)
-    cases, results = experiment(calibration, evaluation, arguments.splits, console)
-    log = arguments.out / "server.log"
-    results["requests"] = (
-        [] if arguments.no_requests else request_cases(model, calibration, evaluation, rows, log)
-    )
-    counts = ", ".join(
-        f"{name} {calibration.prompts[name]}/{evaluation.prompts[name]}"
-        for name in calibration.names
-    )
-    results["setting"] = (
-        f"Prompts to calibrate on / to evaluate on: {counts}, benign {calibration.benign}/"
-        f"{evaluation.benign}. Rule: greedy. Rates 10, 20, … 90 %, each category alone (the others "
-        "as trained) and all at once."
-    )
-    results["cases"] = [case._asdict() for case in cases]
-    table = as_markdown(results, cases, calibration.names)
-    (arguments.out / "calibration.md").write_text(table)
-    (arguments.out / "calibration.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw(cases, np.array(results["moved"]), calibration.names, arguments.out / "calibration.png")
-    console.print(table, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    main()

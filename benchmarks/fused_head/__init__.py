@@ -1,0 +1,1 @@
+"""How much memory and time does the fused head take?"""

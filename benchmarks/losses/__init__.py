@@ -1,0 +1,1 @@
+"""What does the flexible loss contain, and does it help where labels are wrong?"""

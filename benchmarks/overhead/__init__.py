@@ -1,0 +1,1 @@
+"""What does the steering cost against stock vLLM?"""

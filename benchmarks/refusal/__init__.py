@@ -1,0 +1,1 @@
+"""Does a flexible loss help to learn refusals?"""
