@@ -52,14 +52,7 @@ class Trained(NamedTuple):
 
 
 class Networks:
-    """Perceptrons with one hidden layer: C for each of S seeds, which begin alike within a seed.
-
-    Args:
-        seeds: S of them.
-        candidates: For each seed C of them.
-        features: Width of the input.
-        classes: Width of the output.
-    """
+    """Perceptrons with one hidden layer: C for each of S seeds, which begin alike within a seed."""
 
     def __init__(
         self,

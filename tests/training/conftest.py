@@ -1,8 +1,12 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+
+from training.config.data import Source
+from training.data.rows import Row
+from training.data.sources import read_source
 
 Rows = list[dict[str, object]]
 WriteRows = Callable[[Rows], Path]
@@ -21,6 +25,11 @@ def small_rows() -> Rows:
             _row(f"What are {thing}?", None, f"The word {thing} is a plural."),
         ]
     return rows
+
+
+def read_rows(path: Path, categories: Collection[str]) -> list[Row]:
+    """Reads a file of our own format."""
+    return read_source(Source(path=str(path)), categories)
 
 
 def _row(prompt: str, category: str | None, response: str) -> dict[str, object]:

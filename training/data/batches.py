@@ -20,9 +20,6 @@ NOTHING = -1
 def as_dataset(examples: Sequence[Example]) -> Dataset:
     """Returns rows as a data set, each a sequence of its own.
 
-    Args:
-        examples: The rows.
-
     Returns:
         The columns `input_ids`, `weights`, `position_ids` (lists) and `length`.
     """
@@ -33,7 +30,7 @@ def as_packed_dataset(examples: Sequence[Example], max_length: int) -> Dataset:
     """Returns rows as a data set in which short ones share a sequence.
 
     Positions start from 0 in each row; the model's attention keeps rows apart by that
-    (training/model/packing.py checks that it does). The first token of a row is never learnt.
+    (training/run/assembly.py checks that it does). The first token of a row is never learnt.
 
     Args:
         examples: The rows.
@@ -187,11 +184,6 @@ class Loader(DataLoader[dict[str, torch.Tensor]]):
     """Loads what `LengthBuckets` deals out.
 
     It draws nothing from the global random state: a resumed run would draw at other moments.
-
-    Args:
-        dataset: What `as_dataset` returns.
-        order: Which rows a batch has.
-        collator: Puts them together.
     """
 
     def __init__(self, dataset: Dataset, order: LengthBuckets, collator: Collator) -> None:

@@ -1,34 +1,20 @@
 """Training rows turned into token ids with a loss weight for each."""
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.errors import ConfigError
 from models.manifest import Manifest
-from training.config.data import Source, TooLong
-from training.data.rows import Message, Row
-from training.data.sources import read_source
+from training.config.data import TooLong
+from training.data.rows import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "DecisionWeights",
-    "Example",
-    "Message",
-    "Row",
-    "TooLong",
-    "encode_rows",
-    "fit",
-    "fit_one",
-    "read_rows",
-]
 
 ROWS_AT_ONCE = 2048
 ROWS_WORTH_A_BAR = 10_000
@@ -77,20 +63,6 @@ class DecisionWeights(NamedTuple):
         if row.near_miss is not None:
             weights[-1] *= self.near_miss
         return weights
-
-
-def read_rows(path: Path, categories: Collection[str]) -> list[Row]:
-    """Reads a file of our own format, as `training.data.sources.read_source` does.
-
-    Args:
-        path: A .jsonl, .json, .csv, .tsv or .parquet file.
-        categories: The names that a row may give as its category.
-
-    Raises:
-        ConfigError: The file cannot be read or holds no rows, or rows are wrong: the message names
-            file, line and reason.
-    """
-    return read_source(Source(path=str(path)), categories)
 
 
 def encode_rows(

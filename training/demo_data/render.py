@@ -147,22 +147,13 @@ class Sampler:
     """Draws prompts without replacement: no prompt is handed out twice."""
 
     def __init__(self, world: World, rng: random.Random) -> None:
-        """Starts with no prompt drawn.
-
-        Args:
-            world: The templates and slots.
-            rng: The only source of chance.
-        """
+        """Starts with no prompt drawn."""
         self.world = world
         self.rng = rng
         self._taken: set[str] = set()
 
     def draw(self, templates: Sequence[Template], count: int) -> list[Draw]:
         """Draws prompts, the templates taking turns.
-
-        Args:
-            templates: What to draw from.
-            count: How many prompts.
 
         Returns:
             Draws with prompts never drawn before.

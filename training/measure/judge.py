@@ -9,7 +9,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from models.errors import EvaluationError
-from training.data.encoding import Row
+from training.data.rows import Row
 from training.measure.report import ANSWER
 
 FOLDS = 5

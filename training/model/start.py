@@ -10,7 +10,7 @@ from models.errors import CheckpointError, ConfigError
 from models.manifest import Manifest
 from models.tokens import RESPOND, add_control_tokens, grow_embeddings, refusal_token
 from training.config.recipe import CheckpointModel, ScratchModel, TrainConfig
-from training.data.encoding import Row
+from training.data.rows import Row
 from training.model.scratch import LEAST_VOCABULARY, new_model, train_tokenizer
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ def _start(
 
 def tokenizer_of(source: CheckpointModel, folder: Path) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer of an existing model, with the chat template that the recipe gives it.
-
-    Args:
-        source: What the recipe says of the model.
-        folder: Where the model lies.
 
     Raises:
         CheckpointError: It has no tokenizer that can be read.

@@ -16,16 +16,18 @@ from training.config.loss import LossConfig
 from training.config.recipe import OptimisationConfig, TrainConfig
 from training.data.batches import Collator, as_dataset, as_packed_dataset
 from training.data.encoding import Example
-from training.measure.monitor import DecisionMonitor, padding_id
+from training.measure.monitor import DecisionMonitor
+from training.measure.sequences import padding_id
 from training.model.fused_head import supports
 from training.model.lora import add_adapters
-from training.model.packing import check_packing
 from training.model.start import Start
 from training.run.resume import ResumePoints
 from training.run.trainer import ControlTokenTrainer, Rhythm
 
 FUSED_FROM_VOCABULARY = 16_384
 TENSORBOARD_FOLDER = "tensorboard"
+# Of logits, relative and absolute.
+PACKING_TOLERANCE = 1e-3
 
 
 class Watch(NamedTuple):
@@ -111,6 +113,41 @@ def _model(config: TrainConfig, start: Start) -> Any:
     # Adapters begin at random.
     set_seed(config.seed)
     return model if config.lora is None else add_adapters(model, config.lora, start.manifest)
+
+
+def check_packing(model: Any) -> None:
+    """Holds a model to what packing needs: positions that start again start another row.
+
+    Attention does that in transformers; recurrent layers, sliding caches or a model that takes no
+    positions may not, and would then learn to continue what another row said.
+
+    Args:
+        model: A causal language model, in fp32 or lower.
+
+    Raises:
+        ConfigError: A row changes what the model says about the row behind it.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    row = [token % vocabulary for token in (11, 17, 23, 29)]
+    others = [[token % vocabulary for token in other] for other in ((5, 7, 3), (2, 13, 19))]
+    positions = [0, 1, 2, 0, 1, 2, 3]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        first, second = (
+            model(
+                input_ids=torch.tensor([[*other, *row]], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+            ).logits[0, 3:]
+            for other in others
+        )
+    if not torch.allclose(
+        first.float(), second.float(), rtol=PACKING_TOLERANCE, atol=PACKING_TOLERANCE
+    ):
+        raise ConfigError(
+            f"optimisation.packing: {type(model).__name__} lets rows that share a sequence see "
+            "each other; set it to false"
+        )
 
 
 def _dataset(examples: Sequence[Example], chosen: OptimisationConfig) -> Dataset:

@@ -187,12 +187,6 @@ def read_choice(folder: Path) -> Candidate | None:
 def search(config: TrainConfig, start: Start, rows: Sequence[Row], folder: Path) -> LossChoice:
     """Chooses q and gamma of the decision loss from the training rows alone.
 
-    Args:
-        config: The recipe.
-        start: What it begins with.
-        rows: The training rows.
-        folder: Where trainers write.
-
     Raises:
         ConfigError: The rows are too few to choose by, or those that are too long leave only
             refused or only answered ones to compare on.

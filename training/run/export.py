@@ -58,9 +58,6 @@ def _check_finite(weights: Mapping[str, Any]) -> None:
 def plain_model(trainer: Any) -> tuple[Any, dict[str, Any] | None]:
     """Returns the model without wrappers and adapters.
 
-    Args:
-        trainer: After the training.
-
     Returns:
         The model, and its gathered weights where FSDP had spread them; None where the model holds
         them itself.

@@ -36,9 +36,6 @@ class Identity(NamedTuple):
 def locked(out: Path) -> Iterator[None]:
     """Holds the lock of an output folder; it ends with the process, however that ends.
 
-    Args:
-        out: The checkpoint's folder.
-
     Raises:
         ConfigError: Another process trains there, or no folder of that name can be made.
     """

@@ -72,10 +72,6 @@ class Words(NamedTuple):
 def dry_run(config: TrainConfig, console: Console) -> None:
     """Shows what a recipe would learn from and how long that takes, and writes nothing.
 
-    Args:
-        config: The recipe.
-        console: Where it is shown.
-
     Raises:
         ConfigError: The data are wrong or too few for `auto`, or those measured on cannot tell the
             metric that chooses the best weights.

@@ -47,13 +47,7 @@ def data_hashes(config: TrainConfig, demo: Path) -> dict[str, str]:
 
 
 def recipe_of(config: TrainConfig, hashes: dict[str, str], loss: LossConfig) -> Recipe:
-    """Returns what the manifest says of the recipe.
-
-    Args:
-        config: The recipe.
-        hashes: What `data_hashes` returned.
-        loss: Its losses, as far as they are known.
-    """
+    """Returns what the manifest says of the recipe."""
     return Recipe(
         config_sha256=config.sha256(),
         data_sha256=hashes,
@@ -83,14 +77,7 @@ def _told(setting: Setting) -> str:
 
 
 def write_contract(folder: Path, config: TrainConfig, recipe: Recipe, start: Start) -> None:
-    """Writes manifest, tokenizer, model configuration and the resolved recipe.
-
-    Args:
-        folder: The checkpoint's.
-        config: The recipe.
-        recipe: What the manifest says of it.
-        start: Names the control tokens.
-    """
+    """Writes manifest, tokenizer, model configuration and the resolved recipe."""
     categories = tuple(
         category.model_copy(update={"refusal_text": config.refusal_text(category.name)})
         for category in start.manifest.categories

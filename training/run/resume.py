@@ -38,12 +38,7 @@ class ResumePoints:
         return points[-1] if points else None
 
     def commit(self, step: int, best_step: int | None) -> None:
-        """Makes what was written the newest point and removes those that are no longer needed.
-
-        Args:
-            step: Of the point.
-            best_step: Step of the best weights so far.
-        """
+        """Makes what was written the newest point and removes those that are no longer needed."""
         name = f"checkpoint-{step}"
         self._publish(self.scratch / name, self._folder / name)
         points = self._points()
@@ -53,12 +48,7 @@ class ResumePoints:
         self._prune_best(points[-KEPT:], best_step)
 
     def commit_best(self, written: Path, step: int) -> None:
-        """Keeps the best weights so far.
-
-        Args:
-            written: The folder in `scratch` that holds them.
-            step: When they were reached.
-        """
+        """Keeps the best weights so far."""
         self._publish(written, self.best(step))
         if not self._points():
             self._prune_best([], step)

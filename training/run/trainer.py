@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from loss.flexible import flexible_loss
 from models.manifest import Manifest
 from training.config.loss import LossConfig
-from training.data.batches import IGNORED, Collator, LengthBuckets, Loader
+from training.data.batches import IGNORED, LengthBuckets, Loader
 from training.measure.monitor import DecisionMonitor
 from training.model.fused_head import FusedHead
 from training.model.token_losses import RESPOND, TokenLosses
@@ -366,6 +366,3 @@ def _undisturbed() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-
-
-__all__ = ["Collator", "ControlTokenTrainer", "Rhythm", "token_log_probs"]

@@ -24,12 +24,7 @@ def saved_silently() -> Iterator[None]:
 
 
 def save_trained(trainer: Any, folder: Path) -> None:
-    """Writes the parameters that are trained; all processes call it.
-
-    Args:
-        trainer: A Trainer in training.
-        folder: Made anew.
-    """
+    """Writes the parameters that are trained; all processes call it."""
     if trainer.is_fsdp_enabled:
         from accelerate.utils import save_fsdp_model
 
@@ -50,10 +45,6 @@ def save_trained(trainer: Any, folder: Path) -> None:
 
 def load_trained(trainer: Any, folder: Path) -> None:
     """Puts back what `save_trained` wrote; all processes call it.
-
-    Args:
-        trainer: The same, or one of the same run.
-        folder: Where it was written.
 
     Raises:
         KeyError: It was written by another run.

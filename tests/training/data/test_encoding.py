@@ -6,16 +6,10 @@ from transformers import PreTrainedTokenizerFast
 from models.errors import ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
-from tests.training.conftest import WriteRows, small_rows
-from training.data.encoding import (
-    ROWS_AT_ONCE,
-    DecisionWeights,
-    Example,
-    Row,
-    TooLong,
-    encode_rows,
-    read_rows,
-)
+from tests.training.conftest import WriteRows, read_rows, small_rows
+from training.config.data import TooLong
+from training.data.encoding import ROWS_AT_ONCE, DecisionWeights, Example, encode_rows
+from training.data.rows import Row
 from training.model.scratch import train_tokenizer
 
 NAMES = {"safety": "harms", "humanizing": "a person"}

@@ -1,8 +1,7 @@
 import pytest
 
 from models.errors import EvaluationError
-from tests.training.conftest import WriteRows, small_rows
-from training.data.encoding import read_rows
+from tests.training.conftest import WriteRows, read_rows, small_rows
 from training.measure.judge import Judge
 
 NAMES = ("safety", "humanizing")

@@ -17,9 +17,10 @@ from models.errors import ConfigError, EvaluationError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from tests.toy import byte_tokenizer, tiny_model
-from tests.training.conftest import Rows, WriteRows, small_rows
-from training.data.encoding import Row, read_rows
-from training.measure.monitor import LOGITS_AT_ONCE, DecisionMonitor, TokenSequence, batches, shared
+from tests.training.conftest import Rows, WriteRows, read_rows, small_rows
+from training.data.rows import Row
+from training.measure.monitor import DecisionMonitor, shared
+from training.measure.sequences import LOGITS_AT_ONCE, TokenSequence, batches
 
 NAMES = {"safety": "harms", "humanizing": "takes it for a person"}
 ROOT = Path(__file__).parents[3]
@@ -374,7 +375,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from models.manifest import load_manifest
-from training.data.encoding import read_rows
+from tests.training.conftest import read_rows
 from training.measure.monitor import DecisionMonitor
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])

@@ -25,7 +25,7 @@ from training.data.batches import (
     as_packed_dataset,
 )
 from training.data.encoding import Example
-from training.model.packing import check_packing
+from training.run.assembly import check_packing
 from training.run.trainer import ControlTokenTrainer, Rhythm, token_log_probs
 
 
