@@ -91,14 +91,17 @@ def test_table_is_calibrated_through_a_running_server(
         writer = csv.writer(file)
         writer.writerow(("question", "label"))
         writer.writerows((p.text, (p.category or "fine").upper()) for p in prompts)
-    maps = [f"{name.upper()}={name}" for name in {p.category for p in prompts} if name]
-    options = [word for text in (*maps, "FINE=null") for word in ("--map", text)]
+    labels = {(p.category or "fine").upper(): p.category for p in prompts}
+    columns = {"prompt": "question", "category": "label"}
+    sources = tmp_path / "ours.yaml"
+    # JSON is YAML.
+    sources.write_text(json.dumps([{"path": str(data), "columns": columns, "categories": labels}]))
 
     done = CliRunner().invoke(
         app,
         [
-            *("calibrate", "--model", str(checkpoint), "--data", str(data), "--url", server.url),
-            *("--column", "prompt=question", "--column", "category=label", *options),
+            *("calibrate", "--model", str(checkpoint), "--data", str(sources)),
+            *("--url", server.url),
             *("--name", "kiosk", "--out", str(tmp_path)),
         ],
     )
