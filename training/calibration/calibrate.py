@@ -46,11 +46,8 @@ class Job:
     """What is to be calibrated, and with what.
 
     Attributes:
-        model: The checkpoint's folder.
-        prompts: Prompts with their categories.
         name: What the calibration is called.
         url: A server that already serves the checkpoint; None starts one.
-        api_key: For a server that wants one.
         flags: Flags of vLLM for the server that is started.
         out: Folder whose `calibrations/` gets the result; None for the checkpoint's own.
         force: Whether a calibration of that name is measured anew.
@@ -72,16 +69,7 @@ class Job:
 
 
 class Measured(NamedTuple):
-    """What became of a job.
-
-    Attributes:
-        calibration: The calibration.
-        path: Its file.
-        kept: Whether the calibration was there already.
-        scored: Prompts that were sent to the engine.
-        seconds: How long that took, without the server's start.
-        repeated: Prompts that say what an earlier one says.
-    """
+    """What became of a job."""
 
     calibration: Calibration
     path: Path
@@ -105,10 +93,6 @@ def calibrate(job: Job, console: Console) -> Measured:
     """Measures a checkpoint's margins and saves them as a calibration.
 
     A calibration that the same job has already finished is kept.
-
-    Args:
-        job: What is to be done.
-        console: Where progress goes, when it is a terminal.
 
     Raises:
         CheckpointError: The checkpoint cannot be served.

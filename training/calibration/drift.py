@@ -81,13 +81,7 @@ class CategoryDrift:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What the recorded margins say about a calibration.
-
-    Attributes:
-        rows: Recorded decisions.
-        mix: By group, its estimated share of the traffic.
-        categories: One test each.
-    """
+    """What the recorded margins say about a calibration."""
 
     rows: int
     mix: Mapping[str, float]
@@ -238,10 +232,6 @@ def estimate_mix(calibrated: Reference, observed: Counts) -> Floats:
 
     Expectation-maximisation of the composite likelihood: the `k` margins' histograms are taken as
     if they came from different prompts.
-
-    Args:
-        calibrated: The calibration.
-        observed: `[k, BINS]` counts.
 
     Returns:
         `[groups]` fp64 shares that add up to 1.

@@ -1,13 +1,13 @@
 """Prompts with known categories, which a calibration is made of."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.calibration import LEAST_PROMPTS
 from models.errors import ConfigError
 from training.config.data import Source
-from training.data.rows import Row
+from training.data.rows import Row, with_one_category
 from training.data.sources import draw_rows, identify
 
 
@@ -33,11 +33,6 @@ def read_prompts(
 
     A checkpoint of one category takes every refusal as of that category, as in training.
 
-    Args:
-        prompts: Where they are.
-        names: The checkpoint's categories.
-        say: Gets a line for each source of which bad rows are left out.
-
     Raises:
         ConfigError: A row is wrong, a prompt has two categories, a label is mapped to an unknown
             one, or a category has too few prompts.
@@ -57,7 +52,7 @@ def read_prompts(
         say=say,
     )
     if len(names) == 1:
-        rows = [_of_one_category(row, names[0]) for row in rows]
+        rows = [with_one_category(row, names[0]) for row in rows]
     _check_contradictions(rows)
     where = ", ".join(source.name for source in prompts.sources)
     if prompts.limit is not None:
@@ -91,14 +86,6 @@ class _Everything(Collection[str]):
 
     def __len__(self) -> int:
         return 0
-
-
-def _of_one_category(row: Row, name: str) -> Row:
-    turns = (
-        turn if turn.category is None else turn.model_copy(update={"category": name})
-        for turn in row.messages
-    )
-    return replace(row, messages=tuple(turns))
 
 
 def _check_labels(source: Source, known: Collection[str]) -> None:

@@ -117,12 +117,7 @@ class DecisionLoss(Frozen):
 
 
 class LossConfig(Frozen):
-    """What is minimised: the weighted mean of the tokens' losses.
-
-    Attributes:
-        decision: Of the control tokens.
-        text: Of all other tokens of the assistant.
-    """
+    """What is minimised: the weighted mean of the tokens' losses."""
 
     decision: DecisionLoss = DecisionLoss()
     text: TextLoss = TextLoss()

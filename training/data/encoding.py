@@ -176,13 +176,7 @@ def _progress(rows: int) -> "Iterator[Callable[[int], None]]":
 
 
 class _Turn(NamedTuple):
-    """An assistant turn in the rendered conversation.
-
-    Attributes:
-        before: The conversation up to it.
-        through: The conversation up to its end.
-        control_id: Its control token.
-    """
+    """An assistant turn in the rendered conversation."""
 
     before: str
     through: str

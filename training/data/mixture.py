@@ -4,7 +4,6 @@ import random
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ from models.errors import ConfigError
 from models.tokens import SINGLE
 from training.config.data import DEMO, DataConfig, Origin, Source
 from training.config.loss import LossConfig
+from training.config.recipe import RESPOND
 from training.data.encoding import DecisionWeights
-from training.data.rows import Message, Record, Refused, Row, checked, complaint
+from training.data.rows import Message, Record, Refused, Row, checked, complaint, with_one_category
 from training.data.sources import Reading, draw, read, take
 
-RESPOND = "respond"
 CONFLICTS_TOLD = 5
 PAIRS_TOLD = 10
 PROMPT_CHARACTERS = 80
@@ -28,7 +27,6 @@ class SourceCounts(NamedTuple):
     """What became of one source.
 
     Attributes:
-        name: As the recipe calls it.
         read: Rows that could be used.
         left_out: Rows that could not, and were left out.
         why: One line for each reason of that.
@@ -49,8 +47,6 @@ class Mixture(NamedTuple):
 
     Attributes:
         rows: The rows, as often as they are taken.
-        sources: Counts by source.
-        deduplicated: Whether duplicates were dropped.
         conflicts: Prompts that come with several decisions and are no pair.
         conflict_examples: The first of them, one line each.
         near_misses: Rows in the mixture that look like a category and are to be answered.
@@ -173,11 +169,6 @@ def decision_weights(rows: Sequence[Row], data: DataConfig, loss: LossConfig) ->
 
     With `data.balance` b, the decisions of a category whose weights sum to S sum to S**(1 - b)
     afterwards, times what leaves the sum over all categories as it was.
-
-    Args:
-        rows: What is trained on.
-        data: Says how much classes are balanced and near misses weigh.
-        loss: Says what decisions and text weigh.
     """
     weights = DecisionWeights(
         plain=loss.decision.weight,
@@ -217,7 +208,7 @@ def _read_all(
     if not single_token:
         return readings
     return [
-        (source, reading._replace(rows=[_with_one_category(row) for row in reading.rows]))
+        (source, reading._replace(rows=[with_one_category(row, SINGLE) for row in reading.rows]))
         for source, reading in readings
     ]
 
@@ -242,14 +233,6 @@ def _read_demo(
     if not Path(str(source.path)).is_file():
         write(folder, seed)
     return source, read(source, categories)
-
-
-def _with_one_category(row: Row) -> Row:
-    messages = tuple(
-        turn if turn.category is None else turn.model_copy(update={"category": SINGLE})
-        for turn in row.messages
-    )
-    return replace(row, messages=messages, near_miss=row.near_miss and SINGLE)
 
 
 # --- what rows say of each other ------------------------------------------------------------------

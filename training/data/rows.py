@@ -1,7 +1,7 @@
 """One row of training data: a conversation that ends with the assistant, and how it is checked."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -74,6 +74,15 @@ class Row:
     def response(self) -> str | None:
         """The text of the last turn; None where only its control token is learnt."""
         return self.messages[-1].content or None
+
+
+def with_one_category(row: Row, name: str) -> Row:
+    """Returns the row with every refusal, and what the prompt looks like, of one category."""
+    messages = tuple(
+        turn if turn.category is None else turn.model_copy(update={"category": name})
+        for turn in row.messages
+    )
+    return replace(row, messages=messages, near_miss=row.near_miss and name)
 
 
 class Record(NamedTuple):
@@ -226,12 +235,7 @@ def _check_category(value: str, categories: Collection[str], field: str) -> None
 
 
 class Refused(NamedTuple):
-    """A record that is no row.
-
-    Attributes:
-        record: The record.
-        reason: Why.
-    """
+    """A record that is no row."""
 
     record: Record
     reason: str

@@ -79,15 +79,7 @@ MAX_REDRAWS = 60
 
 @dataclass(frozen=True)
 class Draw:
-    """A template with its slots filled.
-
-    Attributes:
-        prompt: The prompt, opener included.
-        response: The answer's text.
-        answer: What a right answer contains, or None.
-        refuse_probability: How likely the prompt is one to refuse, from its graded slot.
-        template: Where it came from.
-    """
+    """A template with its slots filled."""
 
     prompt: str
     response: str
@@ -98,9 +90,6 @@ class Draw:
 
 def render(seed: int) -> dict[str, list[Row]]:
     """Samples all splits.
-
-    Args:
-        seed: The same seed gives the same rows.
 
     Returns:
         Rows under `train`, `calibration` and `evaluation`. The last two are random halves of one
@@ -127,10 +116,6 @@ def render(seed: int) -> dict[str, list[Row]]:
 
 def write(directory: Path, seed: int) -> dict[str, int]:
     """Renders all splits into `<split>.jsonl` files.
-
-    Args:
-        directory: Where to; made if it is missing.
-        seed: The same seed gives the same bytes.
 
     Returns:
         The number of rows per split.

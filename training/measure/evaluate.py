@@ -52,11 +52,6 @@ def evaluate(url: str, questions: Questions, console: Console) -> Report:
 
     Each row is asked twice: as it is, and forced against the decision that the model made.
 
-    Args:
-        url: Where the server is.
-        questions: What is asked.
-        console: Where progress goes, when it is a terminal.
-
     Raises:
         ConfigError: A data file is wrong, or names a category that the server does not have.
         EvaluationError: The server does not answer as it should.
@@ -95,12 +90,7 @@ async def evaluate_server(server: RheostatClient, questions: Questions, console:
 
 
 def force(category: str, categories: Sequence[str]) -> dict[str, str]:
-    """Returns the dials that force a decision.
-
-    Args:
-        category: What to refuse for, or `answer` to respond.
-        categories: All category names.
-    """
+    """Returns the dials that force a decision."""
     return {name: "always" if name == category else "never" for name in categories}
 
 

@@ -38,14 +38,7 @@ Log = Sequence[Mapping[str, Any]]
 
 
 class Look(NamedTuple):
-    """How one logged quantity is drawn.
-
-    Attributes:
-        key: What it is logged under.
-        label: What the legend calls it.
-        colour: Of its line.
-        style: Marker and line, as matplotlib writes them.
-    """
+    """How one logged quantity is drawn."""
 
     key: str
     label: str
@@ -54,12 +47,7 @@ class Look(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A quantity over the training.
-
-    Attributes:
-        steps: Where it was noted.
-        values: What it was.
-    """
+    """A quantity over the training."""
 
     steps: list[int]
     values: list[float]
@@ -252,9 +240,6 @@ def reliability_diagram(
 
 def trade_off(measurement: "Measurement") -> "Figure | None":
     """Draws what is refused rightly against what is refused falsely, as one common bias moves.
-
-    Args:
-        measurement: Of rows to refuse and rows to answer.
 
     Returns:
         The figure, None where all rows are of one sort.

@@ -17,13 +17,7 @@ Flags = NDArray[np.bool_]
 
 
 class Bin(NamedTuple):
-    """Rows of about the same probability.
-
-    Attributes:
-        predicted: Mean probability of being refused.
-        hits: How many of them were to be refused.
-        total: How many rows there are.
-    """
+    """Rows of about the same probability."""
 
     predicted: float
     hits: int

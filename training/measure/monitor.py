@@ -32,8 +32,6 @@ class Measurement(NamedTuple):
     Attributes:
         margins: `[n, k]` log-odds of refusing for a category against responding, from fp32 logits.
         truth: The category a row should be refused for, or None.
-        categories: The `k` names, in manifest order.
-        metrics: See `DecisionMonitor.measure`.
     """
 
     margins: Floats

@@ -22,12 +22,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many.
-
-    Attributes:
-        hits: How many.
-        total: Of how many.
-    """
+    """How many of how many."""
 
     hits: int
     total: int
@@ -88,7 +83,6 @@ class Report:
     """The measurements.
 
     Attributes:
-        rows: Rows evaluated.
         auc: Area under the ROC curve of the refusal score; None where all rows are of one sort.
         refused: By category, the share of its rows that were refused, for whichever category.
         refused_in_all: The same over all categories.
@@ -153,10 +147,6 @@ class Report:
 
 def measure(outcomes: Outcomes, judge_accuracy: float | None = None) -> Report:
     """Returns all measurements of what was seen.
-
-    Args:
-        outcomes: What was seen.
-        judge_accuracy: Held-out accuracy of the judge, handed through.
 
     Raises:
         EvaluationError: There are no rows.

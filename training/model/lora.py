@@ -11,11 +11,6 @@ from training.config.recipe import LoraConfig
 def add_adapters(model: Any, config: LoraConfig, manifest: Manifest) -> Any:
     """Freezes a model and gives it adapters; the control tokens' rows are trained as they are.
 
-    Args:
-        model: A model of transformers that has a row for every control token. Changed in place.
-        config: What the recipe says.
-        manifest: Names the control tokens.
-
     Returns:
         A `peft.PeftModel`.
 

@@ -23,7 +23,6 @@ class Start(NamedTuple):
     """What the training begins with.
 
     Attributes:
-        tokenizer: With the control tokens.
         manifest: Of the control tokens; without a recipe.
         config: The model's configuration, with its grown vocabulary.
         dtype: What the weights are exported as.
@@ -39,10 +38,6 @@ class Start(NamedTuple):
 
 def start_of(config: TrainConfig, rows: Sequence[Row]) -> Start:
     """Returns what a recipe begins with.
-
-    Args:
-        config: The recipe.
-        rows: Its data; a new model's tokenizer is trained on them.
 
     Raises:
         CheckpointError: The model to start from cannot be loaded.

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from loss.schedule import parameter_at
 from training.config.loss import GammaSchedule, LossConfig, QSchedule
+from training.config.recipe import RESPOND
 
-RESPOND = "respond"
 Schedule: TypeAlias = QSchedule | GammaSchedule
 Setting: TypeAlias = float | Schedule | dict[str, float] | str
 

@@ -78,12 +78,7 @@ def _plain(q: float | QSchedule) -> float | dict[str, float]:
 
 
 class InnerSplit(NamedTuple):
-    """The training rows, split once more.
-
-    Attributes:
-        train: What the candidates are trained on.
-        validation: What they are compared on.
-    """
+    """The training rows, split once more."""
 
     train: list[Row]
     validation: list[Row]
@@ -99,7 +94,6 @@ class Trial(NamedTuple):
     """One short training.
 
     Attributes:
-        candidate: The loss.
         share: Of the recipe's steps.
         score: More is better. Minus infinity where the score was not a number.
         kept: Whether the candidate went on; after the last round, whether it was chosen.
@@ -115,11 +109,9 @@ class LossChoice(NamedTuple):
     """What `auto` came to.
 
     Attributes:
-        best: The winner.
         trials: All trainings, round by round, in the order of the candidates.
         reason: Why the winner won, one sentence.
         rows: See `InnerSplit.counts`.
-        seed: Of the inner split.
         least_gain: What a member had to exceed cross-entropy's score by.
     """
 

@@ -76,12 +76,6 @@ def timed(
 ) -> Timing:
     """Takes up to three real steps in a folder that vanishes, and measures some batches.
 
-    Args:
-        config: The recipe.
-        start: What it begins with.
-        examples: What is learnt from.
-        monitor: Of the held-out rows, where the recipe has any.
-
     Raises:
         ConfigError: The model or a step does not fit into this machine's memory.
     """

@@ -19,13 +19,7 @@ LONGEST_NAME = 240
 
 
 class Identity(NamedTuple):
-    """What two runs must have in common so that one can go on where the other ended.
-
-    Attributes:
-        config_sha256: Hash of the recipe.
-        data_sha256: Hash of every data file, by name.
-        processes: How many share a step.
-    """
+    """What two runs must have in common so that one can go on where the other ended."""
 
     config_sha256: str
     data_sha256: dict[str, str]
@@ -86,12 +80,6 @@ def _is_still_named(path: Path, descriptor: int) -> bool:
 
 def keeps(out: Path, recipe: Recipe, *, force: bool, replace_stale: bool) -> bool:
     """Tells whether what lies at `out` is what the run would make.
-
-    Args:
-        out: The checkpoint's folder.
-        recipe: What the run would make.
-        force: Whether to make it again in any case.
-        replace_stale: Whether a checkpoint of another recipe may be replaced.
 
     Raises:
         ConfigError: Something else lies there that may not be replaced.

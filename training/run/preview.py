@@ -18,9 +18,9 @@ from models.checkpoint import resolve_checkpoint
 from models.errors import CheckpointError, ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
-from training.config.recipe import CheckpointModel, ScratchModel, TrainConfig
+from training.config.recipe import RESPOND, CheckpointModel, ScratchModel, TrainConfig
 from training.data.encoding import DecisionWeights, Example, encode_rows, fit
-from training.data.mixture import RESPOND, Mixture, decision_weights, gather, prompt_key
+from training.data.mixture import Mixture, decision_weights, gather, prompt_key
 from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
 from training.model.start import Start, model_config, start_of, tokenizer_of
@@ -48,8 +48,6 @@ class Words(NamedTuple):
     """What makes text into tokens.
 
     Attributes:
-        tokenizer: With the control tokens.
-        manifest: Of the control tokens.
         start: What the training begins with; None where the weights are not here.
         folder: Where an existing model's configuration lies; None for a new model.
         why_not: Why there is no start.
@@ -294,13 +292,7 @@ def _kind(row: Row) -> str:
 
 
 def rendered(example: Example, tokenizer: "PreTrainedTokenizerBase", manifest: Manifest) -> Text:
-    """Returns an example as the model sees it, with what is learnt between « and ».
-
-    Args:
-        example: Token ids and their weights.
-        tokenizer: Makes text of them.
-        manifest: Names the control tokens, which stand out.
-    """
+    """Returns an example as the model sees it, with what is learnt between « and »."""
     text = Text()
     controls = set(manifest.control_ids)
     tokens = list(zip(example.input_ids, example.weights, strict=True))

@@ -17,12 +17,7 @@ def is_first_process() -> bool:
 
 
 class Processes:
-    """The processes that `accelerate launch` or `torchrun` started together, or this one alone.
-
-    Attributes:
-        count: How many they are.
-        index: Which of them this is, from 0.
-    """
+    """The processes that `accelerate launch` or `torchrun` started together, or this one alone."""
 
     count: int
     index: int

@@ -25,10 +25,6 @@ Setting = float | QSchedule | GammaSchedule | dict[str, float] | str
 def data_hashes(config: TrainConfig, demo: Path) -> dict[str, str]:
     """Returns what tells this state of the training data, by name.
 
-    Args:
-        config: The recipe. What it is evaluated on counts too: it chooses the best weights.
-        demo: Where the demo's data are rendered to, if they are asked for.
-
     Raises:
         ConfigError: A source cannot be read.
     """

@@ -40,15 +40,7 @@ SEARCH_FOLDER = "search"
 
 
 class _Run(NamedTuple):
-    """What all parts of a run need.
-
-    Attributes:
-        config: The recipe.
-        hashes: Of the data.
-        folder: Where it writes.
-        processes: Those of the run.
-        points: Its resume points.
-    """
+    """What all parts of a run need."""
 
     config: TrainConfig
     hashes: dict[str, str]

@@ -15,10 +15,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 from loss.flexible import flexible_loss
 from models.manifest import Manifest
 from training.config.loss import LossConfig
+from training.config.recipe import RESPOND
 from training.data.batches import IGNORED, LengthBuckets, Loader
 from training.measure.monitor import DecisionMonitor
 from training.model.fused_head import FusedHead
-from training.model.token_losses import RESPOND, TokenLosses
+from training.model.token_losses import TokenLosses
 from training.run.resume import ResumePoints
 from training.run.weights import load_trained, save_trained, saved_silently
 
