@@ -81,9 +81,12 @@ class MarginRecorder:
             await task
 
     async def _flush_until(self, ended: asyncio.Event, every_s: float) -> None:
-        while not ended.is_set():
+        last = False
+        while not last:
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), every_s)
+            # Asked before the write: what is counted during it is written in one more round.
+            last = ended.is_set()
             if not self._changed:
                 continue
             recorded = self._read()
