@@ -1,7 +1,9 @@
 """Request bodies: read within bounds, parsed once, answered with OpenAI's error body."""
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
@@ -10,10 +12,20 @@ from starlette.types import Message, Receive
 from models.errors import RequestError
 from server.protocol import FIELD, HEADER, POLICY_HEADER, parse_header
 
+LARGE_BYTES = 2**16
+T = TypeVar("T")
+P = ParamSpec("P")
 _BOOL = TypeAdapter(bool)
 _SAY_DIALS = frozenset({HEADER.encode(), POLICY_HEADER.encode()})
 # In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+async def aside(size_bytes: int, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Returns what ``work`` returns; for a large body from a thread, beside the event loop."""
+    if size_bytes < LARGE_BYTES:
+        return work(*args, **options)
+    return await asyncio.to_thread(work, *args, **options)
 
 
 async def read_body(receive: Receive, limit_bytes: int) -> bytes:

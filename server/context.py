@@ -1,5 +1,6 @@
 """What the HTTP layer and the engine tell each other about one request."""
 
+import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
@@ -55,6 +56,7 @@ class Steering:
         calls: How many calls there were.
         beam_token: What the first call of a beam search decided.
         beam_start: Length of the prompt before the beams.
+        logprobs: How many log-probabilities the answer may still hold.
         policy: Name of the policy that the request follows.
         request_ids: vLLM's, by call.
         started: Whether the engine has put out anything of the answer.
@@ -75,6 +77,7 @@ class Steering:
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0
+    logprobs: float = math.inf
     policy: str = DEFAULT_POLICY
     request_ids: list[str] = field(default_factory=list)
     started: bool = False
@@ -99,6 +102,21 @@ class Steering:
             )
         if self.dials.forecast is not None:
             self.dials = replace(self.dials, forecast=None)
+
+    def take_logprobs(self, count: int) -> None:
+        """Counts what a prompt and its answer will hold.
+
+        Raises:
+            RequestError: The request's prompts hold too many together.
+        """
+        self.logprobs -= count
+        if self.logprobs < 0:
+            raise RequestError(
+                f"the answer would hold {-self.logprobs} log-probabilities more than are allowed "
+                "here (RHEOSTAT_MAX_LOGPROBS): lower max_tokens, n, top_logprobs or "
+                "prompt_logprobs, or stream the answer",
+                param="logprobs",
+            )
 
     def next_call(self) -> int:
         """Returns the number of this ``generate()`` call within the request, from 0."""

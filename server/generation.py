@@ -23,6 +23,7 @@ from server.prompts import (
     check_length,
     check_params,
     decision_step,
+    logprobs_of,
     prompt_ids,
     with_ids,
     without_id,
@@ -210,6 +211,9 @@ class Generation:
             continues=steering.continues,
         )
         check_params(self.params, controls)
+        if not steering.beam_search:
+            logprobs = logprobs_of(self.params, len(ids), streamed=self.delta)
+            steering.take_logprobs(logprobs)
         return ids, ids if end == len(ids) else ids[:end]
 
     def _needs_decision_first(self) -> bool:

@@ -103,9 +103,13 @@ class Guard:
         """
         for name in CONVERSATIONS:
             self._check_roles(body.get(name), name)
-        if not self._special.may_meet(*_strings(body, self._words)):
+        texts, names = _strings(body, self._words)
+        most = self._characters * prompts_in(body)
+        if cut := _cut_by(body):
+            _Room(most).take("".join(texts), cut)
+        if not self._special.may_meet(texts, names):
             return body
-        room = _Room(self._characters * prompts_in(body))
+        room = _Room(most)
         try:
             changed = {
                 name: value if name in UNRENDERED else self._field(name, value, refuse, room)
@@ -137,6 +141,13 @@ class Guard:
                     param=f"{path}.{place}.role",
                     status=400,
                 )
+
+
+def _cut_by(body: dict[str, Any]) -> str | None:
+    # Then vLLM encodes all of the text, and cuts the ids; else it counts characters first.
+    if body.get("truncate_prompt_tokens") is not None and body.get("truncation_side") is None:
+        return "truncate_prompt_tokens"
+    return "truncation" if body.get("truncation", "disabled") != "disabled" else None
 
 
 def _strings(body: dict[str, Any], words: frozenset[str]) -> tuple[list[str], set[str]]:

@@ -81,8 +81,9 @@ def _check_values(raw: bytes, settings: Settings) -> None:
     outside = b"".join(text.split(b'"')[::2])
     opened = outside.count(b"[") + outside.count(b"{")
     _hold("the number of lists and objects in the body", opened, "max_body_strings", settings)
-    # Each value is the first of its list or object, or follows a comma.
-    values = opened + outside.count(b",")
+    # Each value is the first of its list or object, or follows a comma; within strings too, where
+    # the arguments of tool calls are JSON.
+    values = opened + raw.count(b",")
     _hold("the number of values in the body", values, "max_body_values", settings)
     if opened > settings.max_body_depth:  # no container is deeper than there are containers
         _check_depth(outside, settings)

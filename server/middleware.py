@@ -12,6 +12,7 @@ from server import metrics
 from server.access import route_path
 from server.answer import Answer
 from server.bodies import (
+    aside,
     encode,
     flag,
     parse_body,
@@ -123,7 +124,8 @@ class RefusalMiddleware:
                 return
             body = with_header_dials(body, Headers(scope=scope))
             options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
-            changed, steering = self.prepare(body, path, options, caller.policy(options.policy))
+            policy = caller.policy(options.policy)
+            changed, steering = await aside(len(raw), self.prepare, body, path, options, policy)
             if changed is not body:
                 raw = write_json(changed)
                 scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
@@ -191,6 +193,7 @@ class RefusalMiddleware:
             policy=policy.name,
             enforce=policy.enforce,
             texts=policy.refusal_texts,
+            logprobs=self._settings.max_logprobs,
         )
         if steering.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(

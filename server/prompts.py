@@ -6,6 +6,7 @@ from typing import Any
 
 from models.errors import ContextLengthError, RequestError
 
+_WHOLE_VOCABULARY = 2**16
 _CLIENT_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
 
 
@@ -121,6 +122,28 @@ def _ends_with(ids: list[int], opening: list[int], end: int) -> bool:
 
 def _wrong_prompt(message: str) -> RequestError:
     return RequestError(message, param="messages", status=400)
+
+
+def logprobs_of(params: Any, prompt_tokens: int, *, streamed: bool) -> int:
+    """Returns how many log-probabilities of a prompt and its answer are made into one answer.
+
+    Each takes some microseconds of the event loop, all in one go.
+
+    Args:
+        params: vLLM's ``SamplingParams``; -1 log-probability is the whole vocabulary.
+        prompt_tokens: The prompt's length.
+        streamed: Whether the answer is sent piece by piece.
+    """
+    count = 0
+    if params.prompt_logprobs is not None:
+        count += prompt_tokens * _each_step(params.prompt_logprobs)
+    if params.logprobs is not None and not streamed:
+        count += params.n * (params.max_tokens or 1) * _each_step(params.logprobs)
+    return count
+
+
+def _each_step(logprobs: int) -> int:
+    return logprobs + 1 if logprobs >= 0 else _WHOLE_VOCABULARY
 
 
 def check_params(params: Any, control_ids: frozenset[int]) -> None:

@@ -159,7 +159,7 @@ class ScoreRoute:
         return Response(encode(answer), media_type="application/json")
 
     async def _score(self, wanted: ScoreRequest, dials: Resolution) -> dict[str, Any]:
-        prepared = [self._prepare(place, entry) for place, entry in enumerate(wanted.inputs)]
+        prepared = await asyncio.to_thread(self._prepare_all, wanted.inputs)
         # All are rendered before one is decided: a wrong input costs the engine nothing.
         rendered: list[Any] = []
         for start in range(0, len(prepared), RENDERED_AT_ONCE):
@@ -179,6 +179,9 @@ class ScoreRoute:
     async def _decide(self, gate: asyncio.Semaphore, rendered: Any, steering: Steering) -> Decision:
         async with gate:
             return await self._scorer.decide(rendered, steering)
+
+    def _prepare_all(self, inputs: Sequence[ScoreInput]) -> list[tuple[dict[str, Any], int]]:
+        return [self._prepare(place, entry) for place, entry in enumerate(inputs)]
 
     def _prepare(self, place: int, entry: ScoreInput) -> tuple[dict[str, Any], int]:
         try:

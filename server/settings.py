@@ -30,12 +30,14 @@ class Settings(BaseSettings):
         max_body_depth: How deep objects and lists of a body may stand in each other.
         max_body_strings: Most strings of a body, the names of its fields included; as many lists
             and objects.
-        max_body_values: Most values of a body, of any kind.
+        max_body_values: Most values of a body, of any kind; commas of its texts count as well.
         max_messages: Most messages or input items of a conversation, with their parts.
         max_inputs: Most prompts, conversations or documents of a request.
         max_tools: Most tool definitions of a request.
         max_stops: Most stop strings or bad words of a request.
         max_choices: Most choices of a request: ``n`` times its prompts.
+        max_logprobs: Most log-probabilities of an answer, those of its prompts included; an answer
+            that is streamed counts those of its prompts only.
         operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
             routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
@@ -57,13 +59,14 @@ class Settings(BaseSettings):
     max_headers: int = Field(default=100, ge=16)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
     max_body_depth: int = Field(default=64, ge=8)
-    max_body_strings: int = Field(default=2**16, ge=64)
-    max_body_values: int = Field(default=2**18, ge=64)
+    max_body_strings: int = Field(default=2**14, ge=64)
+    max_body_values: int = Field(default=2**17, ge=64)
     max_messages: int = Field(default=1024, ge=1)
     max_inputs: int = Field(default=1024, ge=1)
     max_tools: int = Field(default=256, ge=1)
     max_stops: int = Field(default=128, ge=1)
     max_choices: int = Field(default=128, ge=1)
+    max_logprobs: int = Field(default=2**14, ge=1)
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None

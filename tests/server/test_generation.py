@@ -137,6 +137,7 @@ def parameters(**changed: Any) -> Any:
         "allowed_token_ids": None,
         "stop_token_ids": None,
         "logprob_token_ids": None,
+        "prompt_logprobs": None,
         "logprobs": None,
         "structured_outputs": None,
         "bad_words": None,
@@ -399,6 +400,19 @@ def test_too_long_prompt_reaches_no_engine() -> None:
     with pytest.raises(RequestError, match="may have 14"):
         collected(second, prompt)
     assert engine.calls == []
+
+
+def test_log_probabilities_of_all_prompts_are_bounded_together() -> None:
+    engine = FakeEngine()
+    steering = Steering(
+        AS_TRAINED, history=(0, 0), logprobs=2 * 3 * 4 + len(PROMPT["prompt_token_ids"])
+    )
+    params = parameters(n=2, max_tokens=4, logprobs=2, prompt_logprobs=0)
+    assert collected(generation(engine, steering, params)) == [[TEXT], [TEXT]]
+    assert steering.logprobs == 0
+    with pytest.raises(RequestError, match=r"1 log-probabilities more .*RHEOSTAT_MAX_LOGPROBS"):
+        collected(generation(engine, steering, parameters(logprobs=0, max_tokens=1)))
+    assert len(engine.calls) == 1
 
 
 def test_decision_that_never_came_is_an_error() -> None:

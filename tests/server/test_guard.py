@@ -422,3 +422,26 @@ def test_each_prompt_of_a_batch_has_a_context_of_its_own(several: bool) -> None:
         else:
             with pytest.raises(RequestError, match="at most 100 characters"):
                 guard.guarded(body)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"truncate_prompt_tokens": 5},
+        {"truncate_prompt_tokens": -1, "truncation_side": None},
+        {"truncation": "auto"},
+        {"truncation": None},
+    ],
+)
+def test_text_that_is_encoded_before_it_is_cut_is_no_longer_than_the_context(
+    cut: dict[str, Any],
+) -> None:
+    (name, *_) = cut
+    guard = Guard(special_text(*CONTROL), special_text(*CONTROL), characters=100)
+    text = {"input": [{"content": "a" * 50}, {"content": "b" * 40}]}
+    assert guard.guarded({**text, **cut})["input"] == text["input"]
+    with pytest.raises(RequestError, match="at most 100 characters") as caught:
+        guard.guarded({**text, "instructions": "c" * 11, **cut})
+    assert (caught.value.status, caught.value.param) == (400, name)
+    left_to_vllm = {"truncation": "disabled", "truncation_side": "left"}
+    guard.guarded({**text, "instructions": "c" * 11, **cut, **left_to_vllm})

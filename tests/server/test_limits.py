@@ -88,8 +88,8 @@ def test_headers_are_bounded_in_number_and_size() -> None:
         b'\xef\xbb\xbf{"a": 1}',
         '{"a": "ä"}'.encode("utf-16"),
         '{"a": "ä"}'.encode("utf-32"),
-        b"[" * 50_000,
-        b'{"a":' * 50_000,
+        b"[" * 10_000,
+        b'{"a":' * 10_000,
     ],
     ids=lambda raw: repr(raw[:24]),
 )
@@ -146,6 +146,7 @@ BOUNDED = Settings(max_body_strings=64, max_body_values=256)
         ({"a": [[]] * 62}, {"a": [[]] * 63}, "STRINGS"),
         ({"a": [{}] * 62}, {"a": [{}] * 63}, "STRINGS"),
         ({"a": [1] * 255}, {"a": [1] * 256}, "VALUES"),
+        ({"a": json.dumps([1] * 256)}, {"a": json.dumps([1] * 257)}, "VALUES"),
         ({"a": [1.5, True, None] * 85}, {"a": [1.5, True, None] * 86}, "VALUES"),
     ],
     ids=lambda case: str(case)[:24],

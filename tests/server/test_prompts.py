@@ -9,6 +9,7 @@ from server.prompts import (
     check_length,
     check_params,
     decision_step,
+    logprobs_of,
     prompt_ids,
     with_ids,
     without_id,
@@ -178,3 +179,26 @@ def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
     assert kept["prompt_token_ids"] == [1, 5, 5, 2, 6]
     assert kept["mm_placeholders"] == {"image": [Place(1, 2), Place(4, 1)]}
     assert prompt["prompt_token_ids"] == [9, 1, 9, 5, 5, 2, 9, 6]
+
+
+@pytest.mark.parametrize(
+    ("fields", "streamed", "count"),
+    [
+        ({}, False, 0),
+        ({"logprobs": 0}, False, 10),
+        ({"logprobs": 20, "n": 3}, False, 3 * 21 * 10),
+        ({"logprobs": 20, "n": 3}, True, 0),
+        ({"logprobs": 1, "prompt_logprobs": 1}, False, 2 * 10 + 2 * 7),
+        ({"logprobs": 1, "prompt_logprobs": 1}, True, 2 * 7),
+    ],
+)
+def test_log_probabilities_are_counted(fields: dict[str, int], streamed: bool, count: int) -> None:
+    params = SimpleNamespace(
+        **{"n": 1, "max_tokens": 10, "logprobs": None, "prompt_logprobs": None, **fields}
+    )
+    assert logprobs_of(params, 7, streamed=streamed) == count
+
+
+def test_log_probabilities_of_the_whole_vocabulary_are_many() -> None:
+    params = SimpleNamespace(n=1, max_tokens=1, logprobs=-1, prompt_logprobs=None)
+    assert logprobs_of(params, 7, streamed=False) >= 2**16
