@@ -351,7 +351,7 @@ async def _serve(
     )
     policies.fit(api_keys=_api_keys(args))
     recorder = _open_recorder(Path(args.model), manifest, settings)
-    trace = DecisionTrace(settings.trace_file, manifest.names) if settings.trace_file else None
+    trace = _open_trace(manifest, settings)
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
     guard = _guard(config, manifest)
@@ -382,12 +382,16 @@ async def _serve(
         sock.close()
 
 
-def _put_gate(app: Any, settings: Settings, policies: Policies) -> None:
+def _put_gate(
+    app: Any, settings: Settings, policies: Policies, trace: DecisionTrace | None
+) -> None:
     # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
     app.user_middleware[:] = [
         m for m in app.user_middleware if m.cls is not AuthenticationMiddleware
     ]
-    app.user_middleware.insert(0, Middleware(Gate, settings=settings, callers=policies))
+    app.user_middleware.insert(
+        0, Middleware(Gate, settings=settings, callers=policies, trace=trace)
+    )
 
 
 def _make_quick(app: Any) -> None:
@@ -415,6 +419,13 @@ def _guard(config: Any, manifest: Manifest) -> Guard:
 def _default_temperature(config: Any) -> float:
     # Where generation_config.json names none, vLLM's routes take OpenAI's.
     return float(config.get_diff_sampling_param().get("temperature", 1.0))
+
+
+def _open_trace(manifest: Manifest, settings: Settings) -> DecisionTrace | None:
+    if settings.trace_file is None:
+        return None
+    fields = {name for model in _REQUESTS for name in model.model_fields}
+    return DecisionTrace(settings.trace_file, manifest.names, fields)
 
 
 def _open_recorder(
@@ -464,11 +475,11 @@ async def _serve_http(
             trace=trace,
         )
     )
-    _put_gate(app, settings, policies)
+    _put_gate(app, settings, policies, trace)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
     scorer = _VllmScorer(engine, app.state, _default_temperature(engine.model_config))
-    route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard)
+    route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard, trace)
     app.include_router(build_score_router(route))
     _make_quick(app)
     uvicorn_options = connection_options(settings)

@@ -13,11 +13,13 @@ from server.access import Access, AccessTable, Route, route_path
 from server.bodies import read_body, replay_body, with_length
 from server.context import BODY, CALLER
 from server.credentials import hash_key, presented_keys
-from server.error_shape import ErrorShape, error_response
+from server.error_shape import ErrorShape, Failure, error_response
 from server.fields import refuse_fields, refuse_headers
 from server.limits import check_head, read_json, write_json
-from server.policies import CallerSource
+from server.policies import Caller, CallerSource
+from server.score import CLIENT_GONE
 from server.settings import PREFIX, Settings
+from server.trace import DecisionTrace
 
 # The label of requests that reach no route.
 NO_ROUTE = "none"
@@ -30,12 +32,21 @@ class Gate:
         app: What stands behind it.
         settings: The bounds and the hash of the operator's key.
         callers: Knows the tenants.
+        trace: Is told of what is denied.
     """
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, callers: CallerSource) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        settings: Settings,
+        callers: CallerSource,
+        trace: DecisionTrace | None = None,
+    ) -> None:
         self._app = app
         self._settings = settings
         self._callers = callers
+        self._trace = trace
         self._table = AccessTable(operator=settings.operator_key_hash is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,8 +54,12 @@ class Gate:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        send = ErrorShape(send, route_path(scope))
         route: Route | None = None
+
+        def failed(failure: Failure) -> None:
+            self._deny(failure, route, scope)
+
+        send = ErrorShape(send, route_path(scope), failed)
         try:
             check_head(scope, self._settings)
             if _is_preflight(scope):
@@ -62,6 +77,18 @@ class Gate:
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _deny(self, failure: Failure, route: Route | None, scope: Scope) -> None:
+        # A client that has gone was denied nothing.
+        if self._trace is None or failure.status in (CLIENT_GONE, *range(500, 600)):
+            return
+        caller: Caller | None = scope.get(CALLER)
+        self._trace.denials.add(
+            failure,
+            NO_ROUTE if route is None else route.path,
+            None if caller is None else caller.tenant,
+            Headers(scope=scope).get("x-request-id"),
+        )
 
     def _identify(self, route: Route, headers: Headers) -> dict[str, Any]:
         if route.access is Access.TENANT:

@@ -19,6 +19,7 @@ from models.manifest import Manifest
 from server import metrics
 from server.bodies import encode, parse_body, read_body, with_header_dials
 from server.context import BODY, Decision, Steering
+from server.credentials import now
 from server.dials import Resolution
 from server.error_shape import error_response
 from server.guard import Guard
@@ -26,6 +27,7 @@ from server.history import annotate
 from server.policies import CallerSource, caller_of
 from server.protocol import FIELD, RefusalOptions, parse_options
 from server.reports import build_report
+from server.trace import DecisionTrace, Scored
 from server.validation import NOT_JSON, first_problem
 
 SCORE = "/v1/refusal/score"
@@ -123,6 +125,7 @@ class ScoreRoute:
         scorer: Renders and decides.
         max_body_bytes: Largest body that is read.
         guard: Keeps text from being read as special tokens.
+        trace: Gets a line of each request.
     """
 
     def __init__(
@@ -132,7 +135,9 @@ class ScoreRoute:
         scorer: Scorer,
         max_body_bytes: int,
         guard: Guard,
+        trace: DecisionTrace | None = None,
     ) -> None:
+        self._trace = trace
         self._manifest = manifest
         self._callers = callers
         self._scorer = scorer
@@ -141,6 +146,7 @@ class ScoreRoute:
 
     async def __call__(self, request: Request) -> Response:
         """Answers one request; a client that goes takes its prompts out of the engine."""
+        received = now()
         try:
             caller = caller_of(request.scope, self._callers)
             raw = await read_body(request.receive, self._max_body_bytes)
@@ -156,6 +162,10 @@ class ScoreRoute:
             return error_response(error)
         if answer is None:
             return Response(status_code=CLIENT_GONE)
+        if self._trace is not None:
+            refused = sum(entry["refused"] for entry in answer["data"])
+            told = (received, caller.tenant, SCORE, policy.name, wanted.refusal, dials)
+            self._trace.add(Scored(*told, len(wanted.inputs), refused))
         return Response(encode(answer), media_type="application/json")
 
     async def _score(self, wanted: ScoreRequest, dials: Resolution) -> dict[str, Any]:

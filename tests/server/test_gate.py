@@ -1,5 +1,7 @@
 import asyncio
+import json
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from server.credentials import hash_key
 from server.gate import Gate
 from server.policies import Caller, PolicyBook
 from server.settings import Settings
+from server.trace import DecisionTrace
 from tests.server.boards import board
 
 CHAT = "/v1/chat/completions"
@@ -55,13 +58,14 @@ def ask(
     chunks: int = 0,
     settings: Settings = SETTINGS,
     keys: Sequence[str] = (),
+    trace: DecisionTrace | None = None,
 ) -> httpx.Response:
     async def in_chunks() -> AsyncIterator[bytes]:
         for start in range(0, len(content or b""), chunks):
             yield (content or b"")[start : start + chunks]
 
     async def send() -> httpx.Response:
-        gate = Gate(inside, settings=settings, callers=callers(keys))
+        gate = Gate(inside, settings=settings, callers=callers(keys), trace=trace)
         transport = httpx.ASGITransport(gate)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = in_chunks() if chunks else content
@@ -272,3 +276,27 @@ def test_what_stays_outside_is_counted() -> None:
     ask("POST", CHAT, Inside(), keys=["tenant"])
     ask("POST", "/nothing", Inside())
     assert (count(CHAT, "401"), count("none", "404")) == (before[0] + 1, before[1] + 1)
+
+
+def test_what_is_denied_is_told_to_the_trace(tmp_path: Path) -> None:
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        status = {b"403": 403, b"499": 499, b"500": 500}.get(scope["query_string"], 200)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        error = {"message": "m", "param": "refusal.my words", "code": "not_allowed"}
+        await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+
+    trace = DecisionTrace(tmp_path / "trace.jsonl", [])
+    options: dict[str, Any] = {"keys": ["tenant"], "trace": trace}
+    with_key = {**bearer("tenant"), "x-request-id": "id-1"}
+    ask("GET", "/v1/my-own-words", answers, **options)
+    ask("HEAD", "/metrics", answers, **options)
+    ask("POST", CHAT, answers, content=b"{", headers=with_key, **options)
+    for query in ("", "?403", "?403", "?499", "?500"):
+        ask("GET", f"/v1/models{query}", answers, headers=with_key, **options)
+    told = [(one.request_id, *one.denial[1:], one.times) for one in trace.denials.take()]
+    assert told == [
+        (None, "none", 404, "not_found", None, 1),
+        (None, "/metrics", 401, "invalid_api_key", None, 1),
+        ("id-1", CHAT, 400, "invalid_request", None, 1),
+        ("id-1", "/v1/models", 403, "not_allowed", "refusal", 2),
+    ]

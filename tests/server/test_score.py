@@ -1,6 +1,7 @@
 import asyncio
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from starlette.types import Message
 from models.errors import RequestError
 from server.context import Decision, Steering
 from server.score import MOST_INPUTS, SCORE, ScoreRoute, build_score_router
+from server.trace import DecisionTrace
 from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
@@ -64,9 +66,14 @@ class FakeEngine:
 
 
 def score(
-    body: Any, engine: FakeEngine | None = None, *names: str, headers: dict[str, str] | None = None
+    body: Any,
+    engine: FakeEngine | None = None,
+    *names: str,
+    headers: dict[str, str] | None = None,
+    trace: DecisionTrace | None = None,
 ) -> httpx.Response:
-    route = ScoreRoute(MANIFEST, everybody(None, *names), engine or FakeEngine(), 2**20, GUARD)
+    callers = everybody(None, *names)
+    route = ScoreRoute(MANIFEST, callers, engine or FakeEngine(), 2**20, GUARD, trace)
     app = FastAPI()
     app.include_router(build_score_router(route))
 
@@ -211,6 +218,23 @@ def test_body_of_another_media_type_is_refused() -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (415, "Content-Type")
     sent = {"content-type": "Application/JSON; charset=utf-8"}
     assert score({"inputs": [INPUT]}, headers=sent).status_code == 200
+
+
+def test_scoring_is_traced_and_a_wrong_one_is_not(tmp_path: Path) -> None:
+    trace = DecisionTrace(tmp_path / "trace.jsonl", MANIFEST.names)
+    refusal = {"categories": {"safety": {"bias": 1.5}}}
+    score({"inputs": [INPUT, {"prompt": "text"}], "refusal": refusal}, trace=trace)
+    score({"inputs": []}, trace=trace)
+
+    async def write() -> None:
+        async with trace.writing():
+            pass
+
+    asyncio.run(write())
+    (line,) = (tmp_path / "trace.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert (told["inputs"], told["refused"], told["policy"]) == (2, 2, "default")
+    assert told["asked"] == refusal
 
 
 def test_first_input_that_cannot_be_rendered_is_named_before_any_is_decided() -> None:

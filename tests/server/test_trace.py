@@ -13,8 +13,9 @@ from models.controls import Controls, Rule
 from models.errors import ConfigError
 from server.context import Decision, Steering
 from server.dials import Resolution
+from server.error_shape import failure
 from server.protocol import RefusalOptions, parse_options
-from server.trace import MOST_WAITING, STANDARD_OUTPUT, DecisionTrace, Traced, trace_lines
+from server.trace import MOST_WAITING, STANDARD_OUTPUT, DecisionTrace, Scored, Traced
 from tests.server.manifests import MANIFEST
 
 NAMES = MANIFEST.names
@@ -49,7 +50,7 @@ async def until(true: Callable[[], bool]) -> None:
 def test_line_says_who_asked_what_and_what_became_of_it() -> None:
     value = {"policy": "desk", "categories": {"safety": "never", "humanizing": {"rate": 0.3}}}
     asked = parse_options({**value, "decision": "sample", "false_refusal_rate": 0.1})
-    assert list(trace_lines(traced(asked=asked), NAMES)) == [
+    assert list(traced(asked=asked).lines(NAMES)) == [
         {
             "time": "2026-01-02T12:00:00.005+00:00",
             "request_id": "chatcmpl-1",
@@ -75,7 +76,7 @@ def test_line_says_who_asked_what_and_what_became_of_it() -> None:
 def test_policy_that_is_not_enforced_tells_what_it_would_have_refused() -> None:
     entry = traced({(0, 0): Decision(None, shadow=1), (0, 1): Decision(None)})
     entry.steering.enforce = False
-    written = list(trace_lines(entry, NAMES))
+    written = list(entry.lines(NAMES))
     assert [(line["decision"], line["category"]) for line in written] == [
         ("would_refuse", "humanizing"),
         ("respond", None),
@@ -85,7 +86,7 @@ def test_policy_that_is_not_enforced_tells_what_it_would_have_refused() -> None:
 
 def test_every_choice_of_every_call_has_a_line() -> None:
     decisions = {(1, 0): Decision(None), (0, 1): Decision(1), (0, 0): Decision(0)}
-    written = list(trace_lines(traced(decisions), NAMES))
+    written = list(traced(decisions).lines(NAMES))
     assert [(line["request_id"], line["choice"], line["category"]) for line in written] == [
         ("chatcmpl-1", 0, "safety"),
         ("chatcmpl-1", 1, "humanizing"),
@@ -97,7 +98,7 @@ def test_every_choice_of_every_call_has_a_line() -> None:
 
 def test_dials_that_json_has_no_number_for_are_words() -> None:
     asked = parse_options({"categories": {"safety": {"bias": 1e308}, "humanizing": "always"}})
-    (line,) = trace_lines(traced(asked=asked), NAMES)
+    (line,) = traced(asked=asked).lines(NAMES)
     json.loads(json.dumps(line, allow_nan=False))
     assert line["asked"]["categories"]["humanizing"] == {"bias": "always"}
 
@@ -178,3 +179,39 @@ def test_dash_is_the_standard_output(capsys: pytest.CaptureFixture[str]) -> None
 def test_file_that_cannot_be_written_is_found_at_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^RHEOSTAT_TRACE_FILE: .*cannot be written"):
         DecisionTrace(tmp_path / "nowhere" / "trace.jsonl", NAMES)
+
+
+def test_scoring_is_one_line_without_its_prompts() -> None:
+    asked = parse_options({"categories": {"safety": "never"}})
+    (line,) = Scored(NOON, "acme", "/v1/refusal/score", "desk", asked, DIALS, 3, 2).lines(NAMES)
+    assert line == {
+        "time": "2026-01-02T12:00:00.005+00:00",
+        "request_id": None,
+        "route": "/v1/refusal/score",
+        "tenant": "acme",
+        "policy": "desk",
+        "asked": {"categories": {"safety": {"bias": "never"}}},
+        "effective": {"decision": "greedy", "bias": {"safety": 1.5, "humanizing": "never"}},
+        "clamped": {"safety": "floor"},
+        "decision": "scored",
+        "inputs": 3,
+        "refused": 2,
+    }
+
+
+def test_denials_are_counted_for_a_while_and_written_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    trace = DecisionTrace(path, NAMES)
+    told = failure(401, "no key", None, "invalid_api_key")
+
+    async def serve() -> None:
+        async with trace.writing(every_s=0.005):
+            for _ in range(1000):
+                trace.denials.add(told, "/v1/models", None, None)
+            await until(lambda: bool(lines(path)))
+            trace.denials.add(told, "/v1/models", "acme", None)
+
+    asyncio.run(serve())
+    first, second = lines(path)
+    assert (first["tenant"], first["count"]) == (None, 1000)
+    assert (second["tenant"], second["count"]) == ("acme", 1)
