@@ -6,7 +6,8 @@ measured first, then the latency of requests of one token, one at a time. Rounds
 follow each other in turn, for the machine's own speed changes within seconds; and both servers are
 started several times, for one start can be faster than the next by more than the rounds show. While
 one server is measured, the other one's processes are stopped: vLLM's engine and worker go on
-spinning for a second after their last request, and would take the cores from it.
+spinning for a second after their last request, and would take the cores from it. With `--against`
+the server of another checkout is measured too: what a change costs.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from training.demo_data.render import render
 Body = dict[str, Any]
 Values = npt.NDArray[np.float64]
 Rounds = dict[str, list[float]]
-STOCK, OURS, REPORTED = "stock", "rheostat", "rheostat, report"
+STOCK, OURS, REPORTED, OTHER = "stock", "rheostat", "rheostat, report", "the other checkout"
 WARM_UP = 3
 RESAMPLES = 4000
 
@@ -58,6 +59,7 @@ def bodies(checkpoint: Path) -> dict[str, Iterator[Body]]:
         STOCK: {},
         OURS: {"refusal": never},
         REPORTED: {"refusal": never | {"report": True}},
+        OTHER: {"refusal": never},
     }
     return {name: _requests(fields) for name, fields in refusals.items()}
 
@@ -189,7 +191,8 @@ def show(console: Console, per_s: dict[str, Values], alone_ms: dict[str, Values]
     pairs = Table(title="compared round by round, with 95 % intervals; medians of each start")
     for column in ("", "throughput", "by start", "added latency, ms", "by start"):
         pairs.add_column(column)
-    for own, other in ((OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS)):
+    compared = [(OURS, STOCK), (REPORTED, STOCK), (REPORTED, OURS), (OURS, OTHER), (OTHER, STOCK)]
+    for own, other in (pair for pair in compared if per_s.keys() >= {*pair}):
         ratios, added = per_s[own] / per_s[other], alone_ms[own] - alone_ms[other]
         ratio_starts, added_starts = np.median(ratios, 1), np.median(added, 1)
         results[f"{own} / {other}"] = {
@@ -212,14 +215,20 @@ def measured(options: argparse.Namespace, start: int, console: Console) -> tuple
     with ExitStack() as stack:
         logs = Path(stack.enter_context(TemporaryDirectory()))
         what = f"start {start + 1} of {options.starts}"
-        with console.status(f"{what}: starting two servers"):
+        with console.status(f"{what}: starting the servers"):
             ours = stack.enter_context(rheostat_server(options.checkpoint, logs / "ours.log"))
             stock = stack.enter_context(stock_server(options.checkpoint, logs / "stock.log"))
+            servers = {STOCK: stock, OURS: ours, REPORTED: ours}
+            if options.against is not None:
+                servers[OTHER] = stack.enter_context(
+                    rheostat_server(options.checkpoint, logs / "other.log", source=options.against)
+                )
+        requests = bodies(options.checkpoint)
         clients = {
-            name: Client(stock if name == STOCK else ours, requests, int(name == STOCK))
-            for name, requests in bodies(options.checkpoint).items()
+            name: Client(server, requests[name], int(name == STOCK))
+            for name, server in servers.items()
         }
-        for server in (ours, stock):
+        for server in {*servers.values()}:
             _signal(server, signal.SIGSTOP)
             stack.callback(_signal, server, signal.SIGCONT)  # a stopped one could not end
         together = partial(
@@ -245,6 +254,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--alone-rounds", type=int, default=30, help="a start, one at a time")
     parser.add_argument("--alone", type=int, default=6, help="requests a round and contender")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout of this project"
+    )
     parser.add_argument("--out", type=Path, help="also write the figures there as JSON")
     options = parser.parse_args()
     console = Console()

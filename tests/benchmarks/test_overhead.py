@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.overhead.__main__ import OURS, REPORTED, STOCK, estimate, show
+from benchmarks.overhead.__main__ import OTHER, OURS, REPORTED, STOCK, estimate, show
 
 
 def test_interval_tells_how_much_starts_differ() -> None:
@@ -34,3 +34,14 @@ def test_rounds_are_compared_one_by_one() -> None:
     assert compared["added_ms"].pop("starts") == pytest.approx([1.0])
     assert list(compared["added_ms"].values()) == pytest.approx([1.0] * 3)
     assert results[f"{REPORTED} / {OURS}"]["throughput_ratio"]["starts"] == pytest.approx([0.5])
+    assert f"{OURS} / {OTHER}" not in results
+
+
+def test_other_checkout_is_compared_where_there_is_one() -> None:
+    stock = np.array([[100.0, 50.0]])
+    per_s = {STOCK: stock, OURS: stock, REPORTED: stock, OTHER: stock * 2}
+
+    results = show(Console(quiet=True), per_s, {name: 1000 / rate for name, rate in per_s.items()})
+
+    assert results[f"{OURS} / {OTHER}"]["throughput_ratio"]["median"] == pytest.approx(0.5)
+    assert results[f"{OTHER} / {STOCK}"]["throughput_ratio"]["median"] == pytest.approx(2)

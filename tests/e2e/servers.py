@@ -42,6 +42,7 @@ class Server:
         arguments: list[str],
         log: Path,
         variables: Mapping[str, str] | None = None,
+        source: Path | None = None,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -52,7 +53,7 @@ class Server:
         environment.update(variables or {})
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=source
             )
 
     def wait_until_ready(self, path: str) -> None:
@@ -99,7 +100,11 @@ class Server:
 
 @contextmanager
 def rheostat_server(
-    checkpoint: Path, log: Path, *flags: str, variables: Mapping[str, str] | None = None
+    checkpoint: Path,
+    log: Path,
+    *flags: str,
+    variables: Mapping[str, str] | None = None,
+    source: Path | None = None,
 ) -> Iterator[Server]:
     """Serves a checkpoint with Rheostat.
 
@@ -108,10 +113,18 @@ def rheostat_server(
         log: Where the server's output goes.
         flags: More flags of vLLM's.
         variables: More environment variables.
+        source: Another checkout of this project, whose server it is.
     """
     variables = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY), **(variables or {})}
-    arguments = ["serve", "--model", str(checkpoint), "--served-model-name", "demo", *flags]
-    server = Server("rheostat", arguments, log, variables)
+    arguments = [
+        "serve",
+        "--model",
+        str(checkpoint.resolve()),
+        "--served-model-name",
+        "demo",
+        *flags,
+    ]
+    server = Server("rheostat", arguments, log, variables, source)
     try:
         server.wait_until_ready("/readyz")
         yield server
