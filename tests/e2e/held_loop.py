@@ -109,6 +109,7 @@ def _fields() -> dict[str, dict[str, Any]]:
     properties = {f"p{key}": {"type": "string"} for key in range(18)}
     parameters = {"type": "object", "properties": properties}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}] * 256
+    logprobs = {"logprobs": True, "top_logprobs": 20}
     wide_tool = {"type": "function", "function": {"name": "f", "parameters": names}}
     return {
         "unknown names": {"metadata": names},
@@ -124,14 +125,9 @@ def _fields() -> dict[str, dict[str, Any]]:
         "documents": {"documents": [{"title": "a", "text": "b" * 4000}] * 1000},
         "tools": {"tools": tools},
         "wide tool": {"tools": [wide_tool]},
-        "choices": {"n": 128, "logprobs": True, "top_logprobs": 20},
-        "long choices": {"n": 2, "max_tokens": 390, "logprobs": True, "top_logprobs": 20},
-        "too many log-probabilities": {
-            "n": 9,
-            "max_tokens": 100,
-            "logprobs": True,
-            "top_logprobs": 20,
-        },
+        "choices": {"n": 128, "ignore_eos": True, **logprobs},
+        "long choices": {"n": 2, "max_tokens": 390, "ignore_eos": True, **logprobs},
+        "too many log-probabilities": {"n": 9, "max_tokens": 100, **logprobs},
     }
 
 

@@ -14,7 +14,9 @@ from models.errors import ConfigError
 from server.context import Decision, Steering
 from server.dials import Resolution
 from server.error_shape import failure
+from server.fields import MOST_NAME_CHARACTERS
 from server.protocol import RefusalOptions, parse_options
+from server.settings import Settings
 from server.trace import MOST_WAITING, STANDARD_OUTPUT, DecisionTrace, Scored, Traced
 from tests.server.manifests import MANIFEST
 
@@ -215,3 +217,14 @@ def test_denials_are_counted_for_a_while_and_written_at_the_end(tmp_path: Path) 
     first, second = lines(path)
     assert (first["tenant"], first["count"]) == (None, 1000)
     assert (second["tenant"], second["count"]) == ("acme", 1)
+
+
+def test_lines_of_the_largest_request_are_bounded() -> None:
+    longest = {"safety": {"bias": -1.7976931348623157e308}, "humanizing": {"rate": 1 / 3}}
+    asked = parse_options({"categories": longest, "false_refusal_rate": 1 / 3, "report": True})
+    most = Settings().max_choices
+    entry = traced({(call, 0): Decision(0) for call in range(most)}, asked)
+    entry.steering.request_ids = [f"chatcmpl-{'a' * MOST_NAME_CHARACTERS}-{n}" for n in range(most)]
+    written = [json.dumps(line) for line in entry.lines(NAMES)]
+    assert len(written) == most
+    assert max(map(len, written)) < 1024
