@@ -57,6 +57,7 @@ class Steering:
         beam_token: What the first call of a beam search decided.
         beam_start: Length of the prompt before the beams.
         logprobs: How many log-probabilities the answer may still hold.
+        grammars: Whether its text may have to follow a grammar.
         policy: Name of the policy that the request follows.
         request_ids: vLLM's, by call.
         started: Whether the engine has put out anything of the answer.
@@ -78,6 +79,7 @@ class Steering:
     beam_token: int = -1
     beam_start: int = 0
     logprobs: float = math.inf
+    grammars: bool = True
     policy: str = DEFAULT_POLICY
     request_ids: list[str] = field(default_factory=list)
     started: bool = False

@@ -10,6 +10,7 @@ import secrets
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import (
+    GracefulHTTPError,
     VLLMClientError,
+    VLLMError,
     VLLMUnprocessableEntityError,
     VLLMValidationError,
 )
@@ -68,6 +71,7 @@ from server.first_error import stop_at_first_error
 from server.flags import refuse_switched_on, refuse_unserved
 from server.gate import Gate
 from server.generation import Generation, Outputs
+from server.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_grammar
 from server.guard import Guard, build_guard
 from server.hiding import Hider
 from server.http_head import connection_options
@@ -107,6 +111,7 @@ class SteeredLLM(AsyncLLM):
         manifest: Manifest,
         unsteered: Callable[[], Resolution],
         mark: str,
+        max_grammar_bytes: int,
         recorder: MarginRecorder | None = None,
     ) -> None:
         """Tells the engine its control tokens, before the first request.
@@ -115,10 +120,12 @@ class SteeredLLM(AsyncLLM):
             manifest: The checkpoint's.
             unsteered: Gives the dials of calls that come from no HTTP request.
             mark: What the guard breaks special tokens with.
+            max_grammar_bytes: Longest grammar of a request, as text.
             recorder: Counts the margins of a share of the requests.
         """
         self.manifest = manifest
         self.unsteered = unsteered
+        self.max_grammar_bytes = max_grammar_bytes
         self.recorder = recorder
         self.hider = Hider(manifest, mark)
         self.category_of = {c.id: i for i, c in enumerate(manifest.categories)}
@@ -138,10 +145,11 @@ class SteeredLLM(AsyncLLM):
         counts; the decision is recorded in the request's ``Steering``.
 
         Raises:
+            GracefulHTTPError: The policy allows no grammars.
             VLLMUnprocessableEntityError: The request asks an adapter for a rate.
-            VLLMValidationError: ``logprob_token_ids`` would reach others' answers. While iterating:
-                the prompt holds control tokens that the server did not put there, or the sampling
-                parameters touch them.
+            VLLMValidationError: ``logprob_token_ids`` would reach others' answers, or the grammar
+                is too long. While iterating: the prompt holds control tokens that the server did
+                not put there, or the sampling parameters touch them.
         """
         if sampling_params.logprob_token_ids and not self.margins_by_logprobs:
             raise VLLMValidationError(
@@ -150,12 +158,11 @@ class SteeredLLM(AsyncLLM):
                 parameter="logprob_token_ids",
             )
         steering = STEERING.get() or Steering(self.unsteered())
-        if options.get("lora_request"):
-            try:
-                steering.adapt()
-            except RequestError as error:
-                steering.failure = failure_of(error)
-                raise self.vllm_error(error) from error
+        try:
+            self._admit(steering, sampling_params, adapted=bool(options.get("lora_request")))
+        except RequestError as error:
+            steering.failure = failure_of(error)
+            raise self.vllm_error(error) from error
         call = steering.next_call()
         steering.request_ids.append(request_id)
         generation = Generation(self, steering, call, sampling_params, request_id, options)
@@ -203,8 +210,20 @@ class SteeredLLM(AsyncLLM):
         """Merges the streams of a request's choices; see server/generation.py."""
         return _merged(streams, params.output_kind)
 
-    def vllm_error(self, error: RequestError) -> VLLMClientError:
+    def _admit(self, steering: Steering, params: SamplingParams, *, adapted: bool) -> None:
+        if adapted:
+            steering.adapt()
+        if params.structured_outputs is not None:
+            check_grammar(
+                params.structured_outputs,
+                allowed=steering.grammars,
+                most_bytes=self.max_grammar_bytes,
+            )
+
+    def vllm_error(self, error: RequestError) -> VLLMError:
         """Returns vLLM's error for one of ours; see server/generation.py."""
+        if error.status == HTTPStatus.FORBIDDEN:
+            return GracefulHTTPError(error.message, HTTPStatus.FORBIDDEN)
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)
 
@@ -251,6 +270,7 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     if args.gpu_memory_utilization == parser.get_default("gpu_memory_utilization"):
         _bound_cpu_cache()
     _prefill_whole(args)
+    _bound_grammars(args)
     return args
 
 
@@ -264,6 +284,17 @@ def _prefill_whole(args: Namespace) -> None:
             "--enable-chunked-prefill: on a CPU a request with a seed would end vLLM's engine"
         )
     args.enable_chunked_prefill = False
+
+
+def _bound_grammars(args: Namespace) -> None:
+    # xgrammar, vLLM's first choice, may stand still for minutes in one step of a regex of 20
+    # characters. This one ends what takes too long, and leaves out the same properties. It does not
+    # know the tags that vLLM would make of a forced call: then it gets the tools' JSON schemas.
+    wanted = args.structured_outputs_config
+    if wanted.backend == "auto":
+        wanted.backend = BOUNDED_BACKEND
+        wanted.disable_additional_properties = True
+        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
 
 
 def _bound_cpu_cache() -> None:
@@ -354,6 +385,7 @@ async def _serve(
     trace = _open_trace(manifest, settings)
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
+    _price_grammars(config, settings)
     guard = _guard(config, manifest)
     engine = SteeredLLM(
         config,
@@ -364,7 +396,7 @@ async def _serve(
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
     try:
-        engine.steer(manifest, policies.strictest, guard.mark, recorder)
+        engine.steer(manifest, policies.strictest, guard.mark, settings.max_grammar_bytes, recorder)
         await engine.reset_mm_cache()
         async with AsyncExitStack() as running:
             if recorder:
@@ -380,6 +412,12 @@ async def _serve(
         await shutdown
     finally:
         sock.close()
+
+
+def _price_grammars(config: Any, settings: Settings) -> None:
+    kind = "Async" if config.scheduler_config.async_scheduling else ""
+    config.scheduler_config.scheduler_cls = f"server.steering.Steered{kind}Scheduler"
+    config.additional_config = {**config.additional_config, LIMIT_KEY: settings.max_grammar_s}
 
 
 def _put_gate(

@@ -17,6 +17,7 @@ UNSERVED = {
     "tokenizer_mode": "special tokens are found as the checkpoint's own tokenizer finds them",
     "enable_prompt_embeds": "embeddings have no token ids that could be checked",
     "tool_server": "its turns would hold no control tokens",
+    "scheduler_cls": "the scheduler here bounds what a request's grammar costs others",
     "logits_processors": "the decision is the one logits processor here",
     "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }

@@ -17,6 +17,7 @@ from models.manifest import Manifest
 from server import metrics
 from server.context import Decision, Steering
 from server.error_shape import Failure, failure_of
+from server.grammars import grammar_failed
 from server.hiding import Hider, drop_first_token
 from server.margins import MarginBoard, Margins, Ticket
 from server.prompts import (
@@ -467,20 +468,11 @@ class Generation:
 
 
 async def _by_grammar(stream: Outputs) -> Outputs:
-    # vLLM ends the request at the first token, which the grammar rejects like any other, and would
-    # answer with an internal error.
-    first = True
+    # vLLM ends the request and would answer with an internal error.
     async with aclosing(stream):
         async for output in stream:
-            (choice,) = output.outputs
-            if first and choice.finish_reason == "error" and len(choice.token_ids) <= 1:
-                raise RequestError(
-                    "no text follows the grammar that structured_outputs, response_format or the "
-                    "tools ask for",
-                    param="structured_outputs",
-                    status=400,
-                )
-            first = False
+            if output.outputs[0].finish_reason == "error":
+                raise grammar_failed()
             yield output
 
 

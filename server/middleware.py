@@ -190,6 +190,7 @@ class RefusalMiddleware:
             beam_search=path in READS_BEAM_SEARCH and flag(body, "use_beam_search"),
             opens_turn=opens_turn,
             marked=guarded is not unread,
+            grammars=policy.grammars,
             policy=policy.name,
             enforce=policy.enforce,
             texts=policy.refusal_texts,

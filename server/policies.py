@@ -32,6 +32,7 @@ class ActivePolicy:
         prefill: Whether requests may begin the assistant's answer themselves.
         control_text: What becomes of control tokens in a client's text.
         report: Whether requests may ask for a report.
+        grammars: Whether requests may ask for text that follows a grammar.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ActivePolicy:
     prefill: bool = True
     control_text: Literal["plain", "refuse"] = "plain"
     report: bool = True
+    grammars: bool = True
 
     @property
     def guarded(self) -> bool:
@@ -77,6 +79,7 @@ class ActivePolicy:
             "prefill": self.prefill,
             "control_text": self.control_text,
             "report": self.report,
+            "grammars": self.grammars,
             "categories": {
                 name: {
                     "default": _dial(bias),

@@ -85,6 +85,7 @@ class PolicyEntry(_Strict):
         control_text: What becomes of control tokens in a client's text: ``plain`` text, or
             ``refuse`` the request.
         report: Whether requests may ask for a report, which tells margins.
+        grammars: Whether requests may ask for text that follows a grammar, which costs the engine.
     """
 
     defaults: DialOptions = Field(default_factory=DialOptions)
@@ -97,6 +98,7 @@ class PolicyEntry(_Strict):
     prefill: StrictBool | None = None
     control_text: Literal["plain", "refuse"] = "plain"
     report: StrictBool | None = None
+    grammars: StrictBool = True
 
     def refusal_text_of(self, category: str) -> str:
         """Returns what the file says for a category: ``generated``, ``template`` or the text."""

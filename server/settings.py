@@ -34,6 +34,9 @@ class Settings(BaseSettings):
         max_messages: Most messages or input items of a conversation, with their parts.
         max_inputs: Most prompts, conversations or documents of a request.
         max_tools: Most tool definitions of a request.
+        max_grammar_bytes: Longest grammar of a request, as text.
+        max_grammar_s: What following a request's grammar may take of the engine's time, beyond
+            what each step has free.
         max_stops: Most stop strings or bad words of a request.
         max_choices: Most choices of a request: ``n`` times its prompts.
         max_logprobs: Most log-probabilities of an answer, those of its prompts included; an answer
@@ -64,6 +67,8 @@ class Settings(BaseSettings):
     max_messages: int = Field(default=1024, ge=1)
     max_inputs: int = Field(default=1024, ge=1)
     max_tools: int = Field(default=256, ge=1)
+    max_grammar_bytes: int = Field(default=64 * 2**10, ge=256)
+    max_grammar_s: float = Field(default=1.0, gt=0.0)
     max_stops: int = Field(default=128, ge=1)
     max_choices: int = Field(default=128, ge=1)
     max_logprobs: int = Field(default=2**14, ge=1)

@@ -1,36 +1,47 @@
-"""The decision inside vLLM's workers: one logits processor for each of its two model runners.
+"""What runs inside vLLM's engine: the decision, and what a request's grammar may cost.
 
-Both do the same to a batch of logits: at a steered request's decision step every token is masked
-but the one that models/decision.py chooses; at all other steps the control tokens are masked, so
-that none ever stands inside a text.
+The decision is a logits processor for each of vLLM's two model runners. Both do the same to a batch
+of logits: at a steered request's decision step every token is masked but the one that
+models/decision.py chooses; at all other steps the control tokens are masked, so that none ever
+stands inside a text.
 
 This module and server/engine.py are the only ones that import vllm.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.platform_utils import is_pin_memory_available
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from models.controls import EXTRA_ARGS_KEY, Rule, WireControls, dial_row
 from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
+from server.grammars import LIMIT_KEY
 from server.huge_pages import collapse_memory
 from server.margin_rows import write_rows
 from server.margins import Ticket
 
+T = TypeVar("T")
+
 NEVER_CHOSEN = float("-inf")
 _MOST_KEPT = 128
+# What a step of a grammar may take without being counted: more than ordinary ones ever do.
+FREE_S = 0.01
 
 
 def controls_of(params: SamplingParams) -> WireControls | None:
@@ -276,3 +287,84 @@ class SteeringV2(V2LogitsProcessor):
         lengths = self._prompt_len.np[slots] + self._drafts
         undecided = self._steered[slots] & (ctx.seq_lens_upper_bound_np <= lengths)
         return {Rule(int(rule)) for rule in np.unique(self._rule[slots[undecided]])}
+
+
+class PricedGrammar(StructuredOutputGrammar):
+    """A grammar that ends its request once its steps took too long.
+
+    vLLM follows grammars between the steps of its batch, so everybody waits for the slowest.
+
+    Args:
+        grammar: The backend's.
+        limit_s: What its steps may take of this thread's time, each beyond ``FREE_S``.
+    """
+
+    def __init__(self, grammar: StructuredOutputGrammar, limit_s: float) -> None:
+        self._grammar = grammar
+        self._left_s = limit_s
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """Is False, by which vLLM ends the request, once the grammar took too long or gave up."""
+        # llguidance would end the text as if it were complete.
+        if self._left_s <= 0 or getattr(self._grammar, "printed_error", False):
+            return False
+        return self._counted(self._grammar.accept_tokens, request_id, tokens)
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """Returns the drafts that the grammar accepts."""
+        return self._counted(self._grammar.validate_tokens, tokens) if self._left_s > 0 else []
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        """Masks a row; not any more once the grammar took too long, as the request ends next."""
+        if self._left_s > 0:
+            self._counted(self._grammar.fill_bitmask, bitmask, batch_index)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Goes back."""
+        self._grammar.rollback(num_tokens)
+
+    def is_terminated(self) -> bool:
+        """Whether its text is complete."""
+        return self._grammar.is_terminated()
+
+    def reset(self) -> None:
+        """Goes back to the start."""
+        self._grammar.reset()  # type: ignore[no-untyped-call]
+
+    def _counted(self, step: Callable[..., T], *arguments: Any) -> T:
+        started_s = time.thread_time()
+        try:
+            return step(*arguments)
+        finally:
+            self._left_s -= max(0.0, time.thread_time() - started_s - FREE_S)
+
+
+def _price(scheduler: Scheduler, output: SchedulerOutput) -> None:
+    if not output.has_structured_output_requests:
+        return
+    settings: Any = scheduler.vllm_config.additional_config
+    for request_id in output.num_scheduled_tokens:
+        request = scheduler.requests.get(request_id)
+        asked = request.structured_output_request if request is not None else None
+        if asked is None or isinstance(asked.grammar, PricedGrammar):
+            continue
+        if isinstance(asked.grammar, StructuredOutputGrammar):
+            asked.grammar = PricedGrammar(asked.grammar, settings[LIMIT_KEY])
+
+
+class SteeredScheduler(Scheduler):
+    """vLLM's scheduler, where a grammar has a limit to what it costs others."""
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Returns vLLM's own masks."""
+        _price(self, scheduler_output)
+        return super().get_grammar_bitmask(scheduler_output)
+
+
+class SteeredAsyncScheduler(AsyncScheduler):
+    """The same of the scheduler that prepares a step while the last one runs."""
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Returns vLLM's own masks."""
+        _price(self, scheduler_output)
+        return super().get_grammar_bitmask(scheduler_output)

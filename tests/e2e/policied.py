@@ -57,6 +57,9 @@ policies:
   prefilled:
     <<: *graded
     prefill: true
+  free_text:
+    <<: *graded
+    grammars: false
   strict:
     floors: {{safety: {{bias: 60}}}}
     ceilings: {{humanizing: 0.5}}
@@ -73,7 +76,7 @@ tenants:
     policies: [graded, lab]
     keys: ["{hash_key(CLINIC)}"]
   press:
-    policies: [prefilled]
+    policies: [prefilled, free_text]
     keys: ["{hash_key(PRESS)}"]
 gateway:
   tenant_header: X-Tenant

@@ -140,9 +140,14 @@ def stock_server(checkpoint: Path, log: Path) -> Iterator[Server]:
     """
     module = "vllm.entrypoints.launchers.api_server.entry"
     template = log.with_suffix(".jinja")
+    # Grammars are followed by the same library, and forced calls by the tools' schemas.
+    guidance = ["--structured-outputs-config.backend", "guidance"]
+    guidance += ["--structured-outputs-config.disable_additional_properties", "true"]
+    variables = {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
     template.write_text((checkpoint / "chat_template.jinja").read_text() + CONTROL)
     arguments = ["--model", str(checkpoint), "--served-model-name", "demo"]
-    server = Server(module, [*arguments, "--chat-template", str(template)], log)
+    arguments += ["--chat-template", str(template), *guidance]
+    server = Server(module, arguments, log, variables)
     try:
         server.wait_until_ready("/health")
         yield server

@@ -115,6 +115,7 @@ def test_forced_tool_is_called_when_answered_and_not_when_refused(
         "max_tokens": 200,
         "tools": TOOLS,
         "tool_choice": choice,
+        "parallel_tool_calls": False,
     }
     answered = post(server, "/v1/chat/completions", {**body, **answering(manifest)}).json()
     (call,) = answered["choices"][0]["message"]["tool_calls"]

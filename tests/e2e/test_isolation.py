@@ -1,11 +1,14 @@
 """What one tenant's requests do to another's, which run in the same batches."""
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
 import pytest
 
+from models.manifest import Manifest
+from tests.e2e.policied import PRESS, Policied
 from tests.e2e.servers import Server
 
 CHAT = "/v1/chat/completions"
@@ -61,3 +64,101 @@ def test_token_ids_that_would_reach_others_are_refused(
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "logprob_token_ids"
     assert "V1 model runner" in answer.json()["error"]["message"]
+
+
+AMBIGUOUS = "root ::= a\na ::= a a a a | a a a | a a | [a-z ]"
+ARRAYS = [{"type": "array", "items": {"$ref": "#"}, "minItems": i % 3} for i in range(300)]
+TAG = {"type": "structural_tag", "format": {"type": "regex", "pattern": "(.*a){20}"}}
+# Each holds xgrammar, vLLM's own first choice, for seconds or minutes in its compiler or its steps.
+COSTLY: list[dict[str, Any]] = [
+    {"structured_outputs": {"regex": "((.?){1,100}){1,100}"}},
+    {"structured_outputs": {"regex": "(.*.*.*){1,500}x"}},
+    {"structured_outputs": {"regex": "((.{1,100}){1,100}){1,100}"}},
+    {"structured_outputs": {"regex": r"(\w*\s*\d*){1,3000}"}},
+    {"structured_outputs": {"regex": "((a{1,100}){1,100}){1,100}"}},
+    {"structured_outputs": {"choice": [f"v{i}x{i * 7919 % 10007}" for i in range(4000)]}},
+    {"structured_outputs": {"grammar": AMBIGUOUS}},
+    {"structured_outputs": {"json": {"anyOf": [*ARRAYS, {"type": "integer"}]}}},
+    {"structured_outputs": {"json": {"type": "string", "pattern": "^((.?){1,100}){1,100}$"}}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "a",
+                "schema": {"enum": [f"v{i}x{i * 7919 % 10007}" for i in range(6000)]},
+            },
+        }
+    },
+    {"response_format": TAG},
+]
+LONGEST_WAIT_S = 6.0
+
+
+@pytest.mark.parametrize("grammar", COSTLY, ids=lambda grammar: str(grammar)[:60])
+def test_grammar_of_one_leaves_others_their_time(
+    server: Server, manifest: Manifest, grammar: dict[str, Any]
+) -> None:
+    never = {"categories": dict.fromkeys(manifest.names, "never")}
+    costly = {**PLAIN, **grammar, "refusal": never, "max_tokens": 200, "temperature": 1.0}
+
+    async def waits() -> tuple[list[int], float]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            asked = [asyncio.create_task(client.post(CHAT, json=costly)) for _ in range(2)]
+            longest_s = 0.0
+            while not all(task.done() for task in asked):
+                started_s = time.monotonic()
+                plain = await client.post(CHAT, json={**PLAIN, "max_tokens": 1})
+                assert plain.status_code == 200
+                longest_s = max(longest_s, time.monotonic() - started_s)
+            return [task.result().status_code for task in asked], longest_s
+
+    statuses, longest_s = asyncio.run(waits())
+    assert set(statuses) <= {200, 400}
+    assert longest_s < LONGEST_WAIT_S
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FUNCTION = {"name": "f", "parameters": SCHEMA}
+FORMAT = {"type": "json_schema", "name": "f", "schema": SCHEMA}
+MESSAGE = {"model": "demo", "messages": [QUESTION], "max_tokens": 8}
+RESPONSE = {"model": "demo", "input": QUESTION["content"], "max_output_tokens": 16}
+# Every way by which a grammar reaches the engine.
+WAYS: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {**PLAIN, "structured_outputs": {"regex": "a"}}),
+    (CHAT, {**PLAIN, "response_format": {"type": "json_object"}}),
+    (
+        CHAT,
+        {**PLAIN, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required"},
+    ),
+    ("/v1/completions", {"model": "demo", "prompt": "Hi", "structured_outputs": {"choice": ["a"]}}),
+    ("/v1/responses", {**RESPONSE, "text": {"format": FORMAT}}),
+    ("/v1/responses", {**RESPONSE, "structured_outputs": {"regex": "a"}}),
+    (
+        "/v1/messages",
+        {**MESSAGE, "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+    ),
+    (
+        "/v1/messages",
+        {
+            **MESSAGE,
+            "tools": [{"name": "f", "input_schema": SCHEMA}],
+            "tool_choice": {"type": "any"},
+        },
+    ),
+    ("/invocations", {**PLAIN, "structured_outputs": {"regex": "a"}}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WAYS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_policy_without_grammars_takes_none(
+    policied: Policied, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    headers = {"authorization": f"Bearer {PRESS}", "x-refusal-policy": "free_text"}
+    body = {**body, "stream": stream}
+    answer = httpx.post(policied.server.url + path, json=body, headers=headers, timeout=60)
+    assert answer.status_code == 403, answer.text
+    assert "the policy allows no grammars" in answer.json()["error"]["message"]
+    headers["x-refusal-policy"] = "prefilled"
+    answer = httpx.post(policied.server.url + path, json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
+from server.context import STEERING, Steering
 from server.dials import Resolution
 from server.engine import SteeredLLM, _merged, parse_flags
 from server.guard import build_guard
@@ -43,7 +44,7 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
     as_trained = Resolution(Controls.as_trained(len(manifest.categories)))
-    engine.steer(manifest, lambda: as_trained, guard.mark)
+    engine.steer(manifest, lambda: as_trained, guard.mark, 64)
     return engine
 
 
@@ -62,6 +63,24 @@ def test_ordinary_control_tokens_are_not_printed_once_steered() -> None:
     assert streamed(tokenizer, ids) == "Hello"
     for control in manifest.control_tokens:
         assert tokenizer.convert_tokens_to_ids(control.token) == control.id
+
+
+def test_grammar_of_a_request_is_checked_before_vllm_reads_it() -> None:
+    engine = steered(*published())
+    long = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a" * 65))
+    with pytest.raises(VLLMValidationError, match="65 bytes, and at most 64 here"):
+        engine.generate("Hi", long, "id")
+    short = SamplingParams(structured_outputs=StructuredOutputsParams(json={"enum": ["a"]}))
+    engine.generate("Hi", short, "id")
+    steering = Steering(engine.unsteered(), grammars=False)
+    token = STEERING.set(steering)
+    try:
+        with pytest.raises(GracefulHTTPError, match="policy allows no grammars") as raised:
+            engine.generate("Hi", short, "id")
+    finally:
+        STEERING.reset(token)
+    assert raised.value.http_status == 403
+    assert steering.failure is not None
 
 
 def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
@@ -119,6 +138,7 @@ def test_streamed_choices_keep_their_index_and_finish_once() -> None:
         ["--tokenizer-mode", "slow"],
         ["--enable-chunked-prefill"],
         ["--tool-server", "demo"],
+        ["--scheduler-cls", "some.module.Scheduler"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -147,6 +167,14 @@ def test_switches_that_are_not_served_are_refused_in_one_line(
 
 def test_prefills_of_a_cpu_are_never_cut() -> None:
     assert parse_flags(["--model", "somewhere"]).enable_chunked_prefill is False
+
+
+def test_grammars_are_followed_by_the_library_that_bounds_its_steps() -> None:
+    bounded = parse_flags(["--model", "somewhere"]).structured_outputs_config
+    assert (bounded.backend, bounded.disable_additional_properties) == ("guidance", True)
+    flag = ["--structured-outputs-config.backend", "xgrammar"]
+    chosen = parse_flags(["--model", "somewhere", *flag]).structured_outputs_config
+    assert (chosen.backend, chosen.disable_additional_properties) == ("xgrammar", False)
 
 
 def test_flags_of_vllm_are_kept() -> None:

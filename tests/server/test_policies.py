@@ -241,6 +241,7 @@ anonymous: p
         "enforce": True,
         "raw_prompts": False,
         "prefill": False,
+        "grammars": True,
         "control_text": "refuse",
         "report": False,
         "categories": {
