@@ -12,7 +12,7 @@ from starlette.types import Message, Receive
 from models.errors import RequestError
 from server.protocol import FIELD, HEADER, POLICY_HEADER, parse_header
 
-LARGE_BYTES = 2**16
+LARGE_BYTES = 2**15
 T = TypeVar("T")
 P = ParamSpec("P")
 _BOOL = TypeAdapter(bool)

@@ -1,6 +1,6 @@
 """What the HTTP layer and the engine tell each other about one request."""
 
-import math
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
@@ -58,6 +58,7 @@ class Steering:
         beam_start: Length of the prompt before the beams.
         logprobs: How many log-probabilities the answer may still hold.
         grammars: Whether its text may have to follow a grammar.
+        names_length: Whether the client says how long the answer may be.
         policy: Name of the policy that the request follows.
         request_ids: vLLM's, by call.
         started: Whether the engine has put out anything of the answer.
@@ -78,8 +79,9 @@ class Steering:
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0
-    logprobs: float = math.inf
     grammars: bool = True
+    logprobs: int = sys.maxsize
+    names_length: bool = True
     policy: str = DEFAULT_POLICY
     request_ids: list[str] = field(default_factory=list)
     started: bool = False

@@ -213,9 +213,17 @@ class Generation:
         )
         check_params(self.params, controls)
         if not steering.beam_search:
-            logprobs = logprobs_of(self.params, len(ids), streamed=self.delta)
-            steering.take_logprobs(logprobs)
+            self._take_logprobs(len(ids))
         return ids, ids if end == len(ids) else ids[:end]
+
+    def _take_logprobs(self, prompt_tokens: int) -> None:
+        params, steering = self.params, self.steering
+        logprobs = logprobs_of(params, prompt_tokens, streamed=self.delta)
+        if logprobs.each_step and not steering.names_length:
+            fitting = (steering.logprobs - logprobs.prompt) // logprobs.each_step
+            params.max_tokens = max(1, min(params.max_tokens, fitting))
+        answer = logprobs.each_step * (params.max_tokens or 1)
+        steering.take_logprobs(logprobs.prompt + answer)
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control

@@ -53,6 +53,7 @@ RAW_PROMPTS = frozenset({"/v1/completions"})
 RENDERS = {
     f"{path}/render": path for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 }
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _INT = TypeAdapter(int)
 
 
@@ -195,6 +196,7 @@ class RefusalMiddleware:
             enforce=policy.enforce,
             texts=policy.refusal_texts,
             logprobs=self._settings.max_logprobs,
+            names_length=any(body.get(name) is not None for name in LENGTHS),
         )
         if steering.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.errors import ContextLengthError, RequestError
 
@@ -124,22 +124,27 @@ def _wrong_prompt(message: str) -> RequestError:
     return RequestError(message, param="messages", status=400)
 
 
-def logprobs_of(params: Any, prompt_tokens: int, *, streamed: bool) -> int:
-    """Returns how many log-probabilities of a prompt and its answer are made into one answer.
+class Logprobs(NamedTuple):
+    """How many log-probabilities of a prompt and its answer are made into one answer.
 
     Each takes some microseconds of the event loop, all in one go.
 
-    Args:
-        params: vLLM's ``SamplingParams``; -1 log-probability is the whole vocabulary.
-        prompt_tokens: The prompt's length.
-        streamed: Whether the answer is sent piece by piece.
+    Attributes:
+        prompt: Those of the prompt.
+        each_step: Those of a step of all choices; none where the answer is sent piece by piece.
     """
-    count = 0
-    if params.prompt_logprobs is not None:
-        count += prompt_tokens * _each_step(params.prompt_logprobs)
-    if params.logprobs is not None and not streamed:
-        count += params.n * (params.max_tokens or 1) * _each_step(params.logprobs)
-    return count
+
+    prompt: int
+    each_step: int
+
+
+def logprobs_of(params: Any, prompt_tokens: int, *, streamed: bool) -> Logprobs:
+    """Counts what ``SamplingParams`` ask for; -1 is the whole vocabulary."""
+    prompt, answer = params.prompt_logprobs, params.logprobs
+    return Logprobs(
+        prompt=0 if prompt is None else prompt_tokens * _each_step(prompt),
+        each_step=0 if answer is None or streamed else params.n * _each_step(answer),
+    )
 
 
 def _each_step(logprobs: int) -> int:

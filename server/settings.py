@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     max_grammar_s: float = Field(default=1.0, gt=0.0)
     max_stops: int = Field(default=128, ge=1)
     max_choices: int = Field(default=128, ge=1)
-    max_logprobs: int = Field(default=2**14, ge=1)
+    max_logprobs: int = Field(default=2**13, ge=1)
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None

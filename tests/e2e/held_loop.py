@@ -125,8 +125,8 @@ def _fields() -> dict[str, dict[str, Any]]:
         "documents": {"documents": [{"title": "a", "text": "b" * 4000}] * 1000},
         "tools": {"tools": tools},
         "wide tool": {"tools": [wide_tool]},
-        "choices": {"n": 128, "ignore_eos": True, **logprobs},
-        "long choices": {"n": 2, "max_tokens": 390, "ignore_eos": True, **logprobs},
+        "choices": {"n": 128, "max_tokens": 3, "ignore_eos": True, **logprobs},
+        "long choices": {"max_tokens": 390, "ignore_eos": True, **logprobs},
         "too many log-probabilities": {"n": 9, "max_tokens": 100, **logprobs},
     }
 
@@ -142,7 +142,7 @@ def _prompts() -> list[Body]:
         _body("one prompt", TEXT, prompt="some words " * 370_000),
         _body("cut prompt", TEXT, prompt="some words " * 370_000, truncate_prompt_tokens=5),
         _body("lists in a prompt", TEXT, prompt=[["a"] * 150] * 100),
-        _body("log-probabilities", TEXT, prompt=["a " * 480], prompt_logprobs=20),
+        _body("log-probabilities", TEXT, prompt=["a " * 480], prompt_logprobs=16),
         _body("too many log-probabilities", TEXT, prompt=["a " * 480] * 99, prompt_logprobs=20),
     ]
 

@@ -415,6 +415,15 @@ def test_log_probabilities_of_all_prompts_are_bounded_together() -> None:
     assert len(engine.calls) == 1
 
 
+def test_answer_whose_length_nobody_names_holds_the_log_probabilities_that_fit() -> None:
+    engine = FakeEngine()
+    steering = Steering(AS_TRAINED, logprobs=2 * 3 * 4 + 5, names_length=False)
+    params = parameters(n=2, max_tokens=400, logprobs=2)
+    collected(generation(engine, steering, params))
+    ((_, sent, _),) = engine.calls
+    assert sent.max_tokens == 4 + 1  # the decision takes a step
+
+
 def test_decision_that_never_came_is_an_error() -> None:
     engine = FakeEngine(silent=True)
     with pytest.raises(RequestError, match="aborted"):
