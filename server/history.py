@@ -123,8 +123,9 @@ def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool
 def _prefix_parts(parts: list[Any], token: str) -> list[Any]:
     for index, part in enumerate(parts):
         key = _text_key(part)
-        if key is not None:
-            return [*parts[:index], {**part, key: token + part[key]}, *parts[index + 1 :]]
+        if key is not None or isinstance(part, str):
+            opened = token + part if key is None else {**part, key: token + part[key]}
+            return [*parts[:index], opened, *parts[index + 1 :]]
     return [{"type": "text", "text": token}, *parts]
 
 

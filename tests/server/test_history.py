@@ -68,7 +68,7 @@ def test_text_turn_opens_with_its_token(fields: dict[str, Any], content: str) ->
             [{"type": "image_url", "image_url": {"url": "x"}}, text("a")],
             [{"type": "image_url", "image_url": {"url": "x"}}, text(f"{ANSWER}a")],
         ),
-        (["a"], [text(ANSWER), "a"]),
+        (["a", text("b")], [f"{ANSWER}a", text("b")]),
         # vLLM reads a part by its type, not by the fields that it has beside
         (
             [{"type": "thinking", "text": "x", "thinking": "y"}],
