@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from models.errors import RheostatError
+from server.commands import policy as policy_commands
 from server.lifetime import end_with_parent
-from server.policy_commands import policy as policy_commands
 
 # vLLM spawns its engine and its workers, and a spawned process imports this module again.
 end_with_parent()
@@ -51,10 +51,10 @@ def serve(
     and who may follow them (docs/policies.md).
     """
     from models.checkpoint import load_checkpoint, resolve_checkpoint
-    from server.calibrations import load_calibrations
+    from server.dials.calibrations import load_calibrations
     from server.lifetime import ignore_hangups
-    from server.policy_loading import Served
-    from server.reloading import Policies
+    from server.policies.loading import Served
+    from server.policies.reloading import Policies
     from server.settings import load_settings
 
     logging.getLogger("server").setLevel(logging.INFO)

@@ -30,7 +30,8 @@ class WireControls(TypedDict):
     Attributes:
         rule: A ``Rule``.
         row: The fp32 bytes of ``dial_row``, with nothing drawn yet.
-        ticket: Where the margins go, a ``Ticket`` of server/margins.py; absent when nobody asks.
+        ticket: Where the margins go, a ``Ticket`` of server/generation/margins.py; absent when
+            nobody asks.
     """
 
     rule: int

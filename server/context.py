@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from models.controls import Controls
 from models.errors import RequestError
-from server.dials import Resolution
-from server.error_shape import Failure
+from server.dials.board import Resolution
+from server.web.errors import Failure
 
-# Where the caller stands in the ASGI scope (server/policies.py), once it is known.
+# Where the caller stands in the ASGI scope (server/policies/book.py), once it is known.
 CALLER = "rheostat.caller"
 # Where the body's JSON object stands, once it was read and found within its bounds.
 BODY = "rheostat.body"

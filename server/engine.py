@@ -63,28 +63,28 @@ from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
-from server.client_mistakes import drop_client_mistakes
 from server.context import STEERING, Decision, Steering
-from server.dials import Resolution
-from server.error_shape import Failure, failure, failure_of
-from server.first_error import stop_at_first_error
+from server.dials.board import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
-from server.gate import Gate
-from server.generation import Generation, Outputs
-from server.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_grammar
-from server.guard import Guard, build_guard
-from server.hiding import Hider
-from server.http_head import connection_options
+from server.generation.call import Generation, Outputs
+from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_grammar
+from server.generation.margins import MarginBoard
+from server.generation.outputs import Hider
 from server.huge_pages import collapse_memory
-from server.margins import MarginBoard
-from server.middleware import GENERATING, RefusalMiddleware
-from server.recorder import MarginRecorder
-from server.reloading import Policies
-from server.routes import build_router
-from server.score import ScoreRoute, build_score_router
+from server.policies.reloading import Policies
 from server.settings import Settings
-from server.trace import DecisionTrace
-from server.validation import answer_failed, answer_invalid, first_problem
+from server.telemetry.client_mistakes import drop_client_mistakes
+from server.telemetry.recorder import MarginRecorder
+from server.telemetry.trace import DecisionTrace
+from server.web.connection import connection_options
+from server.web.errors import Failure, failure, failure_of
+from server.web.first_error import stop_at_first_error
+from server.web.gate import Gate
+from server.web.guard import Guard, build_guard
+from server.web.middleware import GENERATING, RefusalMiddleware
+from server.web.routes import build_router
+from server.web.score import ScoreRoute, build_score_router
+from server.web.validation import answer_failed, answer_invalid, first_problem
 
 CPU_KVCACHE_GIB = "2"
 YOUNG_OBJECTS = 20_000
@@ -195,7 +195,7 @@ class SteeredLLM(AsyncLLM):
     def decision_params(
         self, params: SamplingParams, *, choices: int, margins: bool
     ) -> SamplingParams:
-        """Returns the parameters of a decision pass; see server/generation.py."""
+        """Returns the parameters of a decision pass; see server/generation/call.py."""
         return SamplingParams(
             n=choices,
             temperature=params.temperature,
@@ -207,7 +207,7 @@ class SteeredLLM(AsyncLLM):
         )
 
     def merge(self, streams: Sequence[Outputs], params: SamplingParams) -> Outputs:
-        """Merges the streams of a request's choices; see server/generation.py."""
+        """Merges the streams of a request's choices; see server/generation/call.py."""
         return _merged(streams, params.output_kind)
 
     def _admit(self, steering: Steering, params: SamplingParams, *, adapted: bool) -> None:
@@ -221,14 +221,14 @@ class SteeredLLM(AsyncLLM):
             )
 
     def vllm_error(self, error: RequestError) -> VLLMError:
-        """Returns vLLM's error for one of ours; see server/generation.py."""
+        """Returns vLLM's error for one of ours; see server/generation/call.py."""
         if error.status == HTTPStatus.FORBIDDEN:
             return GracefulHTTPError(error.message, HTTPStatus.FORBIDDEN)
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)
 
     def failure(self, error: Exception) -> Failure:
-        """Returns what the client is told of an error of vLLM's; see server/generation.py."""
+        """Returns what the client is told of an error of vLLM's; see server/generation/call.py."""
         return _failure(create_error_response(error))
 
 

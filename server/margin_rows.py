@@ -1,11 +1,11 @@
-"""The worker's side of server/margins.py: writes margins where the server reads them."""
+"""The worker's side of server/generation/margins.py: writes margins where the server reads them."""
 
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from server.margins import MARGINS, ROWS, Ticket
+from server.generation.margins import MARGINS, ROWS, Ticket
 
 
 @lru_cache(maxsize=8)

@@ -9,8 +9,8 @@ from pydantic import model_validator as validates_model
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from models.errors import ConfigError
-from server.credentials import KeyHash
-from server.protocol import DialOptions
+from server.dials.protocol import DialOptions
+from server.policies.credentials import KeyHash
 
 PREFIX = "RHEOSTAT_"
 

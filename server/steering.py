@@ -31,10 +31,10 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from models.controls import EXTRA_ARGS_KEY, Rule, WireControls, dial_row
 from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
-from server.grammars import LIMIT_KEY
+from server.generation.grammars import LIMIT_KEY
+from server.generation.margins import Ticket
 from server.huge_pages import collapse_memory
 from server.margin_rows import write_rows
-from server.margins import Ticket
 
 T = TypeVar("T")
 

@@ -94,7 +94,7 @@ def test_vllm_is_imported_by_tests_of_the_engine_seam_only() -> None:
     }
     mirrored = {f"tests/server/test_{Path(module).name}" for module in ENGINE_SEAM}
     # They hold our reading of vLLM's rules to vLLM itself.
-    mirrored |= {"tests/server/test_history_responses.py", "tests/server/rendering.py"}
+    mirrored |= {"tests/server/apis/test_responses.py", "tests/server/rendering.py"}
     # It says when vLLM has mended what server/engine.py works around.
     mirrored.add("tests/server/test_sampler.py")
     assert {path for path in importers if not path.startswith("tests/e2e/")} <= mirrored
@@ -111,30 +111,30 @@ LIGHT = (
     "models.solver",
     "server",
     "server.settings",
-    "server.protocol",
-    "server.history",
-    "server.shaping",
+    "server.dials.protocol",
+    "server.apis.chat",
+    "server.apis.shaping",
     "server.context",
-    "server.middleware",
-    "server.routes",
-    "server.dials",
-    "server.calibrations",
-    "server.reports",
-    "server.bodies",
-    "server.score",
-    "server.recorder",
-    "server.prompts",
+    "server.web.middleware",
+    "server.web.routes",
+    "server.dials.board",
+    "server.dials.calibrations",
+    "server.dials.reports",
+    "server.web.bodies",
+    "server.web.score",
+    "server.telemetry.recorder",
+    "server.generation.prompts",
     "server.flags",
-    "server.generation",
-    "server.bounds",
-    "server.credentials",
-    "server.yaml_lines",
-    "server.policy_file",
-    "server.policies",
-    "server.policy_loading",
-    "server.reloading",
-    "server.trace",
-    "server.policy_commands",
+    "server.generation.call",
+    "server.dials.floors",
+    "server.policies.credentials",
+    "server.policies.yaml_lines",
+    "server.policies.file",
+    "server.policies.book",
+    "server.policies.loading",
+    "server.policies.reloading",
+    "server.telemetry.trace",
+    "server.commands",
     "rheostat",
 )
 

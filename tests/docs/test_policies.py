@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from models.manifest import Category, ControlToken, Manifest
-from server.calibrations import Calibrations
-from server.policies import PolicyBook
-from server.policy_file import GatewayEntry, PolicyEntry, PolicyFile, TenantEntry
-from server.policy_loading import Served, load_policies
+from server.dials.calibrations import Calibrations
+from server.policies.book import PolicyBook
+from server.policies.file import GatewayEntry, PolicyEntry, PolicyFile, TenantEntry
+from server.policies.loading import Served, load_policies
 from tests.server.policybooks import headers
 from training.config.recipe import load_config
 

@@ -15,10 +15,10 @@ from models.errors import (
     NotAllowedError,
     UnknownCallerError,
 )
-from server.access import ROUTES, Access
-from server.error_shape import failure
-from server.middleware import GENERATING
 from server.settings import Settings
+from server.web.access import ROUTES, Access
+from server.web.errors import failure
+from server.web.middleware import GENERATING
 from tests.e2e.attacks import REFUSED
 from tests.toy import save_toy
 
@@ -59,7 +59,7 @@ def test_every_route_of_vllms_is_in_the_table(vllm_app: dict[str, Any]) -> None:
     mounts = {path for method, path in registered if method == "MOUNT"}
     assert mounts == {"/metrics", "/static"}
     unknown = {route for route in registered if route[0] != "MOUNT"} - ours()
-    assert unknown == set(), "vLLM has routes that server/access.py does not know"
+    assert unknown == set(), "vLLM has routes that server/web/access.py does not know"
 
 
 def test_table_names_no_route_that_vllm_does_not_have(vllm_app: dict[str, Any]) -> None:

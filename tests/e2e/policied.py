@@ -19,7 +19,7 @@ from models.calibration import (
 )
 from models.hashes import checkpoint_hashes
 from models.manifest import load_manifest
-from server.credentials import generate_key, hash_key
+from server.policies.credentials import generate_key, hash_key
 from tests.e2e.servers import Server, rheostat_server
 
 ACME, SHOP, SECRET, CLINIC, PRESS = (generate_key() for _ in range(5))

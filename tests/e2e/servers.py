@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from server.credentials import hash_key
+from server.policies.credentials import hash_key
 
 # The operator's key of every server that is started here.
 OPERATOR_KEY = "the-operators-key-of-tests"

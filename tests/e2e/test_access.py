@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.access import ROUTES, Access
+from server.web.access import ROUTES, Access
 from tests.e2e.servers import OPERATOR, Server, rheostat_server
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.access import ROUTES, Access
-from server.protocol import RefusalOptions
+from server.dials.protocol import RefusalOptions
+from server.web.access import ROUTES, Access
 from tests.e2e.servers import OPERATOR, OPERATOR_KEY, Server, rheostat_server
 
 ROOT = Path(__file__).parents[2]

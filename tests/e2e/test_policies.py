@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from models.calibration import calibration_path, load_calibration
-from server.credentials import hash_key
+from server.policies.credentials import hash_key
 from tests.e2e.attacks import TARGETS, TOOL
 from tests.e2e.attacks import Target as Route
 from tests.e2e.policied import ACME, FILE, FIXED_TEXT, SECRET, SHOP, Policied

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from server.credentials import generate_key, hash_key
+from server.policies.credentials import generate_key, hash_key
 from tests.e2e.policied import ACME, FILE, SHOP, Policied
 
 CHAT, SCORE = "/v1/chat/completions", "/v1/refusal/score"

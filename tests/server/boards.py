@@ -6,10 +6,10 @@ import numpy as np
 
 from models.calibration import Calibration, CalibrationInfo
 from models.hashes import Hashes
-from server.calibrations import Calibrations
-from server.dials import DialBoard
-from server.policies import PolicyBook
-from server.protocol import DialOptions, RefusalOptions
+from server.dials.board import DialBoard
+from server.dials.calibrations import Calibrations
+from server.dials.protocol import DialOptions, RefusalOptions
+from server.policies.book import PolicyBook
 from tests.server.manifests import MANIFEST
 
 HASHES = Hashes(weights="a" * 64, template="b" * 64, tokenizer="c" * 64)

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from server.gate import Gate
-from server.policies import PolicyBook
+from server.policies.book import PolicyBook
 from server.settings import Settings
+from server.web.gate import Gate
 from tests.server.boards import board
 
 CHAT = "/v1/chat/completions"

@@ -1,7 +1,7 @@
 """A guard for tests without a tokenizer: for the control tokens and two turn markers."""
 
-from server.guard import Guard
-from server.special_text import Protected, SpecialText
+from server.web.guard import Guard
+from server.web.special_text import Protected, SpecialText
 from tests.server.manifests import MANIFEST
 
 MARK = "mark0"

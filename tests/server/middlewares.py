@@ -9,9 +9,9 @@ import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.context import STEERING, Decision, Steering
-from server.error_shape import Failure
-from server.middleware import RefusalMiddleware
 from server.settings import Settings
+from server.web.errors import Failure
+from server.web.middleware import RefusalMiddleware
 from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST

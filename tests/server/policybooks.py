@@ -4,9 +4,9 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
-from server.credentials import hash_key
-from server.policies import PolicyBook
-from server.policy_loading import Served, load_policies
+from server.policies.book import PolicyBook
+from server.policies.credentials import hash_key
+from server.policies.loading import Served, load_policies
 from tests.server.boards import calibrations
 from tests.server.manifests import MANIFEST
 

@@ -17,7 +17,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
-from server.guard import Guard, build_guard, protected_tokens
+from server.web.guard import Guard, build_guard, protected_tokens
 from tests.toy import save_toy
 
 REQUESTS: dict[str, Any] = {

@@ -16,9 +16,9 @@ from models.controls import Controls
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
 from server.context import STEERING, Steering
-from server.dials import Resolution
+from server.dials.board import Resolution
 from server.engine import SteeredLLM, _merged, parse_flags
-from server.guard import build_guard
+from server.web.guard import build_guard
 from tests.toy import byte_tokenizer
 
 

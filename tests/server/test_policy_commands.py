@@ -6,7 +6,7 @@ from typer.testing import CliRunner, Result
 
 from models.manifest import save_manifest
 from rheostat import app
-from server.credentials import check_strength, hash_key
+from server.policies.credentials import check_strength, hash_key
 from tests.server.manifests import MANIFEST
 from tests.server.policybooks import ACME_KEY, SECRET, TWO_TENANTS
 

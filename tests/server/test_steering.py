@@ -20,8 +20,8 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.manifest import Manifest
-from server.grammars import LIMIT_KEY
-from server.margins import MarginBoard, Margins, Ticket
+from server.generation.grammars import LIMIT_KEY
+from server.generation.margins import MarginBoard, Margins, Ticket
 from server.steering import (
     FREE_S,
     PricedGrammar,

@@ -8,8 +8,8 @@ from typing import Any
 
 import uvicorn
 
-from server.http_head import connection_options
 from server.settings import Settings
+from server.web.connection import connection_options
 
 
 @contextmanager

@@ -1,0 +1,130 @@
+"""Earlier assistant turns in the input of the Responses API.
+
+vLLM makes one chat turn of several items: a message, its reasoning and its tool calls. The rules by
+which it does are followed here, so that each of those turns opens with exactly one control token.
+Source: vLLM 0.32, entrypoints/openai/responses/utils.py, _construct_message_from_response_item.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.errors import RequestError
+from models.manifest import Manifest
+from server.apis.chat import CATEGORY_FIELD, check_content, opening_token
+
+Kind = Literal["message", "reasoning", "call", "other"]
+_CALLS = frozenset({"function_call", "custom_tool_call"})
+_UNFINISHED = frozenset({"in_progress", "incomplete"})
+
+
+@dataclass
+class _Turn:
+    """The items that vLLM makes one turn of; what is no assistant's is a turn of its own."""
+
+    items: list[dict[str, Any]]
+    kinds: set[Kind] = field(default_factory=set)
+
+    def takes(self, kind: Kind) -> bool:
+        """Returns whether vLLM adds an item to this turn rather than opening a new one."""
+        if kind == "other" or "other" in self.kinds:
+            return False
+        return kind == "call" or kind not in self.kinds
+
+
+def annotate_input(items: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
+    """Puts the control token in front of every assistant turn's text.
+
+    A message with a ``refusal`` part or a ``refusal_category`` gets the token of the category that
+    the latter names, and without one that of the first category.
+
+    Args:
+        items: As the client sent them; not changed.
+        manifest: The served checkpoint's.
+
+    Returns:
+        The items as vLLM is to read them, and how many tokens were put in.
+
+    Raises:
+        RequestError: ``refusal_category`` names no category of the checkpoint, or an assistant
+            message holds what is neither text nor a refusal.
+    """
+    turns: list[_Turn] = []
+    for index, item in enumerate(items):
+        kind = _kind(item)
+        if kind == "message":
+            item = _annotate_message(item, manifest, f"input.{index}")
+        if not (turns and turns[-1].takes(kind)):
+            turns.append(_Turn([]))
+        turns[-1].items.append(item)
+        turns[-1].kinds.add(kind)
+    count = 0
+    annotated: list[Any] = []
+    for turn in turns:
+        if "other" not in turn.kinds:
+            count += 1
+            if "message" not in turn.kinds:
+                annotated.append(_message(manifest.respond.token))
+        annotated.extend(turn.items)
+    return annotated, count
+
+
+def goes_on(items: list[Any]) -> bool:
+    """Returns whether annotated input ends in an assistant turn that vLLM goes on with."""
+    if not items or _kind(items[-1]) not in ("message", "reasoning"):
+        return False
+    status = items[-1].get("status")
+    return isinstance(status, str) and status in _UNFINISHED
+
+
+def is_refused_item(item: Any) -> bool:
+    """Returns whether an item of the client's is a refusal."""
+    if _kind(item) != "message":
+        return False
+    parts = item.get("content")
+    return item.get(CATEGORY_FIELD) is not None or (
+        isinstance(parts, list)
+        and any(isinstance(part, dict) and part.get("type") == "refusal" for part in parts)
+    )
+
+
+def _kind(item: Any) -> Kind:
+    if not isinstance(item, dict):
+        return "other"
+    named = item.get("type", "message")
+    if named == "message" and item.get("role") == "assistant":
+        return "message"
+    if named == "reasoning":
+        return "reasoning"
+    return "call" if isinstance(named, str) and named in _CALLS else "other"
+
+
+def _annotate_message(item: dict[str, Any], manifest: Manifest, path: str) -> dict[str, Any]:
+    content = item.get("content")
+    check_content(content, path)
+    category = item.get(CATEGORY_FIELD)
+    token = opening_token(category, manifest, path, refused=is_refused_item(item))
+    kept = {k: v for k, v in item.items() if k != CATEGORY_FIELD and v is not None}
+    if not isinstance(content, list):
+        kept.pop("status", None)  # vLLM goes on with messages of parts only
+        return {**kept, **_message(token + (content or ""))}
+    texts = [_text(part, f"{path}.content.{index}") for index, part in enumerate(content)]
+    # vLLM reads the first part only, and not where it is a refusal.
+    return {**kept, **_message(token + "\n".join(texts))}
+
+
+def _text(part: Any, path: str) -> str:
+    if isinstance(part, dict):
+        name = "refusal" if part.get("type") == "refusal" else "text"
+        if isinstance(part.get(name), str):
+            text: str = part[name]
+            return text
+    raise RequestError(
+        f"{path}: an assistant message holds output_text and refusal parts, each with its text",
+        param=path,
+        status=400,
+    )
+
+
+def _message(text: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": []}
+    return {"type": "message", "role": "assistant", "content": [part]}

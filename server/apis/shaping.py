@@ -1,0 +1,89 @@
+"""Turning vLLM's answer into one that says whether it is a refusal.
+
+Each API has a module of its own that knows its objects; this one finds the right one. All of them
+are pure functions on JSON, with the state of a stream in one small object.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from server.apis.shaping_choices import ChoicesShape
+from server.apis.shaping_messages import MessageShape
+from server.apis.shaping_responses import ResponseShape
+from server.apis.verdicts import Verdicts
+
+MOST_IN_HEADERS = 64
+
+
+class Shape(Protocol):
+    """What one API makes of a decision."""
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """Shapes a whole answer in place."""
+
+    def event(self, event: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        """Returns what stands in a stream for one of vLLM's events: it, others, or nothing."""
+
+
+class Shaper:
+    """Shapes the answer of one request.
+
+    Args:
+        verdicts: What was decided.
+        echo: Whether the client asked for its own last message back.
+    """
+
+    def __init__(self, verdicts: Verdicts, *, echo: bool = False) -> None:
+        self._verdicts = verdicts
+        self._echo = echo
+        self._shapes: dict[Callable[..., Shape], Shape] = {}
+
+    @property
+    def needed(self) -> bool:
+        """Whether any answer could differ from vLLM's own, as far as is known by now."""
+        return self._verdicts.reports or self._echo or self._verdicts.any_refusal
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Returns the decision headers, one value a choice.
+
+        None when nothing was decided, or so many choices that proxies would refuse the headers.
+        """
+        categories = self._verdicts.in_order()
+        if not 0 < len(categories) <= MOST_IN_HEADERS:
+            return []
+        verdicts = ["respond" if category is None else "refuse" for category in categories]
+        return [
+            (b"x-refusal-decision", ", ".join(verdicts).encode()),
+            (b"x-refusal-category", ", ".join(c or "none" for c in categories).encode()),
+        ]
+
+    def shape_answer(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Shapes a whole answer in place and returns it; what no API knows passes."""
+        if (shape := self._shape_of(answer)) is not None:
+            shape.answer(answer)
+        return answer
+
+    def shape_event(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns what stands for one event of a stream; what no API knows passes."""
+        shape = self._shape_of(event)
+        return [event] if shape is None else list(shape.event(event))
+
+    def _shape_of(self, body: dict[str, Any]) -> Shape | None:
+        kind = _kind(body)
+        if kind is None:
+            return None
+        if kind not in self._shapes:
+            echoes = {"echo": self._echo} if kind is ChoicesShape else {}
+            self._shapes[kind] = kind(self._verdicts, **echoes)
+        return self._shapes[kind]
+
+
+def _kind(body: dict[str, Any]) -> Callable[..., Shape] | None:
+    if "choices" in body:
+        return ChoicesShape
+    named = str(body.get("type", ""))
+    if body.get("object") == "response" or named.startswith("response."):
+        return ResponseShape
+    if named.startswith(("message", "content_block_")):
+        return MessageShape
+    return None

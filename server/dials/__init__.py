@@ -1,0 +1,1 @@
+"""From what a request asks for to the biases that it gets."""

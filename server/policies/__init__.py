@@ -1,0 +1,1 @@
+"""The policy file, tenants and their keys."""

@@ -1,0 +1,152 @@
+"""The policies in force, read anew when their file changes or on SIGHUP."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from starlette.datastructures import Headers
+
+from models.errors import ConfigError
+from server.dials.board import Resolution
+from server.policies import daemons
+from server.policies.book import Caller, PolicyBook
+from server.policies.loading import Served, default_policies, load_policies
+from server.policies.yaml_lines import READ_TIMEOUT_S
+from server.settings import Settings
+from server.telemetry import metrics
+
+# A changed file is read when two looks in a row found the same, so not while it is written.
+LOOK_EVERY_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+_Stamp = tuple[int, int, int] | None
+
+
+class Policies:
+    """Holds the book in force. It is swapped whole: a request sees one book or the other.
+
+    Args:
+        settings: The operator's; without a policy file there is one policy, the defaults.
+        served: What the policies are held against.
+
+    Attributes:
+        book: The book in force.
+        served: What it was made for.
+
+    Raises:
+        ConfigError: The file or the defaults are wrong.
+    """
+
+    def __init__(self, settings: Settings, served: Served) -> None:
+        self.served = served
+        self._path = settings.policy_file
+        self._defaults = settings.defaults
+        self._api_keys: tuple[str, ...] = ()
+        self._tried: _Stamp = None
+        self.book = self._load()
+
+    def caller(self, headers: Headers) -> Caller:
+        """Returns who sends a request, by the book in force.
+
+        Raises:
+            UnknownCallerError: Nobody that may call.
+        """
+        return self.book.caller(headers)
+
+    def strictest(self) -> Resolution:
+        """Returns dials that are below no policy's floor, for what comes from no request."""
+        return self.book.strictest()
+
+    def fit(self, *, api_keys: Sequence[str]) -> None:
+        """Fits the policies to what only vLLM's flags say.
+
+        Args:
+            api_keys: vLLM's own, which callers need where there is no policy file.
+
+        Raises:
+            ConfigError: There are API keys beside a policy file.
+        """
+        if api_keys and self._path is not None:
+            raise ConfigError(
+                "--api-key (or VLLM_API_KEY): RHEOSTAT_POLICY_FILE holds the keys; put their "
+                "hashes there (`rheostat policy hash-key`)"
+            )
+        self._api_keys = tuple(api_keys)
+        self.book = self._load()
+
+    @asynccontextmanager
+    async def watching(self, every_s: float = LOOK_EVERY_S) -> AsyncIterator[None]:
+        """Reads the file anew when it changes, and on SIGHUP, for as long as the block runs."""
+        if self._path is None:
+            yield
+            return
+        hung_up = asyncio.Event()
+        task = asyncio.create_task(self._watch(self._path, hung_up, every_s))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+        try:
+            yield
+        finally:
+            # Not the default again: that would end the process on a late signal.
+            loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _watch(self, path: Path, hung_up: asyncio.Event, every_s: float) -> None:
+        seen = self._tried
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(hung_up.wait(), every_s)
+            reads = hung_up.is_set()
+            hung_up.clear()
+            looking = asyncio.wrap_future(daemons.start(partial(_stamp, path)))
+            await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
+            if not looking.done():  # one look waits for a mount that hangs, however long it hangs
+                self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
+                reads = True
+            found = await looking
+            if reads or (found == seen and found != self._tried):
+                await self._reload(path)
+            seen = found
+
+    async def _reload(self, path: Path) -> None:
+        try:
+            book = await asyncio.wrap_future(daemons.start(self._load))
+        except ConfigError as error:
+            self._stay(error.message)
+        except Exception:  # noqa: BLE001  a fault of ours must not end the watch
+            _log.exception("the policies stay as they were")
+            metrics.count_reload(valid=False)
+        else:
+            self.book = book
+            metrics.count_reload(valid=True)
+            _log.info("%s is in force: %s", path, ", ".join(book.policies))
+
+    def _stay(self, why: str) -> None:
+        metrics.count_reload(valid=False)
+        _log.error("the policies stay as they were: %s", why)
+
+    def _load(self) -> PolicyBook:
+        if self._path is None:
+            return default_policies(self._defaults, self.served, self._api_keys)
+        with suppress(TimeoutError):  # then the file cannot be read either
+            self._tried = daemons.start(partial(_stamp, self._path)).result(READ_TIMEOUT_S)
+        book = load_policies(self._path, self.served)
+        metrics.POLICY_FILE_VALID.set(1)
+        return book
+
+
+def _stamp(path: Path) -> _Stamp:
+    # Of what a link leads to: Kubernetes swaps links.
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -1,0 +1,1 @@
+"""Metrics, the decision trace and recorded margins."""

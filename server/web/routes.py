@@ -1,0 +1,104 @@
+"""The routes that vLLM's server does not have."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.errors import RequestError
+from models.hashes import Hashes
+from models.manifest import Manifest
+from server.dials.board import DEFAULT_CALIBRATION
+from server.dials.calibrations import Calibrations
+from server.policies.book import CallerSource, caller_of
+from server.web.bodies import encode
+from server.web.errors import error_response, failure
+
+
+class Health(Protocol):
+    """What readiness needs of the engine."""
+
+    async def check_health(self) -> None:
+        """Raises when the engine cannot answer."""
+
+
+def build_router(
+    manifest: Manifest,
+    engine: Health,
+    calibrations: Calibrations,
+    served: Callable[[], Hashes],
+    callers: CallerSource,
+) -> APIRouter:
+    """Builds the router of one served checkpoint.
+
+    Args:
+        manifest: Its manifest.
+        engine: Says whether it can answer.
+        calibrations: The checkpoint's.
+        served: Returns its hashes; may read all weights the first time.
+        callers: Knows who calls.
+    """
+    router = APIRouter()
+
+    @router.get("/v1/refusal/categories")
+    def categories(hashes: bool = False) -> dict[str, Any]:
+        """Lists what can be dialled, in the order that breaks ties; on demand, of which weights."""
+        # No coroutine: weights are read in a thread.
+        return {
+            "object": "list",
+            **({"hashes": served().model_dump()} if hashes else {}),
+            "data": [
+                {
+                    "object": "refusal.category",
+                    "name": category.name,
+                    "description": category.description,
+                    "token": category.token,
+                }
+                for category in manifest.categories
+            ],
+        }
+
+    @router.get("/v1/refusal/calibration")
+    def calibration(name: str = DEFAULT_CALIBRATION) -> Response:
+        """Returns a calibration's curves: bias, sensitivity, refused and falsely refused."""
+        # No coroutine: the curves are computed in a thread, once.
+        try:
+            calibrations.require(name, param="name", status=HTTPStatus.NOT_FOUND)
+        except RequestError as error:
+            return error_response(error)
+        return Response(encode(calibrations.describe(name)), media_type="application/json")
+
+    @router.get("/v1/refusal/policies")
+    async def policies(request: Request) -> Response:
+        """Lists what the caller may choose from, the default first, with its bounds."""
+        try:
+            caller = caller_of(request.scope, callers)
+        except RequestError as error:
+            return error_response(error)
+        answer = {
+            "object": "list",
+            "tenant": caller.tenant,
+            "data": [policy.describe() for policy in caller.policies],
+        }
+        return Response(encode(answer), media_type="application/json")
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Says that the process answers."""
+        return {"status": "alive"}
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        """Says whether the engine can take requests."""
+        try:
+            await engine.check_health()
+        except Exception as error:  # noqa: BLE001  any failure of the engine means: not ready
+            told = f"the engine is not ready: {type(error).__name__}"
+            return failure(HTTPStatus.SERVICE_UNAVAILABLE, told).response()
+        return JSONResponse({"status": "ready"})
+
+    return router

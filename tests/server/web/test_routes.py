@@ -1,0 +1,137 @@
+import asyncio
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.settings import Settings
+from server.web.gate import Gate
+from server.web.routes import build_router
+from tests.server.boards import HASHES, calibrations, everybody
+from tests.server.manifests import MANIFEST
+
+EVERYBODY = everybody()
+
+
+class FakeEngine:
+    """An engine that is well, or fails with an error."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    async def check_health(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
+    app = FastAPI()
+    app.include_router(
+        build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES, EVERYBODY)
+    )
+
+    async def ask() -> httpx.Response:
+        gate = Gate(app, settings=Settings(), callers=EVERYBODY)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(gate), base_url="http://test"
+        ) as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+def test_categories_are_listed_in_manifest_order() -> None:
+    answer = get("/v1/refusal/categories", FakeEngine())
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "object": "list",
+        "data": [
+            {
+                "object": "refusal.category",
+                "name": "safety",
+                "description": "",
+                "token": "[refuse:safety]",
+            },
+            {
+                "object": "refusal.category",
+                "name": "humanizing",
+                "description": "",
+                "token": "[refuse:humanizing]",
+            },
+        ],
+    }
+
+
+def test_categories_say_on_demand_what_the_checkpoint_is() -> None:
+    answer = get("/v1/refusal/categories?hashes=true", FakeEngine())
+    assert answer.json()["hashes"] == HASHES.model_dump()
+    assert len(answer.json()["data"]) == 2
+
+
+def test_calibration_has_its_curves_and_says_what_it_is_bound_to() -> None:
+    answer = get("/v1/refusal/calibration", FakeEngine(), "tenant", "default")
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body["object"] == "refusal.calibration"
+    assert (body["name"], body["names"]) == ("default", ["default", "tenant"])
+    assert body["created"] == "2026-01-02T03:04:05+00:00"
+    assert body["hashes"] == HASHES.model_dump()
+    assert body["prompts"] == {"safety": 40, "humanizing": 40, "benign": 100}
+    assert [c["name"] for c in body["categories"]] == ["safety", "humanizing"]
+    curve = body["categories"][0]["curve"]
+    as_trained = next(point for point in curve if point["bias"] == 0)
+    assert as_trained["sensitivity"] == 0.5
+    assert as_trained["refusal_rate"] == 0.5  # 20 of the 40 margins are positive
+    low, high = as_trained["refusal_rate_interval"]
+    assert 0.33 < low < 0.35  # Clopper-Pearson for 20 of 40: 0.338 to 0.662
+    assert 0.65 < high < 0.67
+    assert as_trained["false_refusal_rate"] == 0
+    assert as_trained["false_refusal_rate_interval"][1] == pytest.approx(0.0362, abs=1e-4)
+    assert [p["bias"] for p in curve] == sorted(p["bias"] for p in curve)
+    assert [p["refusal_rate"] for p in curve] == sorted(p["refusal_rate"] for p in curve)
+
+
+def test_names_of_the_operators_data_files_stay_with_the_operator() -> None:
+    assert "secret-tenant" not in get("/v1/refusal/calibration", FakeEngine(), "default").text
+
+
+def test_calibration_is_asked_for_by_name() -> None:
+    path = "/v1/refusal/calibration?name=tenant"
+    assert get(path, FakeEngine(), "default", "tenant").json()["name"] == "tenant"
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "../default", "default.safetensors", ""])
+def test_unknown_calibration_is_not_found(name: str) -> None:
+    answer = get(f"/v1/refusal/calibration?name={name}", FakeEngine(), "default")
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert error["param"] == "name"
+    assert "loaded are default" in error["message"]
+
+
+def test_without_a_calibration_the_answer_is_the_command_that_makes_one() -> None:
+    answer = get("/v1/refusal/calibration", FakeEngine())
+    assert answer.status_code == 404
+    assert "rheostat calibrate --model" in answer.json()["error"]["message"]
+
+
+def test_ready_when_the_engine_is_well() -> None:
+    answer = get("/readyz", FakeEngine())
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret path /x"), TimeoutError()])
+def test_not_ready_when_the_engine_fails_and_says_no_more_than_the_kind(error: Exception) -> None:
+    answer = get("/readyz", FakeEngine(error))
+    assert answer.status_code == 503
+    assert answer.json()["error"] == {
+        "message": f"the engine is not ready: {type(error).__name__}",
+        "type": "server_error",
+        "param": None,
+        "code": "service_error",
+    }
+
+
+def test_alive_whatever_the_engine_does() -> None:
+    answer = get("/healthz", FakeEngine(RuntimeError("dead")))
+    assert (answer.status_code, answer.json()) == (200, {"status": "alive"})

@@ -1,0 +1,129 @@
+import asyncio
+import json
+from typing import Annotated, Any, Literal
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.responses import Response
+
+from models.errors import RequestError
+from server.web.validation import answer_failed, answer_invalid, first_problem
+
+
+class Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Image(BaseModel):
+    type: Literal["image"]
+    url: str
+
+
+class Turn(BaseModel):
+    role: str
+    content: str | list[Text | Image]
+
+
+class Body(BaseModel):
+    messages: list[Turn]
+    temperature: float = 0.0
+
+
+def problem(value: Any) -> RequestError:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Body).validate_python(value)
+    return first_problem(caught.value.errors(), value)
+
+
+def turn(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "said"),
+    [
+        ({}, "messages", "Field required"),
+        ({"messages": 5}, "messages", "valid list"),
+        ({"messages": [], "temperature": "hot"}, "temperature", "valid number"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        (turn(5), "messages.0.content", "valid string"),
+        (turn([{"type": "text", "text": 5}]), "messages.0.content.0.text", "valid string"),
+        (turn([{"type": "image", "url": 5}]), "messages.0.content.0.url", "valid string"),
+        (5, None, "valid dictionary"),
+    ],
+)
+def test_problem_is_the_one_deepest_in_the_value(value: Any, param: str | None, said: str) -> None:
+    error = problem(value)
+    assert (error.status, error.param) == (400, param)
+    assert said in error.message
+    assert error.message.startswith(f"{param}: ") == (param is not None)
+    assert "\n" not in error.message
+
+
+def test_long_names_are_quoted_in_part() -> None:
+    errors = [{"loc": ("x" * 500,), "type": "extra_forbidden", "msg": "no"}]
+    error = first_problem(errors, {"x" * 500: 1})
+    assert error.param == "x" * 77 + "..."
+
+
+def app() -> FastAPI:
+    async def wants_json() -> None:
+        raise RequestValidationError(errors=["Unsupported Media Type"])
+
+    served = FastAPI()
+    served.add_exception_handler(RequestValidationError, answer_invalid)
+    served.add_exception_handler(Exception, answer_failed)
+
+    @served.post("/v1/completions")
+    @served.post("/v1/messages")
+    async def post(body: Body) -> Response:
+        raise AttributeError(f"a secret of {body}")
+
+    @served.get("/item/{number}")
+    async def get(number: int, flag: bool = False) -> Response:
+        return Response(str((number, flag)))
+
+    @served.post("/other", dependencies=[Depends(wants_json)])
+    async def other(body: Annotated[Body, "unused"]) -> Response:
+        return Response(str(body))
+
+    return served
+
+
+def ask(method: str, path: str, body: Any = None) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, json=body)
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "param"),
+    [
+        ("POST", "/v1/completions", turn(5), 400, "messages.0.content"),
+        ("POST", "/v1/completions", [], 400, None),
+        ("GET", "/item/x", None, 400, "number"),
+        ("GET", "/item/1?flag=maybe", None, 400, "flag"),
+        ("POST", "/other", {"messages": []}, 415, "Content-Type"),
+    ],
+)
+def test_every_place_of_a_request_is_named_alike(
+    method: str, path: str, body: Any, status: int, param: str | None
+) -> None:
+    answer = ask(method, path, body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_fault_of_the_server_tells_nothing_of_itself_in_each_apis_shape() -> None:
+    answer = ask("POST", "/v1/completions", {"messages": []})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    anthropic = ask("POST", "/v1/messages", {"messages": []}).json()
+    assert (anthropic["type"], anthropic["error"]["type"]) == ("error", "api_error")
+    assert "secret" not in json.dumps([answer.json(), anthropic])
