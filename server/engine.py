@@ -70,6 +70,7 @@ from server.generation.call import Generation, Outputs
 from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_grammar
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider
+from server.generation.prompts import prompt_ids
 from server.huge_pages import collapse_memory
 from server.policies.reloading import Policies
 from server.settings import Settings
@@ -330,6 +331,10 @@ class _VllmScorer:
         if isinstance(rendered, ErrorResponse):
             raise _request_error(rendered)
         return rendered[0], lora_request
+
+    def tokens(self, rendered: tuple[Any, Any]) -> int:
+        """Returns the length of what ``render`` returned."""
+        return len(prompt_ids(rendered[0]))
 
     async def decide(self, rendered: tuple[Any, Any], steering: Steering) -> Decision:
         """Returns the decision on what ``render`` returned."""

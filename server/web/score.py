@@ -3,7 +3,7 @@
 import asyncio
 import copy
 import math
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -32,10 +32,11 @@ from server.web.validation import NOT_JSON, first_problem
 
 SCORE = "/v1/refusal/score"
 MOST_INPUTS = 1024
-# So many are rendered before other requests have their turn: rendering holds the event loop.
-RENDERED_AT_ONCE = 32
-# So many wait for the engine at once: enough to fill its batches, too few to bury other requests.
-DECIDED_AT_ONCE = 128
+# So many are rendered, and so many decided, before other requests have their turn: rendering holds
+# the event loop, and what waits in the engine's queue stands before whatever comes next.
+AT_ONCE = 16
+# So many tokens, too, unless one prompt has more: about what the engine takes into one step.
+TOKENS_AT_ONCE = 2048
 # nginx's status for a client that has gone; nobody reads it but the metrics.
 CLIENT_GONE = 499
 
@@ -87,6 +88,9 @@ class Scorer(Protocol):
         Raises:
             RequestError: vLLM refuses it.
         """
+
+    def tokens(self, rendered: Any) -> int:
+        """Returns the length of a rendered prompt."""
 
     async def decide(self, rendered: Any, steering: Steering) -> Decision:
         """Returns the decision on a rendered prompt, margins included.
@@ -172,23 +176,19 @@ class ScoreRoute:
         prepared = await asyncio.to_thread(self._prepare_all, wanted.inputs)
         # All are rendered before one is decided: a wrong input costs the engine nothing.
         rendered: list[Any] = []
-        for start in range(0, len(prepared), RENDERED_AT_ONCE):
-            some = prepared[start : start + RENDERED_AT_ONCE]
+        for start in range(0, len(prepared), AT_ONCE):
+            some = prepared[start : start + AT_ONCE]
             work = [self._scorer.render(wanted.model, body) for body, _ in some]
             rendered += await _each(work, first=start)
-        gate = asyncio.Semaphore(DECIDED_AT_ONCE)
-        decisions = await _each(
-            [
-                self._decide(gate, prompt, _steering(dials, body, count))
-                for prompt, (body, count) in zip(rendered, prepared, strict=True)
+        decisions: list[Decision] = []
+        for part in _parts([self._scorer.tokens(prompt) for prompt in rendered]):
+            work = [
+                self._scorer.decide(prompt, _steering(dials, body, count))
+                for prompt, (body, count) in zip(rendered[part], prepared[part], strict=True)
             ]
-        )
+            decisions += await _each(work, first=part.start)
         metrics.SCORED.inc(len(decisions))
-        return self._answer(wanted.model, dials, decisions)
-
-    async def _decide(self, gate: asyncio.Semaphore, rendered: Any, steering: Steering) -> Decision:
-        async with gate:
-            return await self._scorer.decide(rendered, steering)
+        return await asyncio.to_thread(self._answer, wanted.model, dials, decisions)
 
     def _prepare_all(self, inputs: Sequence[ScoreInput]) -> list[tuple[dict[str, Any], int]]:
         return [self._prepare(place, entry) for place, entry in enumerate(inputs)]
@@ -270,6 +270,17 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
     inlined: dict[str, Any] = replaced(schema)
     return inlined
+
+
+def _parts(lengths: Sequence[int]) -> Iterator[slice]:
+    start, tokens = 0, 0
+    for place, length in enumerate(lengths):
+        full = place - start == AT_ONCE or tokens + length > TOKENS_AT_ONCE
+        if full and place > start:
+            yield slice(start, place)
+            start, tokens = place, 0
+        tokens += length
+    yield slice(start, len(lengths))
 
 
 async def _each(work: Sequence[Awaitable[T]], *, first: int = 0) -> list[T]:

@@ -18,6 +18,7 @@ ALTERNATIVES = {**PLAIN, "logprobs": True, "top_logprobs": 3}
 # Each takes a decision pass of its own for its margins.
 REPORTED = {**PLAIN, "refusal": {"report": True}, "repetition_penalty": 1.1, "max_tokens": 1}
 AT_ONCE = 40
+LONGEST_WAIT_S = 6.0
 
 
 def alternatives(answer: httpx.Response) -> list[list[tuple[str, float]]]:
@@ -66,6 +67,24 @@ def test_token_ids_that_would_reach_others_are_refused(
     assert "V1 model runner" in answer.json()["error"]["message"]
 
 
+def test_score_of_many_prompts_leaves_others_their_time(server: Server) -> None:
+    words = [f"Question {i} about " + "bridges and rivers " * 60 for i in range(1024)]
+    score = {"inputs": [{"messages": [{"role": "user", "content": text}]} for text in words]}
+
+    async def longest_wait_s() -> float:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+            scoring = asyncio.create_task(client.post("/v1/refusal/score", json=score))
+            longest_s = 0.0
+            while not scoring.done():
+                started_s = time.monotonic()
+                await client.post(CHAT, json={**PLAIN, "max_tokens": 1})
+                longest_s = max(longest_s, time.monotonic() - started_s)
+            assert scoring.result().status_code == 200, scoring.result().text
+            return longest_s
+
+    assert asyncio.run(longest_wait_s()) < LONGEST_WAIT_S
+
+
 AMBIGUOUS = "root ::= a\na ::= a a a a | a a a | a a | [a-z ]"
 ARRAYS = [{"type": "array", "items": {"$ref": "#"}, "minItems": i % 3} for i in range(300)]
 TAG = {"type": "structural_tag", "format": {"type": "regex", "pattern": "(.*a){20}"}}
@@ -91,7 +110,6 @@ COSTLY: list[dict[str, Any]] = [
     },
     {"response_format": TAG},
 ]
-LONGEST_WAIT_S = 6.0
 
 
 @pytest.mark.parametrize("grammar", COSTLY, ids=lambda grammar: str(grammar)[:60])

@@ -61,6 +61,9 @@ class FakeScorer:
     async def render(self, model: str | None, body: dict[str, Any]) -> Any:
         return body
 
+    def tokens(self, rendered: Any) -> int:
+        return 1
+
     async def decide(self, rendered: Any, steering: Steering) -> Decision:
         return Decision(0 if steering.controls.bias[0] >= 1 else None, (-1.0, -1.0), 0.5)
 

@@ -13,7 +13,14 @@ from starlette.types import Message
 from models.errors import RequestError
 from server.context import Decision, Steering
 from server.telemetry.trace import DecisionTrace
-from server.web.score import MOST_INPUTS, SCORE, ScoreRoute, build_score_router
+from server.web.score import (
+    AT_ONCE,
+    MOST_INPUTS,
+    SCORE,
+    TOKENS_AT_ONCE,
+    ScoreRoute,
+    build_score_router,
+)
 from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
@@ -39,6 +46,8 @@ class FakeEngine:
         self.stuck = stuck
         self.rendered: list[dict[str, Any]] = []
         self.history: list[int] = []
+        self.waiting: list[int] = []
+        self.most_waiting = self.most_tokens = 0
         self.decided = 0
         self.cancelled = 0
 
@@ -48,7 +57,20 @@ class FakeEngine:
             raise RequestError("no such thing", status=400)
         return body
 
+    def tokens(self, rendered: Any) -> int:
+        return len(rendered.get("prompt", "").split())
+
     async def decide(self, rendered: Any, steering: Steering) -> Decision:
+        self.waiting.append(self.tokens(rendered))
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+        self.most_tokens = max(self.most_tokens, sum(self.waiting))
+        await asyncio.sleep(0)
+        try:
+            return await self._decided(rendered, steering)
+        finally:
+            self.waiting.pop()
+
+    async def _decided(self, rendered: Any, steering: Steering) -> Decision:
         self.decided += 1
         self.history.append(steering.history_of(0))
         assert steering.report
@@ -85,6 +107,18 @@ def score(
             return await client.post(SCORE, content=content, headers=sent)
 
     return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("words", "most_waiting"), [(0, AT_ONCE), (600, 3), (TOKENS_AT_ONCE, 1), (3000, 1)]
+)
+def test_few_inputs_at_once_wait_before_other_requests(words: int, most_waiting: int) -> None:
+    engine = FakeEngine()
+    inputs = [{"prompt": f"{i}" + " word" * (words - 1)} for i in range(50)]
+    answer = score({"inputs": inputs}, engine)
+    assert [entry["index"] for entry in answer.json()["data"]] == list(range(50))
+    assert (engine.most_waiting, engine.decided) == (most_waiting, 50)
+    assert engine.most_tokens <= max(TOKENS_AT_ONCE, words)
 
 
 def test_inputs_are_answered_in_their_order() -> None:
