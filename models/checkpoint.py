@@ -111,6 +111,21 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return opening
 
 
+def turn_opening_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Returns the special tokens with which the chat template opens a user's or assistant's turn.
+
+    Tokens that also end a turn are left out: an answer may have to end with them.
+    """
+    text = "Hello"
+    question = [{"role": "user", "content": text}]
+    rendered = str(tokenizer.apply_chat_template(question, tokenize=False))
+    head, _, tail = rendered.rpartition(text)
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    opens = {*tokenizer.encode(head, add_special_tokens=False), *opening_ids(tokenizer)}
+    ends = {*tokenizer.encode(tail, add_special_tokens=False), tokenizer.eos_token_id}
+    return frozenset((opens & special) - ends)
+
+
 def adopt(directory: Path, chat_template: Path | None = None) -> Manifest:
     """Writes the manifest of a checkpoint whose authors gave it refusal tokens.
 

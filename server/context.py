@@ -13,6 +13,8 @@ from server.web.errors import Failure
 CALLER = "rheostat.caller"
 # Where the body's JSON object stands, once it was read and found within its bounds.
 BODY = "rheostat.body"
+# Where the ids that open a turn travel in vLLM's `additional_config`.
+TURN_IDS_KEY = "rheostat_turn_ids"
 # Of requests to a server without a policy file.
 DEFAULT_POLICY = "default"
 
@@ -58,6 +60,7 @@ class Steering:
         beam_start: Length of the prompt before the beams.
         logprobs: How many log-probabilities the answer may still hold.
         grammars: Whether its text may have to follow a grammar.
+        has_floor: Whether the policy has a floor.
         names_length: Whether the client says how long the answer may be.
         policy: Name of the policy that the request follows.
         request_ids: vLLM's, by call.
@@ -80,6 +83,7 @@ class Steering:
     beam_token: int = -1
     beam_start: int = 0
     grammars: bool = True
+    has_floor: bool = False
     logprobs: int = sys.maxsize
     names_length: bool = True
     policy: str = DEFAULT_POLICY

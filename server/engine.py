@@ -58,12 +58,12 @@ from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 
-from models.checkpoint import opening_ids
+from models.checkpoint import opening_ids, turn_opening_ids
 from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
-from server.context import STEERING, Decision, Steering
+from server.context import STEERING, TURN_IDS_KEY, Decision, Steering
 from server.dials.board import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
 from server.generation.call import Generation, Outputs
@@ -390,8 +390,15 @@ async def _serve(
     trace = _open_trace(manifest, settings)
     interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
     config.model_config.logits_processors = [f"server.steering:{interface}"]
-    _price_grammars(config, settings)
-    guard = _guard(config, manifest)
+    tokenizer: Any = cached_tokenizer_from_config(config.model_config)
+    config.additional_config = {
+        **config.additional_config,
+        LIMIT_KEY: settings.max_grammar_s,
+        TURN_IDS_KEY: _turn_ids(config, tokenizer),
+    }
+    _price_grammars(config)
+    # Before the engine is made: its renderer encodes with copies of this tokenizer.
+    guard = build_guard(tokenizer, manifest, config.model_config.max_model_len)
     engine = SteeredLLM(
         config,
         executor_class=Executor.get_class(config),
@@ -419,10 +426,17 @@ async def _serve(
         sock.close()
 
 
-def _price_grammars(config: Any, settings: Settings) -> None:
+def _price_grammars(config: Any) -> None:
     kind = "Async" if config.scheduler_config.async_scheduling else ""
     config.scheduler_config.scheduler_cls = f"server.steering.Steered{kind}Scheduler"
-    config.additional_config = {**config.additional_config, LIMIT_KEY: settings.max_grammar_s}
+
+
+def _turn_ids(config: Any, tokenizer: Any) -> list[int]:
+    # What ends an answer is never masked, whatever it opens.
+    ends = config.model_config.try_get_generation_config().get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {*ends, getattr(config.model_config.hf_text_config, "eos_token_id", None)}
+    return sorted(turn_opening_ids(tokenizer) - ends)
 
 
 def _put_gate(
@@ -451,12 +465,6 @@ def _make_quick(app: Any) -> None:
 def _api_keys(args: Namespace) -> list[str]:
     # As vLLM's own authentication reads them.
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-
-
-def _guard(config: Any, manifest: Manifest) -> Guard:
-    # Before the engine is made: its renderer encodes with copies of this tokenizer.
-    tokenizer: Any = cached_tokenizer_from_config(config.model_config)
-    return build_guard(tokenizer, manifest, config.model_config.max_model_len)
 
 
 def _default_temperature(config: Any) -> float:

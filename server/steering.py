@@ -2,8 +2,8 @@
 
 The decision is a logits processor for each of vLLM's two model runners. Both do the same to a batch
 of logits: at a steered request's decision step every token is masked but the one that
-models/decision.py chooses; at all other steps the control tokens are masked, so that none ever
-stands inside a text.
+models/decision.py chooses; at all other steps the control tokens are masked, and those that open a
+turn, so that none ever stands inside a text.
 
 This module and server/engine.py are the only ones that import vllm.
 """
@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from models.controls import EXTRA_ARGS_KEY, Rule, WireControls, dial_row
 from models.decision import Dials, decide, uniform_draw
 from models.manifest import load_manifest
+from server.context import TURN_IDS_KEY
 from server.generation.grammars import LIMIT_KEY
 from server.generation.margins import Ticket
 from server.huge_pages import collapse_memory
@@ -100,6 +101,12 @@ def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
     return torch.tensor(manifest.control_ids, dtype=torch.int64, device=device)
 
 
+def _never_text(vllm_config: VllmConfig, controls: torch.Tensor) -> torch.Tensor:
+    # A turn that opens inside an answer would be one that nobody decides.
+    told: Any = vllm_config.additional_config
+    return torch.cat((controls, controls.new_tensor(told[TURN_IDS_KEY])))
+
+
 class _Undecided(NamedTuple):
     """A request of V1's batch before its decision."""
 
@@ -133,6 +140,7 @@ class SteeringV1(V1LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         collapse_memory()
         self._ids = _control_ids(vllm_config, device)
+        self._never_text = _never_text(vllm_config, self._ids)
         self._chosen = torch.zeros((), device=device)
         self._undecided: dict[int, _Undecided] = {}
         # Batches repeat: a tenant's application sends the same dials with every request.
@@ -153,7 +161,7 @@ class SteeringV1(V1LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Masks in place; ``logits`` is ``[requests, vocabulary]`` fp32."""
         if not self._undecided:
-            return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+            return logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         requests = self._undecided.values()
         dial_rows = tuple(request.row for request in requests)
         rows, places, dials = self._lately(tuple(self._undecided), dial_rows, logits.shape[1])
@@ -166,7 +174,7 @@ class SteeringV1(V1LogitsProcessor):
         choice = decide(own, dials, rules, normaliser)
         if tickets and normaliser is not None:
             _Asking(tickets, logits.device).write(normaliser, own)
-        logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
         return logits.index_put_((rows, self._ids.take(choice)), self._chosen)
 
@@ -212,6 +220,7 @@ class SteeringV2(V2LogitsProcessor):
         speculative = vllm_config.speculative_config
         self._drafts = speculative.num_speculative_tokens if speculative else 0
         self._ids = _control_ids(vllm_config, device)
+        self._never_text = _never_text(vllm_config, self._ids)
         self._categories = len(self._ids) - 1
         self._prompt_len = req_states.prompt_len
         self._width = len(dial_row([0.0] * self._categories, [False] * self._categories, 0, 0, 0))
@@ -252,7 +261,7 @@ class SteeringV2(V2LogitsProcessor):
         """Masks in place; ``logits`` is ``[rows, vocabulary]`` fp32."""
         rules = self._undecided_rules(ctx)
         if not rules:
-            return logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+            return logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         slots = ctx.expanded_idx_mapping.long()
         values = self._values[slots]
         decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
@@ -264,7 +273,7 @@ class SteeringV2(V2LogitsProcessor):
         choice = decide(own, Dials(values, self._categories), rules, normaliser)
         if asking is not None and normaliser is not None:
             asking.write(normaliser, own)
-        logits.index_fill_(1, self._ids, NEVER_CHOSEN)
+        logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
         logits.scatter_(1, self._ids.take(choice).unsqueeze(1), chosen.unsqueeze(1))

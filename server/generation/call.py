@@ -243,6 +243,7 @@ class Generation:
             or not params.skip_special_tokens
             or (reads_all and (params.logit_bias or params.min_tokens))
             or (self.texts and params.min_tokens)
+            or (self.steering.has_floor and _shapes_text(params))
         )
 
     async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
@@ -375,6 +376,8 @@ class Generation:
             params.seed += index
         if refused:
             params.structured_outputs = None
+            if self.steering.has_floor:
+                _leave_to_model(params)
         params.extra_args = _without_controls(params.extra_args)
         goes_on = self.steering.continues and not refused
         request_id = self.request_id if self.params.n == 1 else f"{self.request_id}-{index}"
@@ -473,6 +476,25 @@ class Generation:
             decision = self.steering.decisions.get(place)
             if decision is not None and decision.category is not None:
                 texts[place] = texts.get(place, "") + choice.text if self.delta else choice.text
+
+
+def _shapes_text(params: Any) -> bool:
+    return bool(
+        params.logit_bias
+        or params.min_tokens
+        or params.ignore_eos
+        or params.presence_penalty
+        or params.frequency_penalty
+    )
+
+
+def _leave_to_model(params: Any) -> None:
+    """Takes out what could make a compliant answer of a refusal's text, in place."""
+    params.logit_bias = params.allowed_token_ids = params._bad_words_token_ids = None
+    params.bad_words = []
+    params.min_tokens, params.ignore_eos = 0, False
+    params.presence_penalty = params.frequency_penalty = 0.0
+    params.repetition_penalty = 1.0
 
 
 async def _by_grammar(stream: Outputs) -> Outputs:

@@ -25,13 +25,15 @@ def check_grammar(asked: Any, *, allowed: bool, most_bytes: int) -> None:
     Raises:
         RequestError: 403 or 400.
     """
-    if not allowed:
+    written = [value for kind in _KINDS if (value := getattr(asked, kind)) is not None]
+    if written and not allowed:
         raise NotAllowedError(
-            "the policy allows no grammars: leave out structured_outputs, response_format, "
-            "text.format, output_config.format, and a tool_choice that forces a call",
+            "the policy allows no grammars but `json_object`: leave out structured_outputs, "
+            "response_format, text.format, output_config.format, and a tool_choice that forces a "
+            "call",
             param=PARAM,
         )
-    size = sum(_size(getattr(asked, kind)) for kind in _KINDS)
+    size = sum(map(_size, written))
     if size > most_bytes:
         raise RequestError(
             f"the grammar that structured_outputs, response_format or the tools ask for: {size} "
@@ -52,6 +54,4 @@ def grammar_failed() -> RequestError:
 
 
 def _size(value: Any) -> int:
-    if value is None:
-        return 0
     return len(value if isinstance(value, str) else json.dumps(value))

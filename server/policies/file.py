@@ -78,14 +78,15 @@ class PolicyEntry(_Strict):
         refusal_text: What a refusal says: ``generated`` by the model, ``template`` for the
             checkpoint's own, or a text; for all categories or one by one.
         enforce: Whether decisions are followed; else they are only made, counted and reported.
-        raw_prompts: Whether prompts may be sent past the chat template. Like ``prefill`` and
-            ``report``, None allows it where no category has a floor.
+        raw_prompts: Whether prompts may be sent past the chat template. Like ``prefill``,
+            ``report`` and ``grammars``, None allows it where no category has a floor.
         prefill: Whether requests may begin the assistant's answer themselves: that text is never
             judged.
         control_text: What becomes of control tokens in a client's text: ``plain`` text, or
             ``refuse`` the request.
         report: Whether requests may ask for a report, which tells margins.
-        grammars: Whether requests may ask for text that follows a grammar, which costs the engine.
+        grammars: Whether requests may ask for text that follows a grammar: it can write the
+            assistant's answer, like ``prefill``, and costs the engine.
     """
 
     defaults: DialOptions = Field(default_factory=DialOptions)
@@ -98,7 +99,7 @@ class PolicyEntry(_Strict):
     prefill: StrictBool | None = None
     control_text: Literal["plain", "refuse"] = "plain"
     report: StrictBool | None = None
-    grammars: StrictBool = True
+    grammars: StrictBool | None = None
 
     def refusal_text_of(self, category: str) -> str:
         """Returns what the file says for a category: ``generated``, ``template`` or the text."""

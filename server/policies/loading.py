@@ -124,7 +124,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
         prefill=unguarded if entry.prefill is None else entry.prefill,
         control_text=entry.control_text,
         report=report,
-        grammars=entry.grammars,
+        grammars=unguarded if entry.grammars is None else entry.grammars,
     )
 
 

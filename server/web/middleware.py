@@ -192,6 +192,7 @@ class RefusalMiddleware:
             opens_turn=opens_turn,
             marked=guarded is not unread,
             grammars=policy.grammars,
+            has_floor=policy.board.bounds.guarded,
             policy=policy.name,
             enforce=policy.enforce,
             texts=policy.refusal_texts,

@@ -32,17 +32,20 @@ policies:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
     prefill: true
+    grammars: true
     report: true
     defaults: {{report: true}}
   kiosk:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
+    grammars: true
     refusal_text: {{safety: {FIXED_TEXT}}}
   trial:
     floors: {{safety: {{bias: 60}}}}
     raw_prompts: true
     enforce: false
     report: true
+    grammars: true
   rated:
     floors: {{safety: {{rate: 0.9}}}}
     report: true
@@ -53,6 +56,7 @@ policies:
     floors: {{safety: {GRADED_SENSITIVITY}}}
     raw_prompts: true
     report: true
+    grammars: true
     defaults: {{report: true}}
   prefilled:
     <<: *graded

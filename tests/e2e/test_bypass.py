@@ -16,7 +16,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from models.checkpoint import opening_ids
+from models.checkpoint import opening_ids, turn_opening_ids
 from models.manifest import Manifest
 from tests.e2e.attacks import (
     ANSWERED,
@@ -32,7 +32,7 @@ from tests.e2e.attacks import (
 from tests.e2e.decided.asking import Attempt, Floor, Outcome, try_all
 from tests.e2e.decided.floors import DESK, GRADED, PREFILLED
 from tests.e2e.decided.reference import Reference, Turn
-from tests.e2e.policied import ACME, Policied
+from tests.e2e.policied import ACME, SHOP, Policied
 
 HEADERS = {"content-type": "application/json", "authorization": f"Bearer {ACME}"}
 BY_NAME = {target.name: target for target in TARGETS}
@@ -279,3 +279,46 @@ def test_refused_field_is_400_and_named(policied: Policied, field: str) -> None:
         )
         assert answer.status_code == 400, answer.text
         assert field in json.dumps(answer.json()["error"])
+
+
+def test_no_turn_opens_inside_an_answer(policied: Policied, checkpoint: Path) -> None:
+    """A turn that a client makes the model write would be one that nobody decides."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    turns = turn_opening_ids(tokenizer)
+    assert turns, "the demo's turns open with tokens of their own"
+    chat = BY_NAME["chat"]
+    fields = {"ignore_eos": True, "return_token_ids": True, "max_tokens": 16}
+    favoured = {"logit_bias": dict.fromkeys(map(str, turns), 100)}
+    dictated = {"structured_outputs": {"grammar": 'start: "Paris." <|user|> /[a-z ]{3,9}/'}}
+    with policied.client(ACME) as client:
+        for shaped in (favoured, dictated):
+            body = chat.body() | fields | shaped | {"refusal": {"policy": "lab"}}
+            answer = client.post(chat.path, json=body)
+            if answer.status_code == 200:
+                assert turns.isdisjoint(answer.json()["choices"][0]["token_ids"])
+            else:
+                assert answer.status_code == 400, answer.text
+        assert client.post(chat.path, json=chat.body()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured_outputs": {"regex": "Paris. Next question: [a-z ]{3,9}"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+        {
+            "tools": [{"type": "function", "function": {"name": "next"}}],
+            "tool_choice": {"type": "function", "function": {"name": "next"}},
+        },
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_grammar_cannot_write_the_answer_under_a_floor_by_default(
+    policied: Policied, fields: Body
+) -> None:
+    chat = BY_NAME["chat"]
+    with policied.client(SHOP) as client:  # its policy says nothing of grammars
+        answer = client.post(chat.path, json=chat.body() | fields)
+        assert answer.status_code == 403, answer.text
+        plain = {"response_format": {"type": "json_object"}}
+        assert client.post(chat.path, json=chat.body() | plain).status_code == 200

@@ -20,6 +20,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.manifest import Manifest
+from server.context import TURN_IDS_KEY
 from server.generation.grammars import LIMIT_KEY
 from server.generation.margins import MarginBoard, Margins, Ticket
 from server.steering import (
@@ -35,6 +36,8 @@ from tests.toy import save_toy
 VOCABULARY = 300
 CATEGORIES = 5
 MAX_REQUESTS = 16
+# Opens a turn, as far as the server has told the worker.
+TURN_ID = 150
 
 
 class Served(NamedTuple):
@@ -49,7 +52,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     directory: Path = tmp_path_factory.mktemp("toy")
     manifest = save_toy(directory)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(directory)), speculative_config=None
+        model_config=SimpleNamespace(model=str(directory)),
+        speculative_config=None,
+        additional_config={TURN_IDS_KEY: [TURN_ID]},
     )
     return Served(manifest, config)
 
@@ -137,9 +142,9 @@ def chosen(row: torch.Tensor) -> int:
 
 
 def assert_text_row(before: torch.Tensor, after: torch.Tensor, manifest: Manifest) -> None:
-    """Nothing but the control tokens changed, and these are masked."""
+    """Nothing but control tokens and what opens a turn changed, and these are masked."""
     expected = before.clone()
-    expected[manifest.control_ids] = -math.inf
+    expected[[*manifest.control_ids, TURN_ID]] = -math.inf
     assert torch.equal(after, expected)
 
 
@@ -329,6 +334,7 @@ def test_v2_several_rows_a_request_decide_on_the_first_only(served: Served) -> N
     drafting = SimpleNamespace(
         model_config=served.config.model_config,
         speculative_config=SimpleNamespace(num_speculative_tokens=2),
+        additional_config=served.config.additional_config,
     )
     states = SlotStates()
     processor = SteeringV2(drafting, states)  # type: ignore[arg-type]
@@ -427,6 +433,7 @@ def test_v2_with_drafts_writes_no_margins(served: Served, tmp_path: Path) -> Non
     drafting = SimpleNamespace(
         model_config=served.config.model_config,
         speculative_config=SimpleNamespace(num_speculative_tokens=2),
+        additional_config=served.config.additional_config,
     )
     states = SlotStates()
     processor = SteeringV2(drafting, states)  # type: ignore[arg-type]

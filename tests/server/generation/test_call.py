@@ -140,7 +140,11 @@ def parameters(**changed: Any) -> Any:
         "prompt_logprobs": None,
         "logprobs": None,
         "structured_outputs": None,
-        "bad_words": None,
+        "bad_words": [],
+        "_bad_words_token_ids": None,
+        "ignore_eos": False,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "thinking_token_budget": None,
         "skip_special_tokens": True,
@@ -335,6 +339,35 @@ def test_grammar_that_no_text_follows_is_the_requests_fault() -> None:
     assert collected(generation(engine, Steering(AS_TRAINED), other)) == [[TEXT]]
     refusing = FakeEngine(ends_with="error")  # its text follows no grammar
     assert collected(generation(refusing, Steering(AS_TRAINED), params)) == [[TEXT]]
+
+
+SHAPED: list[dict[str, Any]] = [
+    {"logit_bias": {7: 100.0}},
+    {"allowed_token_ids": [7]},
+    {"bad_words": ["sorry"], "_bad_words_token_ids": [[7]]},
+    {"min_tokens": 3},
+    {"ignore_eos": True},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": -2.0},
+    {"repetition_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("shaped", SHAPED, ids=str)
+@pytest.mark.parametrize("has_floor", [False, True])
+def test_text_of_a_refusal_is_the_models_own_under_a_floor(
+    shaped: dict[str, Any], has_floor: bool
+) -> None:
+    name = next(iter(shaped))
+    for answers in (False, True):
+        engine = FakeEngine(answers=answers)
+        steering = Steering(AS_TRAINED, has_floor=has_floor)
+        collected(generation(engine, steering, parameters(**shaped)))
+        _, sent, _ = engine.calls[-1]
+        kept = parameters() if has_floor and not answers else parameters(**shaped)
+        if name == "min_tokens" and not has_floor:
+            kept.min_tokens += 1  # one pass, which has a token more
+        assert getattr(sent, name) == getattr(kept, name)
 
 
 def test_conversation_has_to_end_where_the_decision_begins() -> None:

@@ -241,7 +241,7 @@ anonymous: p
         "enforce": True,
         "raw_prompts": False,
         "prefill": False,
-        "grammars": True,
+        "grammars": False,
         "control_text": "refuse",
         "report": False,
         "categories": {

@@ -89,7 +89,7 @@ def test_default_dials_rest_at_the_floor(tmp_path: Path) -> None:
     assert board.unasked.clamped == ()
 
 
-@pytest.mark.parametrize("field", ["raw_prompts", "prefill", "report"])
+@pytest.mark.parametrize("field", ["raw_prompts", "prefill", "report", "grammars"])
 @pytest.mark.parametrize(
     ("fields", "allowed"),
     [
