@@ -59,6 +59,8 @@ class Steering:
         beam_token: What the first call of a beam search decided.
         beam_start: Length of the prompt before the beams.
         logprobs: How many log-probabilities the answer may still hold.
+        piece_logprobs: How many each step of an answer that is streamed may hold.
+        prompts: How many prompts the request has.
         grammars: Whether its text may have to follow a grammar.
         has_floor: Whether the policy has a floor.
         names_length: Whether the client says how long the answer may be.
@@ -85,6 +87,8 @@ class Steering:
     grammars: bool = True
     has_floor: bool = False
     logprobs: int = sys.maxsize
+    piece_logprobs: int = sys.maxsize
+    prompts: int = 1
     names_length: bool = True
     policy: str = DEFAULT_POLICY
     request_ids: list[str] = field(default_factory=list)
@@ -123,6 +127,21 @@ class Steering:
                 f"the answer would hold {-self.logprobs} log-probabilities more than are allowed "
                 "here (RHEOSTAT_MAX_LOGPROBS): lower max_tokens, n, top_logprobs or "
                 "prompt_logprobs, or stream the answer",
+                param="logprobs",
+            )
+
+    def hold_piece(self, each_prompt: int) -> None:
+        """Bounds what one step of a streamed answer holds, which all prompts put out together.
+
+        Raises:
+            RequestError: It would hold too many log-probabilities.
+        """
+        found = self.prompts * each_prompt
+        if found > self.piece_logprobs:
+            raise RequestError(
+                f"each step of the stream would hold {found} log-probabilities, and at most "
+                f"{self.piece_logprobs} are allowed here (an eighth of RHEOSTAT_MAX_LOGPROBS): "
+                "lower n, top_logprobs, stream_interval or the number of prompts",
                 param="logprobs",
             )
 

@@ -113,6 +113,7 @@ class SteeredLLM(AsyncLLM):
         unsteered: Callable[[], Resolution],
         mark: str,
         max_grammar_bytes: int,
+        max_grammar_count: int,
         recorder: MarginRecorder | None = None,
     ) -> None:
         """Tells the engine its control tokens, before the first request.
@@ -122,11 +123,13 @@ class SteeredLLM(AsyncLLM):
             unsteered: Gives the dials of calls that come from no HTTP request.
             mark: What the guard breaks special tokens with.
             max_grammar_bytes: Longest grammar of a request, as text.
+            max_grammar_count: What its counts may come to.
             recorder: Counts the margins of a share of the requests.
         """
         self.manifest = manifest
         self.unsteered = unsteered
         self.max_grammar_bytes = max_grammar_bytes
+        self.max_grammar_count = max_grammar_count
         self.recorder = recorder
         self.hider = Hider(manifest, mark)
         self.category_of = {c.id: i for i, c in enumerate(manifest.categories)}
@@ -219,6 +222,8 @@ class SteeredLLM(AsyncLLM):
                 params.structured_outputs,
                 allowed=steering.grammars,
                 most_bytes=self.max_grammar_bytes,
+                most_count=self.max_grammar_count,
+                choices=steering.prompts * params.n,
             )
 
     def vllm_error(self, error: RequestError) -> VLLMError:
@@ -408,7 +413,14 @@ async def _serve(
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
     try:
-        engine.steer(manifest, policies.strictest, guard.mark, settings.max_grammar_bytes, recorder)
+        engine.steer(
+            manifest,
+            policies.strictest,
+            guard.mark,
+            settings.max_grammar_bytes,
+            settings.max_grammar_count,
+            recorder,
+        )
         await engine.reset_mm_cache()
         async with AsyncExitStack() as running:
             if recorder:

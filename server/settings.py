@@ -37,10 +37,15 @@ class Settings(BaseSettings):
         max_grammar_bytes: Longest grammar of a request, as text.
         max_grammar_s: What following a request's grammar may take of the engine's time, beyond
             what each step has free.
+        max_grammar_count: What the counts of a request's grammar may come to: those of items
+            together, times its choices, and those of one pattern, multiplied where they may stand
+            in each other.
         max_stops: Most stop strings or bad words of a request.
         max_choices: Most choices of a request: ``n`` times its prompts.
-        max_logprobs: Most log-probabilities of an answer, those of its prompts included; an answer
-            that is streamed counts those of its prompts only.
+        max_repeated_bytes: Most bytes of fields, the conversation's not counted, times the choices,
+            where a request has several.
+        max_logprobs: Most log-probabilities of an answer, those of its prompts included; each step
+            of an answer that is streamed holds an eighth of them.
         operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
             routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
@@ -69,8 +74,10 @@ class Settings(BaseSettings):
     max_tools: int = Field(default=256, ge=1)
     max_grammar_bytes: int = Field(default=64 * 2**10, ge=256)
     max_grammar_s: float = Field(default=1.0, gt=0.0)
+    max_grammar_count: int = Field(default=2**12, ge=1)
     max_stops: int = Field(default=128, ge=1)
     max_choices: int = Field(default=128, ge=1)
+    max_repeated_bytes: int = Field(default=2**17, ge=1024)
     max_logprobs: int = Field(default=2**13, ge=1)
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)

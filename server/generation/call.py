@@ -223,6 +223,7 @@ class Generation:
             fitting = (steering.logprobs - logprobs.prompt) // logprobs.each_step
             params.max_tokens = max(1, min(params.max_tokens, fitting))
         answer = logprobs.each_step * (params.max_tokens or 1)
+        steering.hold_piece(logprobs.each_piece)
         steering.take_logprobs(logprobs.prompt + answer)
 
     def _needs_decision_first(self) -> bool:

@@ -1,6 +1,8 @@
 """What a request's grammar may cost: all requests share the engine that follows it."""
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from models.errors import NotAllowedError, RequestError
@@ -12,15 +14,38 @@ LIMIT_KEY = "rheostat_max_grammar_s"
 # What vLLM calls the one of its libraries that bounds each of its steps.
 BOUNDED_BACKEND = "guidance"
 _KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
+# Keys of JSON schemas whose numbers say how many of something there are. llguidance writes one rule
+# for each item; it counts the characters of a string while these come.
+_COUNTS = re.compile("(?:min|max)(?!Length)[A-Z]")
+# Keys of JSON whose texts are patterns, or whose object has patterns for keys.
+_PATTERNS = re.compile("pattern|regex", re.IGNORECASE)
+# {m}, {m,} and {m,n}, and Lark's ~m and ~m..n, without white space.
+_REPEAT = re.compile(r"(.?)(?:\{([0-9]+)(?:,([0-9]*))?\}|~([0-9]+)(?:\.\.([0-9]+))?)")
+# What a group, a pattern of Lark's or a repeat ends with (an empty text: the repeat before): counts
+# behind these multiply the counts within.
+_GROUP_ENDS = frozenset(["", *")}?*+/"])
+_INLINE_SCHEMA = re.compile(r"%json\s*")
 
 
-def check_grammar(asked: Any, *, allowed: bool, most_bytes: int) -> None:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def check_grammar(
+    asked: Any, *, allowed: bool, most_bytes: int, most_count: int, choices: int = 1
+) -> None:
     """Checks what vLLM made of a request's grammar, whichever of its fields asked for it.
 
     Args:
         asked: vLLM's ``StructuredOutputsParams``.
         allowed: Whether the policy allows grammars.
         most_bytes: How long it may be, as text.
+        most_count: What its counts may come to: those of items together, times ``choices``, and
+            those of one pattern, multiplied where they may stand in each other.
+        choices: For how many choices vLLM reads it anew.
 
     Raises:
         RequestError: 403 or 400.
@@ -41,6 +66,96 @@ def check_grammar(asked: Any, *, allowed: bool, most_bytes: int) -> None:
             param=PARAM,
             status=400,
         )
+    _check_counts(asked, most_count, choices)
+
+
+def _check_counts(asked: Any, most: int, choices: int) -> None:
+    items = 0
+    for part in _parts(asked):
+        if isinstance(part, str):
+            _hold(
+                "counts of a pattern, multiplied where they may stand in each other",
+                _repeats(part),
+                most,
+            )
+        else:
+            items += part
+    _hold(f"numbers of items together, for each of {choices} choices", items * choices, most)
+
+
+def _hold(what: str, found: int, most: int) -> None:
+    if found > most:
+        raise RequestError(
+            "the grammar that structured_outputs, response_format or the tools ask for: "
+            f"{what}: {found}, and at most {most} here ({PREFIX}MAX_GRAMMAR_COUNT)",
+            param=PARAM,
+            status=400,
+        )
+
+
+def _repeats(pattern: str) -> int:
+    # From above, and without reading the pattern: a count behind a group or another count
+    # multiplies all the others together.
+    alone, multiplying = 0, 1
+    for before, *numbers in _REPEAT.findall("".join(pattern.split())):
+        # More digits than that are beyond every bound.
+        count = max(int(number.lstrip("0")[:18] or 0) for number in numbers)
+        if before in _GROUP_ENDS:
+            multiplying *= max(1, count)
+        else:
+            alone += count
+    return max(1, alone) * multiplying
+
+
+def _parts(asked: Any) -> Iterator[str | int]:
+    """Yields the numbers of items and the patterns of a grammar."""
+    if asked.regex is not None:
+        yield asked.regex
+    if asked.grammar is not None:
+        yield from _parts_of_text(asked.grammar)
+    for value in (asked.json, asked.structural_tag):
+        if value is not None:
+            yield from _parts_of_json(_read(value) if isinstance(value, str) else value)
+
+
+def _parts_of_text(text: str) -> Iterator[str | int]:
+    yield from text.splitlines()
+    for found in _INLINE_SCHEMA.finditer(text):
+        yield from _parts_of_json(_read(text, found.end()))
+
+
+def _parts_of_json(schema: Any) -> Iterator[str | int]:
+    left = [schema]
+    for value in left:  # which grows on the way
+        if isinstance(value, list):
+            left.extend(value)
+        elif isinstance(value, dict):
+            left.extend(value.values())
+            for key, child in value.items():
+                yield from _parts_of_entry(key, child)
+
+
+def _parts_of_entry(key: str, value: Any) -> Iterator[str | int]:
+    if isinstance(value, int | float) and _COUNTS.match(key):
+        yield int(min(max(value, 0), 2**63))
+    elif isinstance(value, str) and key == "grammar":
+        yield from _parts_of_text(value)
+    elif isinstance(value, str) and _PATTERNS.search(key):
+        yield value
+    elif isinstance(value, dict) and _PATTERNS.search(key):
+        yield from value
+
+
+def _read(text: str, start: int = 0) -> Any:
+    try:
+        return _JSON.raw_decode(text.lstrip() if start == 0 else text, start)[0]
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            "the grammar that structured_outputs asks for holds what is no JSON, or nests too "
+            "deeply",
+            param=PARAM,
+            status=400,
+        ) from error
 
 
 def grammar_failed() -> RequestError:

@@ -132,19 +132,29 @@ class Logprobs(NamedTuple):
     Attributes:
         prompt: Those of the prompt.
         each_step: Those of a step of all choices; none where the answer is sent piece by piece.
+        each_piece: Those of all choices in one piece of an answer that is.
     """
 
     prompt: int
     each_step: int
+    each_piece: int
 
 
 def logprobs_of(params: Any, prompt_tokens: int, *, streamed: bool) -> Logprobs:
     """Counts what ``SamplingParams`` ask for; -1 is the whole vocabulary."""
     prompt, answer = params.prompt_logprobs, params.logprobs
+    each_step = 0 if answer is None else params.n * _each_step(answer)
     return Logprobs(
-        prompt=0 if prompt is None else prompt_tokens * _each_step(prompt),
-        each_step=0 if answer is None or streamed else params.n * _each_step(answer),
+        # Each choice makes those of its prompt anew.
+        prompt=0 if prompt is None else params.n * prompt_tokens * _each_step(prompt),
+        each_step=0 if streamed else each_step,
+        each_piece=each_step * _steps_in_a_piece(params) if streamed else 0,
     )
+
+
+def _steps_in_a_piece(params: Any) -> int:
+    interval = params.stream_interval or 1
+    return interval if params.max_tokens is None else min(interval, params.max_tokens)
 
 
 def _each_step(logprobs: int) -> int:

@@ -10,7 +10,17 @@ from starlette.types import Scope
 
 from models.errors import RequestError
 from server.settings import PREFIX, Settings
+from server.web.bodies import flag
+from server.web.fields import COPIED
 
+# What vLLM reads once, however many choices and prompts there are.
+_READ_ONCE = frozenset(
+    {
+        *("messages", "input", "prompt", "system", "instructions", "documents", "inputs"),
+        "metadata",
+        *COPIED,
+    }
+)
 # Of a stop string or a bad word.
 MOST_WORD_CHARACTERS = 1024
 _INT = TypeAdapter(int)
@@ -113,10 +123,40 @@ def _check_counts(body: dict[str, Any], settings: Settings) -> None:
     for name in _WORDS:
         if name in body:
             _check_words(name, body[name], settings)
+    widest = max(1, _number(body.get("n")), _number(body.get("best_of")))
+    choices = widest * prompts_in(body)
     if "n" in body or "best_of" in body or "prompt" in body:
-        widest = max(1, _number(body.get("n")), _number(body.get("best_of")))
-        choices = widest * prompts_in(body)
         _hold("n times the number of prompts", choices, "max_choices", settings, "n")
+    if choices > 1:
+        _check_repeated(body, choices, settings)
+    if flag(body, "use_beam_search"):
+        _check_beams(body, widest, settings)
+
+
+def _check_repeated(body: dict[str, Any], choices: int, settings: Settings) -> None:
+    # Each choice of each prompt has parameters of its own, made and checked one after another.
+    sizes = {
+        name: len(msgspec.json.encode(value))
+        for name, value in body.items()
+        if name not in _READ_ONCE and isinstance(value, list | dict | str)
+    }
+    if sizes:
+        size = sum(sizes.values())
+        what = f"{size} bytes of fields for each of {choices} choices (n times the prompts)"
+        largest = max(sizes, key=sizes.__getitem__)
+        _hold(what, size * choices, "max_repeated_bytes", settings, largest)
+
+
+def _check_beams(body: dict[str, Any], beams: int, settings: Settings) -> None:
+    # vLLM keeps those of all candidates of each step, whatever top_logprobs says, and writes them
+    # for the beams that are left.
+    if body.get("logprobs") is None or body["logprobs"] is False:
+        return
+    named = max(_number(body.get("max_tokens")), _number(body.get("max_completion_tokens")))
+    tokens = named or settings.max_logprobs  # as many as the context holds
+    found = beams * tokens * (2 * beams + 1)
+    what = "log-probabilities of beams, n * max_tokens * (2 * n + 1)"
+    _hold(what, found, "max_logprobs", settings, "logprobs")
 
 
 def _check_words(name: str, value: Any, settings: Settings) -> None:

@@ -32,7 +32,7 @@ from server.web.bodies import (
 )
 from server.web.errors import RESPONSES, error_response
 from server.web.guard import Guard
-from server.web.limits import write_json
+from server.web.limits import prompts_in, write_json
 from server.web.score import SCORE
 
 INVOCATIONS = "/invocations"
@@ -197,6 +197,8 @@ class RefusalMiddleware:
             enforce=policy.enforce,
             texts=policy.refusal_texts,
             logprobs=self._settings.max_logprobs,
+            piece_logprobs=self._settings.max_logprobs // 8,
+            prompts=prompts_in(body),
             names_length=any(body.get(name) is not None for name in LENGTHS),
         )
         if steering.beam_search and _is_batch(body.get("prompt")):

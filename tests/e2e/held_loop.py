@@ -128,7 +128,48 @@ def _fields() -> dict[str, dict[str, Any]]:
         "choices": {"n": 128, "max_tokens": 3, "ignore_eos": True, **logprobs},
         "long choices": {"max_tokens": 390, "ignore_eos": True, **logprobs},
         "too many log-probabilities": {"n": 9, "max_tokens": 100, **logprobs},
+        **_repeated(),
+        **_grammars(),
     }
+
+
+def _repeated() -> dict[str, dict[str, Any]]:
+    logprobs = {"logprobs": True, "top_logprobs": 20}
+    beams = {"use_beam_search": True, "ignore_eos": True, **logprobs}
+    words = [f"some words {number} " * 60 for number in range(128)]
+    choice = {"choice": [f"choice {number}" for number in range(3000)]}
+    return {
+        "repeated bad words": {"n": 128, "bad_words": words},
+        "fitting bad words": {"n": 128, "bad_words": [words[0][:900]]},
+        "repeated choice": {"n": 128, "structured_outputs": choice},
+        "repeated ids": {"n": 128, "allowed_token_ids": list(range(100_000))},
+        "repeated prompt": {"n": 128, "prompt_logprobs": 20},
+        "streamed choices": {"n": 128, "stream": True, **logprobs},
+        "fitting streams": {"n": 48, "stream": True, "ignore_eos": True, **logprobs},
+        "long pieces": {"n": 9, "stream": True, "stream_interval": 9, "max_tokens": 90, **logprobs},
+        "long beams": {"n": 10, "max_tokens": 450, **beams},
+        "fitting beams": {"n": 10, "max_tokens": 39, **beams},
+    }
+
+
+def _grammars() -> dict[str, dict[str, Any]]:
+    array = {"type": "array", "items": {}}
+    arrays = {f"p{key}": {**array, "maxItems": 1000} for key in range(900)}
+    most = {
+        "anyOf": [{"type": "array", "items": {"const": key}, "maxItems": 4} for key in range(1000)]
+    }
+    grammars: dict[str, dict[str, Any]] = {
+        "endless array": {"json": {**array, "minItems": 2147483647}},
+        "endless array in a string": {"json": json.dumps({**array, "minItems": 2147483647})},
+        "endless array in Lark": {"grammar": 'start: %json {"minItems": 2147483647}'},
+        "long array": {"json": {**array, "maxItems": 4096}},
+        "many arrays": {"json": {"type": "object", "properties": arrays}},
+        "many short arrays": {"json": most},
+        "endless pattern": {"regex": "a{2147483647}"},
+        "nested pattern": {"regex": "((a{1000}){1000}){1000}"},
+        "long pattern": {"regex": "(a{64}){64}"},
+    }
+    return {name: {"structured_outputs": grammar} for name, grammar in grammars.items()}
 
 
 def _prompts() -> list[Body]:
@@ -143,6 +184,7 @@ def _prompts() -> list[Body]:
         _body("cut prompt", TEXT, prompt="some words " * 370_000, truncate_prompt_tokens=5),
         _body("lists in a prompt", TEXT, prompt=[["a"] * 150] * 100),
         _body("log-probabilities", TEXT, prompt=["a " * 480], prompt_logprobs=16),
+        _body("repeated arguments", TEXT, prompt=["a"] * 128, vllm_xargs={"a": [1] * 100_000}),
         _body("too many log-probabilities", TEXT, prompt=["a " * 480] * 99, prompt_logprobs=20),
     ]
 

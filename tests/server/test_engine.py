@@ -44,7 +44,7 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
     as_trained = Resolution(Controls.as_trained(len(manifest.categories)))
-    engine.steer(manifest, lambda: as_trained, guard.mark, 64)
+    engine.steer(manifest, lambda: as_trained, guard.mark, 64, 64)
     return engine
 
 

@@ -148,11 +148,17 @@ def parameters(**changed: Any) -> Any:
         "repetition_penalty": 1.0,
         "thinking_token_budget": None,
         "skip_special_tokens": True,
+        "stream_interval": None,
         "extra_args": None,
         "output_kind": SimpleNamespace(name="FINAL_ONLY"),
         "_all_stop_token_ids": set(),
     }
     return SimpleNamespace(**{**fields, **changed})
+
+
+def streamed(**changed: Any) -> Any:
+    """Returns parameters of an answer that is sent piece by piece."""
+    return parameters(output_kind=SimpleNamespace(name="DELTA"), **changed)
 
 
 def generation(
@@ -438,7 +444,7 @@ def test_too_long_prompt_reaches_no_engine() -> None:
 def test_log_probabilities_of_all_prompts_are_bounded_together() -> None:
     engine = FakeEngine()
     steering = Steering(
-        AS_TRAINED, history=(0, 0), logprobs=2 * 3 * 4 + len(PROMPT["prompt_token_ids"])
+        AS_TRAINED, history=(0, 0), logprobs=2 * 3 * 4 + 2 * len(PROMPT["prompt_token_ids"])
     )
     params = parameters(n=2, max_tokens=4, logprobs=2, prompt_logprobs=0)
     assert collected(generation(engine, steering, params)) == [[TEXT], [TEXT]]
@@ -455,6 +461,18 @@ def test_answer_whose_length_nobody_names_holds_the_log_probabilities_that_fit()
     collected(generation(engine, steering, params))
     ((_, sent, _),) = engine.calls
     assert sent.max_tokens == 4 + 1  # the decision takes a step
+
+
+def test_step_of_a_stream_holds_so_many_log_probabilities_of_all_prompts() -> None:
+    fits = {"n": 2, "logprobs": 4, "stream_interval": 3}
+    steering = Steering(AS_TRAINED, history=(0, 0), piece_logprobs=60, prompts=2)
+    engine = FakeEngine()
+    collected(generation(engine, steering, streamed(**fits)))
+    assert len(engine.calls) == 1
+    with pytest.raises(RequestError, match=r"hold 72 .*at most 60 .*RHEOSTAT_MAX_LOGPROBS") as e:
+        collected(generation(engine, steering, streamed(**{**fits, "logprobs": 5})))
+    assert (e.value.status, e.value.param) == (422, "logprobs")
+    collected(generation(engine, steering, parameters(**{**fits, "logprobs": 5})))
 
 
 def test_decision_that_never_came_is_an_error() -> None:

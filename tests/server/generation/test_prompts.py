@@ -182,19 +182,25 @@ def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "streamed", "prompt", "each_step"),
+    ("fields", "streamed", "counts"),
     [
-        ({}, False, 0, 0),
-        ({"logprobs": 0}, False, 0, 1),
-        ({"logprobs": 20, "n": 3}, False, 0, 3 * 21),
-        ({"logprobs": 20, "n": 3}, True, 0, 0),
-        ({"logprobs": 1, "prompt_logprobs": 1}, False, 2 * 7, 2),
-        ({"logprobs": 1, "prompt_logprobs": 1}, True, 2 * 7, 0),
-        ({"logprobs": -1, "prompt_logprobs": 0}, False, 7, 2**16),
+        ({}, False, (0, 0, 0)),
+        ({"stream_interval": 9}, True, (0, 0, 0)),
+        ({"logprobs": 0}, False, (0, 1, 0)),
+        ({"logprobs": 20, "n": 3}, False, (0, 3 * 21, 0)),
+        ({"logprobs": 20, "n": 3}, True, (0, 0, 3 * 21)),
+        ({"logprobs": 20, "n": 3, "stream_interval": 9}, False, (0, 3 * 21, 0)),
+        ({"logprobs": 20, "n": 3, "stream_interval": 9}, True, (0, 0, 3 * 21 * 9)),
+        ({"logprobs": 20, "stream_interval": 9, "max_tokens": 4}, True, (0, 0, 21 * 4)),
+        ({"logprobs": 1, "prompt_logprobs": 1}, False, (2 * 7, 2, 0)),
+        ({"logprobs": 1, "prompt_logprobs": 1}, True, (2 * 7, 0, 2)),
+        ({"n": 3, "prompt_logprobs": 1}, False, (3 * 2 * 7, 0, 0)),
+        ({"logprobs": -1, "prompt_logprobs": 0}, False, (7, 2**16, 0)),
     ],
 )
 def test_log_probabilities_are_counted(
-    fields: dict[str, int], streamed: bool, prompt: int, each_step: int
+    fields: dict[str, int], streamed: bool, counts: tuple[int, int, int]
 ) -> None:
-    params = SimpleNamespace(**{"n": 1, "logprobs": None, "prompt_logprobs": None, **fields})
-    assert logprobs_of(params, 7, streamed=streamed) == (prompt, each_step)
+    unset = dict.fromkeys(("logprobs", "prompt_logprobs", "stream_interval", "max_tokens"))
+    params = SimpleNamespace(**{"n": 1, **unset, **fields})
+    assert logprobs_of(params, 7, streamed=streamed) == counts

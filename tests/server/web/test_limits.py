@@ -237,6 +237,65 @@ def test_prompts_without_n_count_as_choices() -> None:
     )
 
 
+SMALL = Settings(max_repeated_bytes=1024, max_logprobs=200)
+KIB = {"vllm_xargs": {"a": "b" * (512 - len('{"a":""}'))}}
+
+
+@pytest.mark.parametrize(
+    ("fits", "repeated"),
+    [
+        ({**KIB, "n": 2}, {**KIB, "n": 3}),
+        ({**KIB, "n": 2}, {**KIB, "best_of": 3}),
+        ({**KIB, "prompt": ["a", "b"]}, {**KIB, "prompt": ["a", "b", "c"]}),
+        ({**KIB, "prompt": [1, 2, 3]}, {**KIB, "prompt": ["a", "b"], "n": 2}),
+        ({**KIB, "messages": [[], []]}, {**KIB, "messages": [[], [], []]}),
+        ({**KIB, "n": 2, "max_tokens": 5}, {**KIB, "n": 2, "stop": "a"}),
+        ({"vllm_xargs": KIB, "tools": [{}] * 9}, {"vllm_xargs": KIB, "n": 2}),
+        *(
+            ({**KIB, "n": 2, name: "a" * 5000}, {**KIB, "n": 2, "else": "a"})
+            for name in ("messages", "input", "prompt", "system", "instructions", "metadata")
+        ),
+    ],
+    ids=lambda body: str({name: str(value)[:20] for name, value in body.items()}),
+)
+def test_fields_that_choices_and_prompts_repeat_are_bounded(
+    fits: dict[str, Any], repeated: dict[str, Any]
+) -> None:
+    assert read_json(json.dumps(fits).encode(), SMALL) == fits
+    error = refused(json.dumps(repeated).encode(), SMALL)
+    assert (error.status, error.param) == (422, "vllm_xargs")
+    assert "choices (n times the prompts): " in error.message
+    assert "at most 1024 here (RHEOSTAT_MAX_REPEATED_BYTES)" in error.message
+
+
+BEAMS = {"use_beam_search": True, "n": 3, "max_tokens": 9, "logprobs": True}
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, None),
+        ({"max_tokens": 10}, 210),
+        ({"max_completion_tokens": 10}, 210),
+        ({"max_tokens": None}, 4200),
+        ({"max_tokens": 10, "logprobs": 0}, 210),
+        ({"max_tokens": 10, "use_beam_search": "true"}, 210),
+        ({"max_tokens": 10, "n": 4}, 360),
+        ({"max_tokens": 10, "logprobs": False}, None),
+        ({"max_tokens": 10, "logprobs": None}, None),
+        ({"max_tokens": 10, "use_beam_search": False}, None),
+    ],
+)
+def test_log_probabilities_of_beams_are_bounded(changed: dict[str, Any], found: int | None) -> None:
+    body = {**BEAMS, **changed}
+    if found is None:
+        assert read_json(json.dumps(body).encode(), SMALL) == body
+        return
+    error = refused(json.dumps(body).encode(), SMALL)
+    assert (error.status, error.param) == (422, "logprobs")
+    assert f": {found}, and at most 200 here (RHEOSTAT_MAX_LOGPROBS)" in error.message
+
+
 @pytest.mark.parametrize("name", ["stop", "stop_sequences", "bad_words"])
 def test_length_of_a_stop_string_is_bounded(name: str) -> None:
     longest = "a" * MOST_WORD_CHARACTERS

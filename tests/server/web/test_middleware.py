@@ -277,6 +277,26 @@ def test_flags_are_read_as_vllm_reads_them(value: Any, other: Any) -> None:
         assert server.steering.continues is expected
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "prompts"),
+    [
+        (COMPLETIONS, {"prompt": ["x", "y", "z"]}, 3),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, 1),
+        ("/v1/chat/completions/batch", {"messages": [[USER], [USER]]}, 2),
+        (CHAT, {"messages": [USER, USER]}, 1),
+    ],
+)
+def test_engine_knows_how_many_prompts_share_its_bounds(
+    path: str, body: dict[str, Any], prompts: int
+) -> None:
+    server = FakeServer()
+    send_to(server, path, body)
+    assert server.steering is not None
+    assert server.steering.prompts == prompts
+    assert server.steering.logprobs == 8192
+    assert server.steering.piece_logprobs == 1024
+
+
 @pytest.mark.parametrize("path", sorted(GENERATING))
 def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
     # Else the decision would be looked for inside an earlier turn, or made once for several calls.
