@@ -218,8 +218,8 @@ def test_body_above_the_limit_is_413_and_never_reaches_the_server(gateway: Gatew
 
 
 def test_body_at_the_limit_comes_through_whole(gateway: Gateway) -> None:
-    answer = gateway.send("POST", "/v1/completions", bytes(32 * 2**20))
-    assert (answer.status, answer.read()) == (200, b"33554432")
+    answer = gateway.send("POST", "/v1/completions", bytes(4 * 2**20))
+    assert (answer.status, answer.read()) == (200, b"4194304")
 
 
 def test_refusal_headers_pass_and_forwarded_address_is_not_the_callers_word(

@@ -67,7 +67,8 @@ def test_files_that_the_image_copies_exist_and_are_not_ignored() -> None:
 def test_packages_of_the_wheel_are_not_ignored() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
-    assert all(f"!{name.split('.')[0]}" in ignore for name in setuptools["packages"])
+    packages = setuptools["packages"]["find"]["include"]
+    assert all(f"!{name.removesuffix('*')}" in ignore for name in packages)
     assert all(f"!{name}.py" in ignore for name in setuptools["py-modules"])
 
 
