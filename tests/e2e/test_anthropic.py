@@ -81,7 +81,8 @@ def test_streamed_refusal_is_the_plain_one(
         events = list(stream)
         message = stream.get_final_message()
     deltas = [event.text for event in events if event.type == "text"]
-    assert len(deltas) > 1
+    # vLLM's parser of a forced call tells nothing before its end.
+    assert len(deltas) > (0 if forced else 1)
     assert "".join(deltas) == text_of(message) == text_of(plain)
     assert message.stop_reason == "refusal"
     assert message.stop_details is not None
