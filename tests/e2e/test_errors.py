@@ -212,7 +212,8 @@ def test_serve_says_in_one_line_that_its_port_is_taken(server: Server, checkpoin
 
 def test_deep_nesting_is_refused(server: Server) -> None:
     answer = post(server, "[" * 100_000)
-    assert answer.status_code == 400
+    assert answer.status_code == 422
+    assert "RHEOSTAT_MAX_BODY_" in answer.json()["error"]["message"]
     assert_lives(server)
 
 

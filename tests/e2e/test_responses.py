@@ -71,7 +71,8 @@ def test_streamed_refusal_is_the_plain_one(client: OpenAI, report: bool, forced:
         final = stream.get_final_response()
     assert [event.sequence_number for event in events] == list(range(len(events)))
     deltas = [event.delta for event in events if event.type == "response.refusal.delta"]
-    assert len(deltas) > 1
+    # vLLM's parser of a forced call tells nothing before its end.
+    assert len(deltas) > (0 if forced else 1)
     assert "".join(deltas) == refusal_of(final.output[0]) == refusal_of(plain.output[0])
     assert len(final.output) == len(plain.output) == 1
     assert final.output_text == ""
