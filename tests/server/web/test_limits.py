@@ -251,6 +251,10 @@ KIB = {"vllm_xargs": {"a": "b" * (512 - len('{"a":""}'))}}
         ({**KIB, "messages": [[], []]}, {**KIB, "messages": [[], [], []]}),
         ({**KIB, "n": 2, "max_tokens": 5}, {**KIB, "n": 2, "stop": "a"}),
         ({"vllm_xargs": KIB, "tools": [{}] * 9}, {"vllm_xargs": KIB, "n": 2}),
+        (
+            {**KIB, "n": 2, "tools": [{"a": "b" * 999}], "tool_choice": None},
+            {**KIB, "n": 2, "tools": [{"a": "b" * 9}], "tool_choice": {"type": "function"}},
+        ),
         *(
             ({**KIB, "n": 2, name: "a" * 5000}, {**KIB, "n": 2, "else": "a"})
             for name in ("messages", "input", "prompt", "system", "instructions", "metadata")
