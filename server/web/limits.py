@@ -134,8 +134,8 @@ def _check_counts(body: dict[str, Any], settings: Settings) -> None:
 
 
 def _check_repeated(body: dict[str, Any], choices: int, settings: Settings) -> None:
-    # Each choice of each prompt has parameters of its own, made and checked one after another. Tools
-    # belong to them where a call is forced: their schemas are its grammar.
+    # Each choice of each prompt has parameters of its own, made and checked one after another.
+    # Tools belong to them where a call is forced: their schemas are its grammar.
     read_once = _READ_ONCE
     if body.get("tool_choice") in (None, "auto", "none"):
         read_once = _READ_ONCE | {"tools"}
