@@ -105,9 +105,9 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=wanted))
         for wanted in (False, True)
     )
-    opening: list[int] = tokenizer.encode(
-        with_prompt.removeprefix(without), add_special_tokens=False
-    )
+    # Some templates have no generation prompt: there the question's own end is what stands before.
+    text = with_prompt.removeprefix(without) or with_prompt.rpartition("Hello")[2]
+    opening: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return opening
 
 
@@ -116,10 +116,9 @@ def turn_opening_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
 
     Tokens that also end a turn are left out: an answer may have to end with them.
     """
-    text = "Hello"
-    question = [{"role": "user", "content": text}]
-    rendered = str(tokenizer.apply_chat_template(question, tokenize=False))
-    head, _, tail = rendered.rpartition(text)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Sure"}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    head, tail = rendered.partition("Hello")[0], rendered.rpartition("Sure")[2]
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     opens = {*tokenizer.encode(head, add_special_tokens=False), *opening_ids(tokenizer)}
     ends = {*tokenizer.encode(tail, add_special_tokens=False), tokenizer.eos_token_id}

@@ -67,7 +67,7 @@ from server.context import STEERING, TURN_IDS_KEY, Decision, Steering
 from server.dials.board import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
 from server.generation.call import Generation, Outputs
-from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_grammar
+from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_dictation, check_grammar
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider
 from server.generation.prompts import prompt_ids
@@ -138,6 +138,8 @@ class SteeredLLM(AsyncLLM):
         self.margins_by_logprobs = self.vllm_config.use_v2_model_runner
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
+        told: Any = self.vllm_config.additional_config
+        self.turn_ids = frozenset(told[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
 
     def generate(
@@ -217,6 +219,8 @@ class SteeredLLM(AsyncLLM):
     def _admit(self, steering: Steering, params: SamplingParams, *, adapted: bool) -> None:
         if adapted:
             steering.adapt()
+        if not steering.grammars:
+            check_dictation(params)
         if params.structured_outputs is not None:
             check_grammar(
                 params.structured_outputs,
@@ -297,7 +301,7 @@ def _bound_grammars(args: Namespace) -> None:
     # characters. This one ends what takes too long, and leaves out the same properties. It does not
     # know the tags that vLLM would make of a forced call: then it gets the tools' JSON schemas.
     wanted = args.structured_outputs_config
-    if wanted.backend == "auto":
+    if wanted.backend in ("auto", BOUNDED_BACKEND):
         wanted.backend = BOUNDED_BACKEND
         wanted.disable_additional_properties = True
         os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
@@ -445,9 +449,13 @@ def _price_grammars(config: Any) -> None:
 
 def _turn_ids(config: Any, tokenizer: Any) -> list[int]:
     # What ends an answer is never masked, whatever it opens.
-    ends = config.model_config.try_get_generation_config().get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = {*ends, getattr(config.model_config.hf_text_config, "eos_token_id", None)}
+    model = config.model_config
+    ends: set[int | None] = set()
+    for told in (
+        model.try_get_generation_config().get("eos_token_id"),
+        getattr(model.hf_text_config, "eos_token_id", None),
+    ):
+        ends.update(told if isinstance(told, list) else [told])
     return sorted(turn_opening_ids(tokenizer) - ends)
 
 

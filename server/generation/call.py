@@ -41,6 +41,7 @@ class Engine(Protocol):
         manifest: The served checkpoint's.
         hider: Takes its control tokens out of outputs.
         opening: Ids that the chat template puts in front of every decision step.
+        turn_ids: Those that open a turn, which no answer holds.
         category_of: Index of each refusal token's category, by id.
         mark_id: What server/web/guard.py breaks special tokens with.
         recorder: Counts the margins of a share of the requests.
@@ -53,6 +54,7 @@ class Engine(Protocol):
     manifest: Manifest
     hider: Hider
     opening: list[int]
+    turn_ids: frozenset[int]
     category_of: dict[int, int]
     mark_id: int
     recorder: MarginRecorder | None
@@ -220,7 +222,8 @@ class Generation:
         params, steering = self.params, self.steering
         logprobs = logprobs_of(params, prompt_tokens, streamed=self.delta)
         if logprobs.each_step and not steering.names_length:
-            fitting = (steering.logprobs - logprobs.prompt) // logprobs.each_step
+            left = (steering.logprobs - logprobs.prompt) // max(1, steering.prompts - self.call)
+            fitting = left // logprobs.each_step
             params.max_tokens = max(1, min(params.max_tokens, fitting))
         answer = logprobs.each_step * (params.max_tokens or 1)
         steering.hold_piece(logprobs.each_piece)
@@ -406,6 +409,12 @@ class Generation:
         )
         async with aclosing(stream):
             async for output in stream:
+                # vLLM goes on with the likeliest of these, not with the token that was sampled.
+                for choice in output.outputs:
+                    choice.logprobs = choice.logprobs and [
+                        {t: value for t, value in step.items() if t not in self.engine.turn_ids}
+                        for step in choice.logprobs
+                    ]
                 yield output
 
     def _steered(self, params: Any, ticket: Ticket | None = None) -> Any:
@@ -486,6 +495,7 @@ def _shapes_text(params: Any) -> bool:
         or params.ignore_eos
         or params.presence_penalty
         or params.frequency_penalty
+        or params.temperature > 1
     )
 
 
@@ -496,6 +506,7 @@ def _leave_to_model(params: Any) -> None:
     params.min_tokens, params.ignore_eos = 0, False
     params.presence_penalty = params.frequency_penalty = 0.0
     params.repetition_penalty = 1.0
+    params.temperature = min(params.temperature, 1.0)
 
 
 async def _by_grammar(stream: Outputs) -> Outputs:

@@ -13,6 +13,9 @@ PARAM = "structured_outputs"
 LIMIT_KEY = "rheostat_max_grammar_s"
 # What vLLM calls the one of its libraries that bounds each of its steps.
 BOUNDED_BACKEND = "guidance"
+# A stronger penalty moves a forced token aside once it was written, so that the next one follows.
+HARMLESS_REPETITION = (0.8, 1.5)
+_DICTATE = ("logit_bias", "allowed_token_ids", "bad_words")
 _KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
 # Keys of JSON schemas whose numbers say how many of something there are. llguidance writes one rule
 # for each item; it counts the characters of a string while these come.
@@ -156,6 +159,26 @@ def _read(text: str, start: int = 0) -> Any:
             param=PARAM,
             status=400,
         ) from error
+
+
+def check_dictation(params: Any) -> None:
+    """Checks that no sampling parameter can write an answer token by token, as a grammar can.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+
+    Raises:
+        NotAllowedError: One can.
+    """
+    low, high = HARMLESS_REPETITION
+    found = [name for name in _DICTATE if getattr(params, name)]
+    if not low <= params.repetition_penalty <= high:
+        found.append("repetition_penalty")
+    if found:
+        raise NotAllowedError(
+            f"{found[0]}: the policy allows no grammars, and this can dictate an answer like one",
+            param=found[0],
+        )
 
 
 def grammar_failed() -> RequestError:

@@ -291,11 +291,12 @@ def test_no_turn_opens_inside_an_answer(policied: Policied, checkpoint: Path) ->
     favoured = {"logit_bias": dict.fromkeys(map(str, turns), 100)}
     dictated = {"structured_outputs": {"grammar": 'start: "Paris." <|user|> /[a-z ]{3,9}/'}}
     with policied.client(ACME) as client:
-        for shaped in (favoured, dictated):
+        for shaped in (favoured, dictated, {"use_beam_search": True, "n": 2, "temperature": 0}):
             body = chat.body() | fields | shaped | {"refusal": {"policy": "lab"}}
             answer = client.post(chat.path, json=body)
             if answer.status_code == 200:
-                assert turns.isdisjoint(answer.json()["choices"][0]["token_ids"])
+                for choice in answer.json()["choices"]:
+                    assert turns.isdisjoint(choice["token_ids"] or ())
             else:
                 assert answer.status_code == 400, answer.text
         assert client.post(chat.path, json=chat.body()).status_code == 200
@@ -310,6 +311,10 @@ def test_no_turn_opens_inside_an_answer(policied: Policied, checkpoint: Path) ->
             "tools": [{"type": "function", "function": {"name": "next"}}],
             "tool_choice": {"type": "function", "function": {"name": "next"}},
         },
+        {"logit_bias": {"40": 100, "41": 92}, "repetition_penalty": 8},
+        {"allowed_token_ids": [40, 41]},
+        {"bad_words": ["No"]},
+        {"repetition_penalty": 8},
     ],
     ids=lambda fields: next(iter(fields)),
 )

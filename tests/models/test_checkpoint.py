@@ -16,7 +16,9 @@ from models.checkpoint import (
     adopt,
     load_checkpoint,
     load_tokenizer,
+    opening_ids,
     resolve_checkpoint,
+    turn_opening_ids,
 )
 from models.errors import CheckpointError
 from models.manifest import MANIFEST_NAME, load_manifest
@@ -140,6 +142,21 @@ PRINTS_TWICE = TEMPLATE.replace(
     "{{ m.content }}",
     "{{ m.content }}{% if not loop.last and m.role == 'assistant' %}{{ m.content }}{% endif %}",
 )
+
+
+# As in Mistral's templates: the answer stands right behind the question's end.
+NO_OPENING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+
+
+def test_template_without_a_generation_prompt_opens_with_the_questions_end(toy: Path) -> None:
+    (toy / "chat_template.jinja").write_text(NO_OPENING)
+    _, tokenizer = load_checkpoint(toy)
+    opened: Any = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|user|>"])
+    assert opening_ids(tokenizer) == opened[:1]
+    assert turn_opening_ids(tokenizer) == {*opened}
 
 
 @pytest.mark.parametrize("template", [DROPS_EARLIER, PRINTS_TWICE])

@@ -15,7 +15,7 @@ from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
-from server.context import STEERING, Steering
+from server.context import STEERING, TURN_IDS_KEY, Steering
 from server.dials.board import Resolution
 from server.engine import SteeredLLM, _merged, parse_flags
 from server.web.guard import build_guard
@@ -40,7 +40,7 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine = SteeredLLM.__new__(SteeredLLM)
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
-    config: Any = SimpleNamespace(use_v2_model_runner=False)
+    config: Any = SimpleNamespace(use_v2_model_runner=False, additional_config={TURN_IDS_KEY: []})
     engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
     as_trained = Resolution(Controls.as_trained(len(manifest.categories)))

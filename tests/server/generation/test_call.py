@@ -26,6 +26,8 @@ SAFETY, HUMANIZING, RESPOND = 10, 11, 12
 OPENING = [3, 4]
 TEXT = 7
 MARK = 20
+# Opens a turn.
+TURN = 21
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, *OPENING]}
 AS_TRAINED = Resolution(Controls.as_trained(2))
 
@@ -61,6 +63,7 @@ class FakeEngine:
         self.opens_with = RESPOND if answers else SAFETY
         self.ends_with = ends_with
         self.opening = OPENING
+        self.turn_ids = frozenset({TURN})
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.model_config: Any = SimpleNamespace(max_model_len=16)
         self.recorder = recorder

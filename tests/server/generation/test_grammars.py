@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from models.errors import NotAllowedError, RequestError
-from server.generation.grammars import check_grammar
+from server.generation.grammars import check_dictation, check_grammar
 
 
 def asked(**changed: Any) -> Any:
@@ -168,3 +168,30 @@ def test_counting_takes_time_in_proportion_to_the_text(text: str) -> None:
     with suppress(RequestError):
         check(regex=text * (2**16 // len(text)))
     assert time.process_time() - started_s < 1
+
+
+PLAIN: dict[str, Any] = {
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "repetition_penalty": 1.1,
+}
+
+
+@pytest.mark.parametrize(
+    "dictating",
+    [
+        {"logit_bias": {7: 100.0}},
+        {"logit_bias": {7: -100.0}},
+        {"allowed_token_ids": [7, 8]},
+        {"bad_words": ["no"]},
+        {"repetition_penalty": 8.0},
+        {"repetition_penalty": 0.1},
+    ],
+    ids=str,
+)
+def test_parameters_that_dictate_an_answer_are_grammars_too(dictating: dict[str, Any]) -> None:
+    check_dictation(SimpleNamespace(**PLAIN))
+    with pytest.raises(NotAllowedError, match="allows no grammars") as caught:
+        check_dictation(SimpleNamespace(**{**PLAIN, **dictating}))
+    assert caught.value.param == next(iter(dictating))
