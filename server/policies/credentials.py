@@ -9,6 +9,7 @@ keys are 256 random bits.
 import hashlib
 import re
 import secrets
+from contextlib import suppress
 from datetime import UTC, date, datetime, time
 from typing import Annotated, Any
 
@@ -36,6 +37,11 @@ KeyHash = Annotated[str, AfterValidator(_checked_hash)]
 
 
 def _instant(value: Any) -> Any:
+    # lm-format-enforcer, which vLLM imports with the first grammar, makes texts of YAML's times for
+    # the whole process.
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = datetime.fromisoformat(value) if ":" in value else date.fromisoformat(value)
     if isinstance(value, date) and not isinstance(value, datetime):
         return datetime.combine(value, time(), UTC)
     if not isinstance(value, datetime) or value.tzinfo is None:

@@ -143,7 +143,6 @@ RESPONSE = {"model": "demo", "input": QUESTION["content"], "max_output_tokens": 
 # Every way by which a grammar reaches the engine.
 WAYS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {**PLAIN, "structured_outputs": {"regex": "a"}}),
-    (CHAT, {**PLAIN, "response_format": {"type": "json_object"}}),
     (
         CHAT,
         {**PLAIN, "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required"},

@@ -87,6 +87,7 @@ def test_what_is_no_hash_is_refused_with_the_command_that_makes_one(value: str) 
 
 HASH = hash_key("key")
 NOON = datetime(2027, 1, 31, 12, tzinfo=UTC)
+NOON_AND_A_HALF = datetime(2027, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,19 @@ NOON = datetime(2027, 1, 31, 12, tzinfo=UTC)
         ({"hash": HASH}, None),
         ({"hash": HASH, "expires": date(2027, 1, 31)}, datetime(2027, 1, 31, tzinfo=UTC)),
         ({"hash": HASH, "expires": NOON}, NOON),
+        # As texts, which a library may have made of them.
+        ({"hash": HASH, "expires": "2027-01-31"}, datetime(2027, 1, 31, tzinfo=UTC)),
+        ({"hash": HASH, "expires": NOON.isoformat()}, NOON),
+        ({"hash": HASH, "expires": "2027-01-31T12:00:00.5Z"}, NOON_AND_A_HALF),
     ],
 )
 def test_key_is_written_with_or_without_its_end(written: object, expires: datetime | None) -> None:
     assert KEY_ENTRY.validate_python(written) == StoredKey(hash=HASH, expires=expires)
 
 
-@pytest.mark.parametrize("expires", ["soon", 5, datetime(2027, 1, 31), "2027-01-31"])
+@pytest.mark.parametrize(
+    "expires", ["soon", 5, datetime(2027, 1, 31), "2027-01-31T12:00", "soon: 5"]
+)
 def test_end_of_a_key_that_means_no_instant_is_refused(expires: object) -> None:
     with pytest.raises(ValidationError, match="a time with its zone"):
         KEY_ENTRY.validate_python({"hash": HASH, "expires": expires})
