@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from models.manifest import load_manifest
 from server.policies.credentials import generate_key, hash_key
 from tests.e2e.policied import ACME, FILE, SHOP, Policied
 
@@ -31,12 +32,13 @@ def traced(policied: Policied, decision: str) -> list[dict[str, Any]]:
 
 def test_trace_has_a_line_of_what_was_denied_and_no_word_of_it(policied: Policied) -> None:
     sent = {"x-request-id": "denied-1"}
+    respond = load_manifest(policied.model).respond.id
     with policied.client(ACME, x_request_id="denied-1") as acme, policied.client(SHOP) as shop:
         for _ in range(3):
             httpx.post(policied.server.url + CHAT, json=BODY, headers=sent, timeout=60)
         acme.post(CHAT, json={**BODY, "refusal": {"policy": "strict"}})
         acme.post(CHAT, json={**BODY, "refusal": {"categories": {"a secret": 1}}})
-        acme.post(CHAT, json={**BODY, "stream": True, "allowed_token_ids": [99_999_999]})
+        acme.post(CHAT, json={**BODY, "stream": True, "allowed_token_ids": [respond]})
         shop.post(CHAT, json={**BODY, "refusal": {"categories": {"safety": "never"}}})
 
     def denied() -> set[tuple[Any, ...]]:
