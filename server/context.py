@@ -38,7 +38,7 @@ class Decision:
 
 
 @dataclass
-class Steering:
+class DecisionContext:
     """One HTTP request on its way through the engine. The engine fills in the decisions.
 
     Attributes:
@@ -155,4 +155,4 @@ class Steering:
         return self.history[call] if call < len(self.history) else 0
 
 
-STEERING: ContextVar[Steering | None] = ContextVar("steering", default=None)
+DECISION_CONTEXT: ContextVar[DecisionContext | None] = ContextVar("context", default=None)

@@ -63,7 +63,7 @@ from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
-from server.context import STEERING, TURN_IDS_KEY, Decision, Steering
+from server.context import DECISION_CONTEXT, TURN_IDS_KEY, Decision, DecisionContext
 from server.dials.board import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
 from server.generation.call import Generation, Outputs
@@ -148,7 +148,7 @@ class SteeredLLM(AsyncLLM):
         """Decides, then answers or refuses. Arguments and outputs are those of ``AsyncLLM``.
 
         The control token is neither in the outputs' text nor in their ids, log-probabilities or
-        counts; the decision is recorded in the request's ``Steering``.
+        counts; the decision is recorded in the request's ``DecisionContext``.
 
         Raises:
             GracefulHTTPError: The policy allows no grammars.
@@ -163,32 +163,32 @@ class SteeredLLM(AsyncLLM):
                 "request of its batch in place of their own; ask for top_logprobs",
                 parameter="logprob_token_ids",
             )
-        steering = STEERING.get() or Steering(self.unsteered())
+        context = DECISION_CONTEXT.get() or DecisionContext(self.unsteered())
         try:
-            self._admit(steering, sampling_params, adapted=bool(options.get("lora_request")))
+            self._admit(context, sampling_params, adapted=bool(options.get("lora_request")))
         except RequestError as error:
-            steering.failure = failure_of(error)
+            context.failure = failure_of(error)
             raise self.vllm_error(error) from error
-        call = steering.next_call()
-        steering.request_ids.append(request_id)
-        generation = Generation(self, steering, call, sampling_params, request_id, options)
+        call = context.next_call()
+        context.request_ids.append(request_id)
+        generation = Generation(self, context, call, sampling_params, request_id, options)
         return generation.outputs(prompt)
 
     async def decide(
-        self, prompt: Any, steering: Steering, temperature: float, lora_request: Any = None
+        self, prompt: Any, context: DecisionContext, temperature: float, lora_request: Any = None
     ) -> Decision:
-        """Returns the decision on one prompt, margins included where the steering reports.
+        """Returns the decision on one prompt, margins included where the context reports.
 
         Raises:
             RequestError: The prompt is too long or holds control tokens of the client's, or an
                 adapter is asked for a rate.
         """
         if lora_request is not None:
-            steering.adapt()
+            context.adapt()
         params = SamplingParams(temperature=temperature, max_tokens=1)
         request_id = f"score-{secrets.token_hex(16)}"
         generation = Generation(
-            self, steering, 0, params, request_id, {"lora_request": lora_request}
+            self, context, 0, params, request_id, {"lora_request": lora_request}
         )
         return await generation.decision(prompt)
 
@@ -216,18 +216,18 @@ class SteeredLLM(AsyncLLM):
         """Merges the streams of a request's choices; see server/generation/call.py."""
         return _merged(streams, params.output_kind)
 
-    def _admit(self, steering: Steering, params: SamplingParams, *, adapted: bool) -> None:
+    def _admit(self, context: DecisionContext, params: SamplingParams, *, adapted: bool) -> None:
         if adapted:
-            steering.adapt()
-        if not steering.grammars:
+            context.adapt()
+        if not context.grammars:
             check_dictation(params)
         if params.structured_outputs is not None:
             check_grammar(
                 params.structured_outputs,
-                allowed=steering.grammars,
+                allowed=context.grammars,
                 most_bytes=self.max_grammar_bytes,
                 most_count=self.max_grammar_count,
-                choices=steering.prompts * params.n,
+                choices=context.prompts * params.n,
             )
 
     def vllm_error(self, error: RequestError) -> VLLMError:
@@ -345,11 +345,11 @@ class _VllmScorer:
         """Returns the length of what ``render`` returned."""
         return len(prompt_ids(rendered[0]))
 
-    async def decide(self, rendered: tuple[Any, Any], steering: Steering) -> Decision:
+    async def decide(self, rendered: tuple[Any, Any], context: DecisionContext) -> Decision:
         """Returns the decision on what ``render`` returned."""
         prompt, lora_request = rendered
         try:
-            return await self._engine.decide(prompt, steering, self._temperature, lora_request)
+            return await self._engine.decide(prompt, context, self._temperature, lora_request)
         except (VLLMClientError, ValueError) as error:
             raise _request_error(create_error_response(error)) from error
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from models.manifest import Manifest
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.reports import build_report
 
 
@@ -12,31 +12,31 @@ class Verdicts:
 
     Args:
         manifest: The served checkpoint's.
-        steering: The request's, with the engine's decisions.
+        context: The request's, with the engine's decisions.
         choices_per_prompt: The request's ``n``; vLLM numbers the choices of several prompts
             through.
     """
 
     def __init__(
-        self, manifest: Manifest, steering: Steering, *, choices_per_prompt: int = 1
+        self, manifest: Manifest, context: DecisionContext, *, choices_per_prompt: int = 1
     ) -> None:
         self._manifest = manifest
-        self._steering = steering
+        self._context = context
         self._choices_per_prompt = choices_per_prompt
 
     @property
     def any_refusal(self) -> bool:
         """Whether any choice was refused, as far as is known by now."""
-        return any(d.category is not None for d in self._steering.decisions.values())
+        return any(d.category is not None for d in self._context.decisions.values())
 
     @property
     def reports(self) -> bool:
         """Whether the request asked for reports."""
-        return self._steering.report
+        return self._context.report
 
     def in_order(self) -> list[str | None]:
         """Returns what each choice is refused for, None for an answer, in the answer's order."""
-        return [self._name(decision) for _, decision in sorted(self._steering.decisions.items())]
+        return [self._name(decision) for _, decision in sorted(self._context.decisions.items())]
 
     def decided(self, index: int = 0) -> bool:
         """Returns whether a choice is decided yet."""
@@ -53,7 +53,7 @@ class Verdicts:
         vLLM's tool and reasoning parsers may have read that text as something else, or hold it
         back, so it is not read off vLLM's answer.
         """
-        return self._steering.refusal_texts.pop(self._place(index), None)
+        return self._context.refusal_texts.pop(self._place(index), None)
 
     def report(self, index: int = 0) -> dict[str, Any] | None:
         """Returns a choice's ``refusal_report``; None unasked, or before the decision."""
@@ -64,12 +64,12 @@ class Verdicts:
             self._manifest.names,
             self._name(decision),
             decision.margins,
-            self._steering.controls,
-            self._steering.dials.forecast,
-            clamped=dict(self._steering.dials.clamped),
-            replaced_decision=self._steering.dials.replaced_decision,
+            self._context.controls,
+            self._context.dials.forecast,
+            clamped=dict(self._context.dials.clamped),
+            replaced_decision=self._context.dials.replaced_decision,
         )
-        if not self._steering.enforce:
+        if not self._context.enforce:
             shadow = decision.shadow
             report.would_refuse = None if shadow is None else self._manifest.names[shadow]
         return report.to_json()
@@ -81,12 +81,12 @@ class Verdicts:
         return text
 
     def _decision(self, index: int) -> Decision | None:
-        return self._steering.decisions.get(self._place(index))
+        return self._context.decisions.get(self._place(index))
 
     def _place(self, index: int) -> tuple[int, int]:
-        if self._steering.beam_search:  # one decision for all beams
+        if self._context.beam_search:  # one decision for all beams
             return 0, 0
-        return divmod(index, self._choices_per_prompt) if self._steering.calls > 1 else (0, index)
+        return divmod(index, self._choices_per_prompt) if self._context.calls > 1 else (0, index)
 
     def _name(self, decision: Decision) -> str | None:
         return None if decision.category is None else self._manifest.names[decision.category]

@@ -153,7 +153,7 @@ class DialBoard:
         asked = options.decision or self.defaults.decision or "greedy"
         # Only under greedy does a bias promise that what it refuses stays refused whatever the
         # temperature, the draw and the other dials are.
-        if asked == "greedy" or not self.bounds.guarded:
+        if asked == "greedy" or not self.bounds.has_floor:
             return Rule[asked.upper()], None
         if self.bounds.refuses:
             raise NotAllowedError(

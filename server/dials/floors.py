@@ -51,7 +51,7 @@ class Bounds:
         return cls((-math.inf,) * categories, (math.inf,) * categories)
 
     @property
-    def guarded(self) -> bool:
+    def has_floor(self) -> bool:
         """Whether any category has a floor."""
         return any(floor > -math.inf for floor in self.floors)
 

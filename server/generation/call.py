@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.errors import RequestError
 from models.manifest import Manifest
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.generation.grammars import grammar_failed
 from server.generation.margins import MarginBoard, Margins, Ticket
 from server.generation.outputs import Hider, drop_first_token
@@ -103,7 +103,7 @@ class Generation:
 
     Args:
         engine: The engine.
-        steering: The HTTP request's.
+        context: The HTTP request's.
         call: Number of this call within the request.
         params: vLLM's ``SamplingParams``.
         request_id: vLLM's.
@@ -113,14 +113,14 @@ class Generation:
     def __init__(
         self,
         engine: Engine,
-        steering: Steering,
+        context: DecisionContext,
         call: int,
         params: Any,
         request_id: str,
         options: dict[str, Any],
     ) -> None:
         self.engine = engine
-        self.steering = steering
+        self.context = context
         self.call = call
         self.params = params
         self.request_id = request_id
@@ -133,10 +133,10 @@ class Generation:
             and not options.get("lora_request")  # its margins are another model's
             and recorder.wants(request_id)
         )
-        self.wants_margins = steering.report or self.records or not steering.enforce
+        self.wants_margins = context.report or self.records or not context.enforce
         self.texts: dict[int, str] = {}
-        if steering.texts:
-            texts = zip(engine.manifest.categories, steering.texts, strict=False)
+        if context.texts:
+            texts = zip(engine.manifest.categories, context.texts, strict=False)
             self.texts = {category.id: text for category, text in texts if text is not None}
 
     async def decision(self, prompt: Any) -> Decision:
@@ -166,18 +166,18 @@ class Generation:
                 async for output in stream:
                     hider.hide(output, visible)
                     self._note_refusals(output)
-                    self.steering.started = True
+                    self.context.started = True
                     yield output
         except RequestError as error:
-            self.steering.failure = failure_of(error)
+            self.context.failure = failure_of(error)
             raise self.engine.vllm_error(error) from error
         except Exception as error:
-            self.steering.failure = self.engine.failure(error)
+            self.context.failure = self.engine.failure(error)
             raise
 
     def _unmarked(self, prompt: Any) -> Any:
         kept = without_id(prompt, self.engine.mark_id)
-        if kept is not prompt and not self.steering.marked:
+        if kept is not prompt and not self.context.marked:
             raise RequestError(
                 f"the prompt holds the id {self.engine.mark_id}, which is no token of this model",
                 param="prompt",
@@ -186,8 +186,8 @@ class Generation:
         return kept
 
     def _stream(self, prompt: Any, ids: list[int], decided: list[int]) -> Outputs:
-        if self.steering.beam_search:
-            if self.steering.continues:
+        if self.context.beam_search:
+            if self.context.continues:
                 raise RequestError("use_beam_search cannot continue a message", status=400)
             if self.texts:
                 raise RequestError(
@@ -200,34 +200,34 @@ class Generation:
 
     def _checked_ids(self, prompt: Any) -> tuple[list[int], list[int]]:
         """Returns a prompt's ids, and those of them that the decision sees."""
-        ids, steering = prompt_ids(prompt), self.steering
+        ids, context = prompt_ids(prompt), self.context
         controls = self.engine.hider.control_ids
-        text_so_far = steering.beam_search and self.call > 0
+        text_so_far = context.beam_search and self.call > 0
         if not text_so_far:
             check_length(ids, self.engine.model_config.max_model_len)
         end = decision_step(
             ids,
             self.engine.opening,
             controls,
-            written=steering.history_of(0 if steering.beam_search else self.call),
-            opens_turn=steering.opens_turn and not text_so_far,
-            continues=steering.continues,
+            written=context.history_of(0 if context.beam_search else self.call),
+            opens_turn=context.opens_turn and not text_so_far,
+            continues=context.continues,
         )
         check_params(self.params, controls)
-        if not steering.beam_search:
+        if not context.beam_search:
             self._take_logprobs(len(ids))
         return ids, ids if end == len(ids) else ids[:end]
 
     def _take_logprobs(self, prompt_tokens: int) -> None:
-        params, steering = self.params, self.steering
+        params, context = self.params, self.context
         logprobs = logprobs_of(params, prompt_tokens, streamed=self.delta)
-        if logprobs.each_step and not steering.names_length:
-            left = (steering.logprobs - logprobs.prompt) // max(1, steering.prompts - self.call)
+        if logprobs.each_step and not context.names_length:
+            left = (context.logprobs - logprobs.prompt) // max(1, context.prompts - self.call)
             fitting = left // logprobs.each_step
             params.max_tokens = max(1, min(params.max_tokens, fitting))
         answer = logprobs.each_step * (params.max_tokens or 1)
-        steering.hold_piece(logprobs.each_piece)
-        steering.take_logprobs(logprobs.prompt + answer)
+        context.hold_piece(logprobs.each_piece)
+        context.take_logprobs(logprobs.prompt + answer)
 
     def _needs_decision_first(self) -> bool:
         # Whatever could reach the control logits before our processor does, or show the control
@@ -235,9 +235,9 @@ class Generation:
         # request are masked while min_tokens are not reached. The draws of a seed begin with the
         # first token that the client sees.
         params = self.params
-        reads_all = self.steering.controls.rule is Rule.PAPER
+        reads_all = self.context.controls.rule is Rule.PAPER
         return bool(
-            self.steering.continues
+            self.context.continues
             or params.structured_outputs is not None
             or params.allowed_token_ids
             or params.bad_words
@@ -247,7 +247,7 @@ class Generation:
             or not params.skip_special_tokens
             or (reads_all and (params.logit_bias or params.min_tokens))
             or (self.texts and params.min_tokens)
-            or (self.steering.has_floor and _shapes_text(params))
+            or (self.context.has_floor and _shapes_text(params))
         )
 
     async def _in_one_pass(self, prompt: Any, ids: list[int]) -> Outputs:
@@ -354,7 +354,7 @@ class Generation:
         by_logprobs: bool = False,
     ) -> Any:
         # Greedy and the paper's rule choose the same token for every choice of a request.
-        draws = self.steering.controls.rule is Rule.SAMPLE
+        draws = self.context.controls.rule is Rule.SAMPLE
         choices = self.params.n if draws else 1
         params = self.engine.decision_params(self.params, choices=choices, margins=by_logprobs)
         final = None
@@ -380,10 +380,10 @@ class Generation:
             params.seed += index
         if refused:
             params.structured_outputs = None
-            if self.steering.has_floor:
+            if self.context.has_floor:
                 _leave_to_model(params)
         params.extra_args = _without_controls(params.extra_args)
-        goes_on = self.steering.continues and not refused
+        goes_on = self.context.continues and not refused
         request_id = self.request_id if self.params.n == 1 else f"{self.request_id}-{index}"
         stream = self.engine.generate_stock(
             with_ids(prompt, ids if goes_on else [*decided, token]),
@@ -397,13 +397,13 @@ class Generation:
         # vLLM's beam search calls once a beam and step, with the text so far as the prompt. The
         # first call, alone by construction, decides; all of them go on after its token.
         if self.call == 0:
-            self.steering.beam_start = len(ids)
+            self.context.beam_start = len(ids)
             (choice,) = (await self._decision_pass(prompt, ids)).outputs
-            self.steering.beam_token = choice.token_ids[0]
-        start = self.steering.beam_start
+            self.context.beam_token = choice.token_ids[0]
+        start = self.context.beam_start
         params = copy.copy(self.params)
         params.extra_args = _without_controls(params.extra_args)
-        after = [*ids[:start], self.steering.beam_token, *ids[start:]]
+        after = [*ids[:start], self.context.beam_token, *ids[start:]]
         stream = self.engine.generate_stock(
             with_ids(prompt, after), params, self.request_id, **self.options
         )
@@ -418,14 +418,14 @@ class Generation:
                 yield output
 
     def _steered(self, params: Any, ticket: Ticket | None = None) -> Any:
-        controls = self.steering.controls
+        controls = self.context.controls
         steered = copy.copy(params)
         steered.skip_clone = True
         steered._all_stop_token_ids = set(params._all_stop_token_ids)
         if controls.rule is Rule.SAMPLE and steered.seed is None:
             # The worker draws from the seed, and vLLM gives each of n choices its own.
             steered.seed = secrets.randbits(31)
-        if not self.steering.enforce:
+        if not self.context.enforce:
             controls = Controls.never(len(controls.bias))
         wire = controls.to_wire()
         if ticket is not None:
@@ -434,42 +434,42 @@ class Generation:
         return steered
 
     def _record(self, index: int, decision: Decision, output: Any) -> None:
-        self.steering.decisions[self.call, index] = decision
+        self.context.decisions[self.call, index] = decision
         if self.records and decision.margins is not None and self.engine.recorder is not None:
             self.records = False  # once a request, however many its choices
-            self.engine.recorder.add(self.steering.policy, decision.margins)
+            self.engine.recorder.add(self.context.policy, decision.margins)
         # A whole answer is seen when it ends; vLLM's own statistics know when it began.
         stats = output.metrics
         waited_s = stats.first_token_latency if stats else time.monotonic() - self.started_s
-        category = decision.category if self.steering.enforce else decision.shadow
+        category = decision.category if self.context.enforce else decision.shadow
         metrics.count_decision(
             None if category is None else self.engine.manifest.names[category],
-            rule=self.steering.controls.rule,
-            asked_rates=self.steering.dials.asked_rates,
+            rule=self.context.controls.rule,
+            asked_rates=self.context.dials.asked_rates,
             waited_s=waited_s,
-            policy=self.steering.policy,
-            clamped=self.steering.dials.clamped,
-            enforced=self.steering.enforce,
+            policy=self.context.policy,
+            clamped=self.context.dials.clamped,
+            enforced=self.context.enforce,
         )
 
     def _decided(self, choice: Any, seen: Margins | None) -> Decision:
         category = self.engine.category_of.get(choice.token_ids[0])
         if seen is None:
-            if self.steering.report or not self.steering.enforce:
+            if self.context.report or not self.context.enforce:
                 raise RequestError(
                     "the margins that this needs cannot come back: vLLM's worker shares no memory "
                     "with the server, and its V1 model runner has no other way",
                     param="refusal.report",
                 )
             return Decision(category)
-        shadow = None if self.steering.enforce else self._shadow(seen)
+        shadow = None if self.context.enforce else self._shadow(seen)
         return Decision(category, seen.margins, seen.log_normaliser, shadow)
 
     def _shadow(self, seen: Margins) -> int | None:
         from models.decision import refused_category  # it needs torch
 
         params = self.params
-        return refused_category(*seen, self.steering.controls, params.temperature, params.seed)
+        return refused_category(*seen, self.context.controls, params.temperature, params.seed)
 
     def _seen_in(self, choice: Any) -> Margins:
         step = choice.logprobs[0]
@@ -478,12 +478,12 @@ class Generation:
         return Margins(-respond, tuple(step[c.id].logprob - respond for c in manifest.categories))
 
     def _note_refusals(self, output: Any) -> None:
-        if self.steering.beam_search:  # these are steps of beams, and vLLM makes the text of them
+        if self.context.beam_search:  # these are steps of beams, and vLLM makes the text of them
             return
-        texts = self.steering.refusal_texts
+        texts = self.context.refusal_texts
         for choice in output.outputs:
             place = (self.call, choice.index)
-            decision = self.steering.decisions.get(place)
+            decision = self.context.decisions.get(place)
             if decision is not None and decision.category is not None:
                 texts[place] = texts.get(place, "") + choice.text if self.delta else choice.text
 

@@ -45,11 +45,6 @@ class ActivePolicy:
     report: bool = True
     grammars: bool = True
 
-    @property
-    def guarded(self) -> bool:
-        """Whether any category has a floor."""
-        return self.board.bounds.guarded
-
     def reports(self, options: RefusalOptions) -> bool:
         """Returns whether a request gets a report.
 
@@ -207,7 +202,7 @@ class PolicyBook:
     def strictest(self) -> Resolution:
         """Returns dials that are below no policy's floor, for what comes from no request."""
         boards = [policy.board for policy in self.policies.values()]
-        if not any(board.bounds.guarded for board in boards):
+        if not any(board.bounds.has_floor for board in boards):
             return boards[0].unasked
         floors = zip(*(board.bounds.floors for board in boards), strict=True)
         bias = tuple(max(0.0, *column) for column in floors)

@@ -110,7 +110,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
     if outside:
         raise _WrongError(outside)
     # Raw prompts and prefilled text are not judged, and margins find the wordings that pass.
-    unguarded = not bounds.guarded
+    unguarded = not bounds.has_floor
     report = unguarded if entry.report is None else entry.report
     if entry.defaults.report and not report:
         problem = "reports are off in this policy; with a floor, they need report: true beside it"

@@ -2,7 +2,7 @@
 
 import logging
 
-from server.context import STEERING
+from server.context import DECISION_CONTEXT
 
 
 class ClientMistakes(logging.Filter):
@@ -34,8 +34,8 @@ class ClientMistakes(logging.Filter):
 
 
 def _rejected(record: logging.LogRecord) -> bool:
-    steering = STEERING.get()
-    failure = steering.failure if steering is not None else None
+    context = DECISION_CONTEXT.get()
+    failure = context.failure if context is not None else None
     return record.exc_info is not None and failure is not None and failure.status < 500
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from models.controls import Controls
 from models.errors import ConfigError
 from models.solver import Target
-from server.context import Steering
+from server.context import DecisionContext
 from server.dials.board import Resolution
 from server.dials.protocol import RefusalOptions
 from server.telemetry import metrics
@@ -39,14 +39,14 @@ class Traced(NamedTuple):
         tenant: Who sent it; none for callers who are no tenant.
         route: Where it was sent to.
         asked: Its own dials.
-        steering: Its effective dials and its decisions.
+        context: Its effective dials and its decisions.
     """
 
     received: datetime
     tenant: str | None
     route: str
     asked: RefusalOptions
-    steering: Steering
+    context: DecisionContext
 
     def lines(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yields what is written of the request, one object a choice.
@@ -54,25 +54,25 @@ class Traced(NamedTuple):
         Args:
             names: The categories in manifest order.
         """
-        steering = self.steering
+        context = self.context
         asked = asked_dials(self.asked)
-        effective = _effective(steering.controls, names)
-        for (call, choice), decision in sorted(steering.decisions.items()):
-            index = decision.category if steering.enforce else decision.shadow
-            refusal = "refuse" if steering.enforce else "would_refuse"
+        effective = _effective(context.controls, names)
+        for (call, choice), decision in sorted(context.decisions.items()):
+            index = decision.category if context.enforce else decision.shadow
+            refusal = "refuse" if context.enforce else "would_refuse"
             category = None if index is None else names[index]
-            known_id = call < len(steering.request_ids)
+            known_id = call < len(context.request_ids)
             yield {
                 "time": self.received.isoformat(timespec="milliseconds"),
-                "request_id": steering.request_ids[call] if known_id else None,
+                "request_id": context.request_ids[call] if known_id else None,
                 "choice": choice,
                 "route": self.route,
                 "tenant": self.tenant,
-                "policy": steering.policy,
-                "enforce": steering.enforce,
+                "policy": context.policy,
+                "enforce": context.enforce,
                 "asked": asked,
                 "effective": effective,
-                "clamped": dict(steering.dials.clamped),
+                "clamped": dict(context.dials.clamped),
                 "decision": "respond" if category is None else refusal,
                 "category": category,
             }
@@ -147,7 +147,7 @@ class DecisionTrace:
 
     def add(self, entry: Traced | Scored) -> None:
         """Takes a request; it is written within the second."""
-        lines = len(entry.steering.decisions) if isinstance(entry, Traced) else 1
+        lines = len(entry.context.decisions) if isinstance(entry, Traced) else 1
         if not lines:
             return
         if len(self._waiting) < MOST_WAITING:

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
 from server.apis.shaping import Shaper
-from server.context import Steering
+from server.context import DecisionContext
 from server.web.bodies import encode
 from server.web.errors import Failure, failure_in
 from server.web.events import SEPARATOR, shape_events
@@ -30,7 +30,7 @@ class Answer:
     def __init__(self, send: Send, path: str) -> None:
         self._send = send
         self._path = path
-        self._steering: Steering | None = None
+        self._context: DecisionContext | None = None
         self._shaper: Shaper | None = None
         self._mark = b""
         self._held_start: Message | None = None
@@ -41,15 +41,15 @@ class Answer:
         self._events_sent = 0
         self.status = 500
 
-    def shape(self, steering: Steering, shaper: Shaper, mark: bytes) -> None:
+    def shape(self, context: DecisionContext, shaper: Shaper, mark: bytes) -> None:
         """Shapes what comes from here on.
 
         Args:
-            steering: The request's.
+            context: The request's.
             shaper: Shapes it.
             mark: What the guard put into the request, taken out of answers that repeat it.
         """
-        self._steering = steering
+        self._context = context
         self._shaper = shaper
         self._mark = mark
 
@@ -58,7 +58,7 @@ class Answer:
 
         What else went wrong is a fault that the server should log.
         """
-        failure = self._steering.failure if self._steering is not None else None
+        failure = self._context.failure if self._context is not None else None
         if failure is not None and self._streams and not self._ended:
             if self._held_start is not None:
                 await self._fail(failure)
@@ -81,12 +81,12 @@ class Answer:
             await self._send(message)
 
     async def _start(self, message: Message) -> None:
-        if self._steering is None or self._shaper is None:
+        if self._context is None or self._shaper is None:
             await self._send_start(message)
             return
-        if message["status"] >= 400 and self._steering.failure is not None:
+        if message["status"] >= 400 and self._context.failure is not None:
             # What vLLM makes of it on the way has lost its status, its path or its code.
-            await self._fail(self._steering.failure)
+            await self._fail(self._context.failure)
             return
         content_type = Headers(raw=message["headers"]).get("content-type", "")
         self._streams = content_type.startswith("text/event-stream")
@@ -153,20 +153,20 @@ class Answer:
 
     async def _begins(self, start: Message, more: bool) -> bool:
         """Returns whether a held stream begins now; where it fails instead, the answer is sent."""
-        steering = self._steering
-        assert steering is not None
-        failure = steering.failure or failure_in(self._buffer)
+        context = self._context
+        assert context is not None
+        failure = context.failure or failure_in(self._buffer)
         if failure is not None:
             await self._fail(failure)
             return False
-        begins = steering.started or not more or self._buffer.startswith(b":")
+        begins = context.started or not more or self._buffer.startswith(b":")
         if begins:
             await self._send_start(start)
         return begins
 
     def _with_failure(self, events: bytes, failure: Failure) -> bytes:
-        assert self._steering is not None
-        told = self._steering.failure or failure
+        assert self._context is not None
+        told = self._context.failure or failure
         return SEPARATOR.join(
             told.event(self._path, self._events_sent + place) if failure_in(event) else event
             for place, event in enumerate(events.split(SEPARATOR))

@@ -11,7 +11,7 @@ from models.manifest import Manifest
 from server.apis.shaping import Shaper
 from server.apis.turns import open_turns
 from server.apis.verdicts import Verdicts
-from server.context import BODY, STEERING, Steering
+from server.context import BODY, DECISION_CONTEXT, DecisionContext
 from server.dials.protocol import FIELD, RefusalOptions, parse_options
 from server.policies.book import ActivePolicy, CallerSource, caller_of
 from server.policies.credentials import now
@@ -126,7 +126,7 @@ class RefusalMiddleware:
             body = with_header_dials(body, Headers(scope=scope))
             options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
             policy = caller.policy(options.policy)
-            changed, steering = await aside(len(raw), self.prepare, body, path, options, policy)
+            changed, context = await aside(len(raw), self.prepare, body, path, options, policy)
             if changed is not body:
                 raw = write_json(changed)
                 scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
@@ -134,13 +134,13 @@ class RefusalMiddleware:
             error.message = error.message.replace(self._guard.mark, "")
             await error_response(error)(scope, receive, send)
             return
-        verdicts = Verdicts(self._manifest, steering, choices_per_prompt=_choices_per_prompt(body))
+        verdicts = Verdicts(self._manifest, context, choices_per_prompt=_choices_per_prompt(body))
         send.shape(
-            steering,
+            context,
             Shaper(verdicts, echo=flag(body, "echo")),
-            self._guard.mark.encode() if steering.marked else b"",
+            self._guard.mark.encode() if context.marked else b"",
         )
-        token = STEERING.set(steering)
+        token = DECISION_CONTEXT.set(context)
         try:
             await self._app(scope, replay_body(raw, receive), send)
         except RuntimeError as error:
@@ -148,13 +148,13 @@ class RefusalMiddleware:
             if error.__cause__ is None or not await send.end_failed():
                 raise
         finally:
-            STEERING.reset(token)
+            DECISION_CONTEXT.reset(token)
             if self._trace is not None and received is not None:
-                self._trace.add(Traced(received, caller.tenant, path, options, steering))
+                self._trace.add(Traced(received, caller.tenant, path, options, context))
 
     def prepare(
         self, body: dict[str, Any], path: str, options: RefusalOptions, policy: ActivePolicy
-    ) -> tuple[dict[str, Any], Steering]:
+    ) -> tuple[dict[str, Any], DecisionContext]:
         """Takes our field out of a body and writes the history's control tokens into it.
 
         Args:
@@ -164,7 +164,7 @@ class RefusalMiddleware:
             policy: What the request follows.
 
         Returns:
-            What vLLM is to read (the same object when nothing changed), and the steering.
+            What vLLM is to read (the same object when nothing changed), and the context.
 
         Raises:
             RequestError: The ``refusal`` object, a history category or a combination of fields is
@@ -183,7 +183,7 @@ class RefusalMiddleware:
                 "and leave continue_final_message and an unfinished status out",
                 param="input" if path == RESPONSES else "continue_final_message",
             )
-        steering = Steering(
+        context = DecisionContext(
             dials=policy.board.resolve(options, explain=report),
             report=report,
             history=turns.counts,
@@ -192,7 +192,7 @@ class RefusalMiddleware:
             opens_turn=opens_turn,
             marked=guarded is not unread,
             grammars=policy.grammars,
-            has_floor=policy.board.bounds.guarded,
+            has_floor=policy.board.bounds.has_floor,
             policy=policy.name,
             enforce=policy.enforce,
             texts=policy.refusal_texts,
@@ -201,11 +201,11 @@ class RefusalMiddleware:
             prompts=prompts_in(body),
             names_length=any(body.get(name) is not None for name in LENGTHS),
         )
-        if steering.beam_search and _is_batch(body.get("prompt")):
+        if context.beam_search and _is_batch(body.get("prompt")):
             raise RequestError(
                 "use_beam_search takes one prompt a request", param="prompt", status=400
             )
-        return turns.body, steering
+        return turns.body, context
 
 
 def _choices_per_prompt(body: dict[str, Any]) -> int:

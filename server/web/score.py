@@ -17,7 +17,7 @@ from starlette.types import Receive
 from models.errors import RequestError
 from models.manifest import Manifest
 from server.apis.chat import annotate
-from server.context import BODY, Decision, Steering
+from server.context import BODY, Decision, DecisionContext
 from server.dials.board import Resolution
 from server.dials.protocol import FIELD, RefusalOptions, parse_options
 from server.dials.reports import build_report
@@ -92,7 +92,7 @@ class Scorer(Protocol):
     def tokens(self, rendered: Any) -> int:
         """Returns the length of a rendered prompt."""
 
-    async def decide(self, rendered: Any, steering: Steering) -> Decision:
+    async def decide(self, rendered: Any, context: DecisionContext) -> Decision:
         """Returns the decision on a rendered prompt, margins included.
 
         Raises:
@@ -183,7 +183,7 @@ class ScoreRoute:
         decisions: list[Decision] = []
         for part in _parts([self._scorer.tokens(prompt) for prompt in rendered]):
             work = [
-                self._scorer.decide(prompt, _steering(dials, body, count))
+                self._scorer.decide(prompt, _context(dials, body, count))
                 for prompt, (body, count) in zip(rendered[part], prepared[part], strict=True)
             ]
             decisions += await _each(work, first=part.start)
@@ -296,9 +296,9 @@ async def _each(work: Sequence[Awaitable[T]], *, first: int = 0) -> list[T]:
     return done
 
 
-def _steering(dials: Resolution, body: dict[str, Any], history: int) -> Steering:
+def _context(dials: Resolution, body: dict[str, Any], history: int) -> DecisionContext:
     opens_turn = "messages" in body
-    return Steering(dials, report=True, history=(history,), opens_turn=opens_turn)
+    return DecisionContext(dials, report=True, history=(history,), opens_turn=opens_turn)
 
 
 def _at(place: int, error: RequestError) -> RequestError:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.context import STEERING, Decision, Steering
+from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.settings import Settings
 from server.web.errors import Failure
 from server.web.middleware import RefusalMiddleware
@@ -61,7 +61,7 @@ class FakeServer:
         self.calls = 0
         self.raw = b""
         self.headers: dict[str, str] = {}
-        self.steering: Steering | None = None
+        self.context: DecisionContext | None = None
 
     @property
     def body(self) -> Any:
@@ -75,12 +75,12 @@ class FakeServer:
             message = await receive()
             self.raw += message.get("body", b"")
             more = message.get("more_body", False)
-        self.steering = STEERING.get()
-        if self.steering is not None:
-            self.steering.decisions.update(self.decisions)
-            self.steering.calls = 1 + max((call for call, _ in self.decisions), default=0)
-            self.steering.failure = self.failure
-            self.steering.started = self.failure is None
+        self.context = DECISION_CONTEXT.get()
+        if self.context is not None:
+            self.context.decisions.update(self.decisions)
+            self.context.calls = 1 + max((call for call, _ in self.decisions), default=0)
+            self.context.failure = self.failure
+            self.context.started = self.failure is None
         if self.error is not None:
             raise self.error
         headers = [(b"content-type", self.media_type.encode()), (b"x-request-id", b"7")]
@@ -122,7 +122,7 @@ def send_to(
                 content=in_chunks() if chunks else raw,
                 headers=[("content-type", "application/json"), *headers],
             )
-        assert STEERING.get() is None
+        assert DECISION_CONTEXT.get() is None
         return answer
 
     return asyncio.run(ask())

@@ -15,7 +15,7 @@ from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
-from server.context import STEERING, TURN_IDS_KEY, Steering
+from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
 from server.dials.board import Resolution
 from server.engine import SteeredLLM, _merged, parse_flags
 from server.web.guard import build_guard
@@ -72,15 +72,15 @@ def test_grammar_of_a_request_is_checked_before_vllm_reads_it() -> None:
         engine.generate("Hi", long, "id")
     short = SamplingParams(structured_outputs=StructuredOutputsParams(json={"enum": ["a"]}))
     engine.generate("Hi", short, "id")
-    steering = Steering(engine.unsteered(), grammars=False)
-    token = STEERING.set(steering)
+    context = DecisionContext(engine.unsteered(), grammars=False)
+    token = DECISION_CONTEXT.set(context)
     try:
         with pytest.raises(GracefulHTTPError, match="policy allows no grammars") as raised:
             engine.generate("Hi", short, "id")
     finally:
-        STEERING.reset(token)
+        DECISION_CONTEXT.reset(token)
     assert raised.value.http_status == 403
-    assert steering.failure is not None
+    assert context.failure is not None
 
 
 def test_client_that_would_change_the_answers_of_others_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 from models.controls import Controls, Rule
 from server.apis.shaping import Shaper
 from server.apis.verdicts import Verdicts
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import recorded_answer, recorded_events
@@ -21,15 +21,15 @@ HUMANIZING = Decision(1)
 
 def steering_of(
     decisions: dict[tuple[int, int], Decision], *, report: bool = False, beams: bool = False
-) -> Steering:
+) -> DecisionContext:
     calls = 1 + max((call for call, _ in decisions), default=0)
-    return Steering(
+    return DecisionContext(
         Resolution(AS_TRAINED), report=report, beam_search=beams, decisions=decisions, calls=calls
     )
 
 
-def shaper_for(steering: Steering, *, choices_per_prompt: int = 1) -> Shaper:
-    return Shaper(Verdicts(MANIFEST, steering, choices_per_prompt=choices_per_prompt))
+def shaper_for(context: DecisionContext, *, choices_per_prompt: int = 1) -> Shaper:
+    return Shaper(Verdicts(MANIFEST, context, choices_per_prompt=choices_per_prompt))
 
 
 def shaper_of(
@@ -85,8 +85,8 @@ def test_choices_are_shaped_each_by_its_own_decision() -> None:
 
 
 def test_conversations_of_a_batch_are_shaped_each_by_its_own_call() -> None:
-    steering = steering_of({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
-    shaped = messages(shaper_for(steering).shape_answer(chat("a", "b", "c")))
+    context = steering_of({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
+    shaped = messages(shaper_for(context).shape_answer(chat("a", "b", "c")))
     assert [m.get("refusal_category") for m in shaped] == [None, "safety", "humanizing"]
 
 
@@ -99,9 +99,9 @@ def test_refusal_under_a_forced_tool_is_no_tool_call() -> None:
     answer = chat("", finish_reason="tool_calls")
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "I can't."}}
     messages(answer)[0]["tool_calls"] = [call]
-    steering = steering_of({(0, 0): SAFETY})
-    steering.refusal_texts[0, 0] = "I can't."
-    shaped = shaper_for(steering).shape_answer(answer)
+    context = steering_of({(0, 0): SAFETY})
+    context.refusal_texts[0, 0] = "I can't."
+    shaped = shaper_for(context).shape_answer(answer)
     assert messages(shaped) == [
         {
             "role": "assistant",
@@ -162,10 +162,10 @@ def test_answered_stream_stays_as_it_is() -> None:
 
 
 def test_choice_decided_after_the_first_chunk_still_says_its_category_once() -> None:
-    steering = steering_of({(0, 0): SAFETY})
-    shaper = shaper_for(steering)
+    context = steering_of({(0, 0): SAFETY})
+    shaper = shaper_for(context)
     assert deltas(shaper, chunk(1, role="assistant", content="")) == [{"role": "assistant"}]
-    steering.decisions[0, 1] = HUMANIZING
+    context.decisions[0, 1] = HUMANIZING
     assert deltas(shaper, chunk(1, content="No"), chunk(1, content=".")) == [
         {"content": None, "refusal": "No", "refusal_category": "humanizing"},
         {"content": None, "refusal": "."},
@@ -183,9 +183,9 @@ def test_usage_and_error_chunks_pass() -> None:
 
 def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
     call = {"index": 0, "function": {"arguments": "No"}}
-    steering = steering_of({(0, 0): SAFETY})
-    shaper = shaper_for(steering)
-    steering.refusal_texts[0, 0] = "No"
+    context = steering_of({(0, 0): SAFETY})
+    shaper = shaper_for(context)
+    context.refusal_texts[0, 0] = "No"
     assert deltas(shaper, chunk(role="assistant", content=""), chunk(tool_calls=[call])) == [
         {"role": "assistant", "content": None, "refusal": "", "refusal_category": "safety"},
         {"content": None, "refusal": "No"},
@@ -193,10 +193,10 @@ def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
 
 
 def test_text_that_a_parser_held_back_comes_with_the_last_chunk() -> None:
-    steering = steering_of({(0, 0): SAFETY})
-    shaper = shaper_for(steering)
+    context = steering_of({(0, 0): SAFETY})
+    shaper = shaper_for(context)
     opening = chunk(role="assistant", content="")
-    steering.refusal_texts[0, 0] = "I can't help."
+    context.refusal_texts[0, 0] = "I can't help."
     last = chunk()
     last["choices"][0]["finish_reason"] = "tool_calls"
     assert deltas(shaper, opening, last)[1] == {"content": None, "refusal": "I can't help."}
@@ -205,9 +205,9 @@ def test_text_that_a_parser_held_back_comes_with_the_last_chunk() -> None:
 def test_reasoning_of_a_refusal_is_its_text() -> None:
     answer = chat(None)
     messages(answer)[0]["reasoning"] = "I can't"
-    steering = steering_of({(0, 0): SAFETY})
-    steering.refusal_texts[0, 0] = "I can't"
-    (message,) = messages(shaper_for(steering).shape_answer(answer))
+    context = steering_of({(0, 0): SAFETY})
+    context.refusal_texts[0, 0] = "I can't"
+    (message,) = messages(shaper_for(context).shape_answer(answer))
     assert message["refusal"] == "I can't"
     assert message["reasoning"] is None
 
@@ -227,8 +227,8 @@ def test_shaping_is_needed_only_where_something_differs(shaper: Shaper, needed: 
 
 
 def test_headers_hold_one_value_a_choice_in_order() -> None:
-    steering = steering_of({(1, 0): HUMANIZING, (0, 1): SAFETY, (0, 0): RESPOND})
-    assert shaper_for(steering).headers() == [
+    context = steering_of({(1, 0): HUMANIZING, (0, 1): SAFETY, (0, 0): RESPOND})
+    assert shaper_for(context).headers() == [
         (b"x-refusal-decision", b"respond, refuse, refuse"),
         (b"x-refusal-category", b"none, safety, humanizing"),
     ]
@@ -248,7 +248,7 @@ def completion(choices: int) -> dict[str, Any]:
 
 def test_reports_of_several_prompts_stand_at_their_own_choices() -> None:
     # Two prompts of two choices each: vLLM numbers them 0 to 3.
-    steering = Steering(
+    context = DecisionContext(
         Resolution(Controls(Rule.SAMPLE, (0.0, 0.0), (False, False))),
         report=True,
         decisions={
@@ -258,7 +258,7 @@ def test_reports_of_several_prompts_stand_at_their_own_choices() -> None:
         },
         calls=2,
     )
-    shaper = shaper_for(steering, choices_per_prompt=2)
+    shaper = shaper_for(context, choices_per_prompt=2)
     choices = shaper.shape_answer(completion(4))["choices"]
     margins = [c["refusal_report"]["decisions"]["safety"]["margin"] for c in choices]
     assert margins == [0.0, 1.0, 10.0, 11.0]

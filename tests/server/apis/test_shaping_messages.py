@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from models.controls import Controls
 from server.apis.shaping_messages import MessageShape
 from server.apis.verdicts import Verdicts
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import recorded_answer, recorded_events
@@ -21,25 +21,25 @@ RESPOND = Decision(None)
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 
-def steering_of(decision: Decision, *, report: bool = False) -> Steering:
+def steering_of(decision: Decision, *, report: bool = False) -> DecisionContext:
     dials = Resolution(Controls.as_trained(2))
-    return Steering(dials, report=report, decisions={(0, 0): decision}, calls=1)
+    return DecisionContext(dials, report=report, decisions={(0, 0): decision}, calls=1)
 
 
-def shape_of(steering: Steering) -> MessageShape:
-    return MessageShape(Verdicts(MANIFEST, steering))
+def shape_of(context: DecisionContext) -> MessageShape:
+    return MessageShape(Verdicts(MANIFEST, context))
 
 
 def refused_stream(name: str, pieces: Sequence[str]) -> list[dict[str, Any]]:
     """Shapes a recorded stream; the model says one piece before each event after the first."""
     recorded = recorded_events(name)
-    steering = steering_of(SAFETY)
-    shape = shape_of(steering)
+    context = steering_of(SAFETY)
+    shape = shape_of(context)
     shaped: list[dict[str, Any]] = []
     waiting = list(pieces)
     for index, event in enumerate(recorded):
         if index and waiting:
-            steering.refusal_texts[0, 0] = waiting.pop(0)
+            context.refusal_texts[0, 0] = waiting.pop(0)
         shaped.extend(shape.event(copy.deepcopy(event)))
     return shaped
 
@@ -75,9 +75,9 @@ def test_events_are_of_the_clients_types() -> None:
 
 def test_refusal_of_which_vllm_sent_no_block_has_one() -> None:
     recorded = recorded_events("message_refused")
-    steering = steering_of(SAFETY)
-    steering.refusal_texts[0, 0] = TEXT
-    shape = shape_of(steering)
+    context = steering_of(SAFETY)
+    context.refusal_texts[0, 0] = TEXT
+    shape = shape_of(context)
     events = [one for event in (recorded[0], *recorded[-2:]) for one in shape.event(event)]
     assert [event["type"] for event in events] == [
         "message_start",
@@ -112,9 +112,9 @@ def test_refused_message_is_one_text_block(name: str) -> None:
     answer = recorded_answer(name)
     usage = answer["usage"]
     answer["stop_sequence"] = "x"
-    steering = steering_of(SAFETY)
-    steering.refusal_texts[0, 0] = TEXT
-    shape_of(steering).answer(answer)
+    context = steering_of(SAFETY)
+    context.refusal_texts[0, 0] = TEXT
+    shape_of(context).answer(answer)
     assert answer["content"] == [{"type": "text", "text": TEXT, "refusal_category": "safety"}]
     assert answer["stop_reason"] == "refusal"
     assert answer["stop_details"] == STOPPED

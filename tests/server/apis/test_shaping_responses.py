@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from models.controls import Controls
 from server.apis.shaping_responses import ResponseShape
 from server.apis.verdicts import Verdicts
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import recorded_answer, recorded_events
@@ -20,13 +20,13 @@ RESPOND = Decision(None)
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-def steering_of(decision: Decision, *, report: bool = False) -> Steering:
+def steering_of(decision: Decision, *, report: bool = False) -> DecisionContext:
     dials = Resolution(Controls.as_trained(2))
-    return Steering(dials, report=report, decisions={(0, 0): decision}, calls=1)
+    return DecisionContext(dials, report=report, decisions={(0, 0): decision}, calls=1)
 
 
-def shape_of(steering: Steering) -> ResponseShape:
-    return ResponseShape(Verdicts(MANIFEST, steering))
+def shape_of(context: DecisionContext) -> ResponseShape:
+    return ResponseShape(Verdicts(MANIFEST, context))
 
 
 def refused_stream(
@@ -42,19 +42,19 @@ def refused_stream(
     """
     recorded = recorded_events(name)
     waiting = list(pieces)
-    steering = steering_of(SAFETY)
-    decisions = steering.decisions
-    steering.decisions = {}
-    shape = shape_of(steering)
+    context = steering_of(SAFETY)
+    decisions = context.decisions
+    context.decisions = {}
+    shape = shape_of(context)
     shaped: list[dict[str, Any]] = []
     for index, event in enumerate(recorded):
         if index >= undecided:
-            steering.decisions.update(decisions)
+            context.decisions.update(decisions)
             last = index == len(recorded) - 1
             said = "".join(waiting) if last else "".join(waiting[:1])
             del waiting[: len(waiting) if last else 1]
             if said:
-                steering.refusal_texts[0, 0] = said
+                context.refusal_texts[0, 0] = said
         shaped.extend(shape.event(copy.deepcopy(event)))
     return shaped
 
@@ -101,9 +101,9 @@ def test_events_are_of_the_clients_types(name: str) -> None:
 
 def test_text_that_a_parser_held_back_comes_before_the_end() -> None:
     recorded = recorded_events("response_refused")
-    steering = steering_of(SAFETY)
-    steering.refusal_texts[0, 0] = TEXT
-    shape = shape_of(steering)
+    context = steering_of(SAFETY)
+    context.refusal_texts[0, 0] = TEXT
+    shape = shape_of(context)
     ends = [*recorded[:2], recorded[-1] | {"sequence_number": 2}]
     events = [one for event in ends for one in shape.event(event)]
     assert kinds(events) == [*OPENED, "refusal.delta", *CLOSED]
@@ -136,9 +136,9 @@ def test_cut_off_refusal_is_incomplete() -> None:
 def test_refused_response_is_one_message_of_one_refusal_part(name: str) -> None:
     answer = recorded_answer(name)
     before = copy.deepcopy(answer)
-    steering = steering_of(Decision(1))
-    steering.refusal_texts[0, 0] = TEXT
-    shape_of(steering).answer(answer)
+    context = steering_of(Decision(1))
+    context.refusal_texts[0, 0] = TEXT
+    shape_of(context).answer(answer)
     (item,) = answer.pop("output")
     assert item["id"].startswith("msg_")
     assert item | {"id": ""} == {
@@ -156,16 +156,16 @@ def test_refused_response_is_one_message_of_one_refusal_part(name: str) -> None:
 
 def test_clients_text_of_a_refusal_is_empty() -> None:
     answer = recorded_answer("response_refused")
-    steering = steering_of(SAFETY)
-    steering.refusal_texts[0, 0] = TEXT
-    shape_of(steering).answer(answer)
+    context = steering_of(SAFETY)
+    context.refusal_texts[0, 0] = TEXT
+    shape_of(context).answer(answer)
     assert Response.model_validate(answer).output_text == ""
 
 
 def test_refused_response_has_its_report() -> None:
     answer = recorded_answer("response_refused")
-    steering = steering_of(Decision(0, (1.0, -2.0)), report=True)
-    shape_of(steering).answer(answer)
+    context = steering_of(Decision(0, (1.0, -2.0)), report=True)
+    shape_of(context).answer(answer)
     assert answer["refusal_report"]["category"] == "safety"
     assert answer["refusal_report"]["decisions"]["safety"]["margin"] == 1.0
 

@@ -2,7 +2,7 @@ import pytest
 
 from models.controls import Controls
 from server.apis.verdicts import Verdicts
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from tests.server.manifests import MANIFEST
 
@@ -18,7 +18,7 @@ def verdicts(
     beams: bool = False,
     choices_per_prompt: int = 1,
 ) -> Verdicts:
-    steering = Steering(
+    context = DecisionContext(
         Resolution(Controls.as_trained(2)),
         report=report,
         beam_search=beams,
@@ -26,7 +26,7 @@ def verdicts(
         refusal_texts={place: str(place) for place in decisions},
         calls=1 + max((call for call, _ in decisions), default=0),
     )
-    return Verdicts(MANIFEST, steering, choices_per_prompt=choices_per_prompt)
+    return Verdicts(MANIFEST, context, choices_per_prompt=choices_per_prompt)
 
 
 def test_undecided_choice_is_neither_answer_nor_refusal() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from models.controls import Controls, Rule
 from models.errors import ConfigError, RequestError
-from server.context import Steering
+from server.context import DecisionContext
 from server.dials.board import DialBoard
 from server.dials.protocol import RefusalOptions, parse_options
 from server.policies.loading import Served, default_policies
@@ -211,11 +211,11 @@ def test_calibration_predicts_nothing_of_other_rules(decision: str) -> None:
 
 
 def test_adapter_takes_no_rates_and_no_forecast() -> None:
-    rated = Steering(board(None, "default").resolve(safety({"rate": 0.3})))
+    rated = DecisionContext(board(None, "default").resolve(safety({"rate": 0.3})))
     with pytest.raises(RequestError, match="adapter") as caught:
         rated.adapt()
     assert caught.value.param == "model"
-    explained = Steering(board(None, "default").resolve(safety(0.9), explain=True))
+    explained = DecisionContext(board(None, "default").resolve(safety(0.9), explain=True))
     explained.adapt()
     assert explained.dials.forecast is None
 

@@ -8,7 +8,7 @@ import pytest
 
 from models.controls import Controls, Rule
 from models.errors import NotAllowedError, RequestError
-from server.context import Steering
+from server.context import DecisionContext
 from server.dials.board import DialBoard, Resolution
 from server.dials.floors import Bounds
 from server.dials.protocol import DialOptions, RefusalOptions, parse_header, parse_options
@@ -283,7 +283,7 @@ def test_calibration_that_a_request_needs_and_is_missing_is_its_own_error() -> N
 def test_floor_that_was_solved_on_a_calibration_holds_for_the_checkpoints_own_weights() -> None:
     solved = Bounds(FLOORED.floors, FLOORED.ceilings, calibrated=True)
     with pytest.raises(RequestError, match="adapter"):
-        Steering(resolved(solved, {})).adapt()
-    steering = Steering(resolved(FLOORED, safety("never")))
-    steering.adapt()
-    assert steering.controls.bias[0] == 1.0
+        DecisionContext(resolved(solved, {})).adapt()
+    context = DecisionContext(resolved(FLOORED, safety("never")))
+    context.adapt()
+    assert context.controls.bias[0] == 1.0

@@ -41,9 +41,9 @@ def test_nobodys_dial_rests_as_trained_or_at_the_nearest_bound() -> None:
 
 
 def test_a_floor_at_never_guards_nothing() -> None:
-    assert not Bounds.none(2).guarded
-    assert not Bounds((-INF,), (0.0,)).guarded
-    assert Bounds((-INF, -5.0), (INF, INF)).guarded
+    assert not Bounds.none(2).has_floor
+    assert not Bounds((-INF,), (0.0,)).has_floor
+    assert Bounds((-INF, -5.0), (INF, INF)).has_floor
 
 
 @pytest.mark.parametrize(

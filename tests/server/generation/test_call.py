@@ -12,7 +12,7 @@ import torch
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
 from models.errors import RequestError
 from models.histogram import load_margins
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from server.generation.call import Generation
 from server.generation.margins import ROWS, MarginBoard, Ticket
@@ -165,9 +165,9 @@ def streamed(**changed: Any) -> Any:
 
 
 def generation(
-    engine: FakeEngine, steering: Steering, params: Any = None, **options: Any
+    engine: FakeEngine, context: DecisionContext, params: Any = None, **options: Any
 ) -> Generation:
-    return Generation(engine, steering, 0, params or parameters(), "id", options)
+    return Generation(engine, context, 0, params or parameters(), "id", options)
 
 
 def collected(call: Generation, prompt: Any = PROMPT) -> list[list[int]]:
@@ -192,9 +192,9 @@ def rows(recorder: MarginRecorder, tmp_path: Path) -> int:
 
 def test_one_pass_decides_and_hides_its_token() -> None:
     engine = FakeEngine()
-    steering = Steering(AS_TRAINED)
-    assert collected(generation(engine, steering)) == [[TEXT]]
-    assert steering.decisions == {(0, 0): Decision(0)}
+    context = DecisionContext(AS_TRAINED)
+    assert collected(generation(engine, context)) == [[TEXT]]
+    assert context.decisions == {(0, 0): Decision(0)}
     ((ids, params, request_id),) = engine.calls
     assert (ids, request_id) == (PROMPT["prompt_token_ids"], "id")
     assert params.max_tokens == 6
@@ -209,16 +209,18 @@ def test_draws_of_a_seed_begin_with_the_first_token_of_the_answer(
 ) -> None:
     engine = FakeEngine()
     collected(
-        generation(engine, Steering(AS_TRAINED), parameters(seed=seed, temperature=temperature))
+        generation(
+            engine, DecisionContext(AS_TRAINED), parameters(seed=seed, temperature=temperature)
+        )
     )
     assert len(engine.calls) == passes
 
 
 def test_report_reads_what_the_worker_wrote_in_the_one_pass() -> None:
     engine = FakeEngine()
-    steering = Steering(AS_TRAINED, report=True)
-    assert collected(generation(engine, steering)) == [[TEXT]]
-    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+    context = DecisionContext(AS_TRAINED, report=True)
+    assert collected(generation(engine, context)) == [[TEXT]]
+    assert context.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     assert [request_id for _, _, request_id in engine.calls] == ["id"]
     assert_all_rows_are_free(engine)
 
@@ -233,9 +235,9 @@ def assert_all_rows_are_free(engine: FakeEngine) -> None:
 
 def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:
     engine = FakeEngine(distant=True, v2=True)
-    steering = Steering(AS_TRAINED, report=True)
-    assert collected(generation(engine, steering)) == [[TEXT]]
-    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+    context = DecisionContext(AS_TRAINED, report=True)
+    assert collected(generation(engine, context)) == [[TEXT]]
+    assert context.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     assert [request_id for _, _, request_id in engine.calls] == ["id", "id-decision"]
     assert engine.calls[1][1].logprob_token_ids == MANIFEST.control_ids
 
@@ -245,10 +247,15 @@ def test_distant_worker_of_v1_has_no_margins_to_report(
     field: dict[str, Any], recorder: MarginRecorder, tmp_path: Path
 ) -> None:
     engine = FakeEngine(recorder, distant=True)
-    for steering in (Steering(AS_TRAINED, report=True), Steering(AS_TRAINED, enforce=False)):
+    for context in (
+        DecisionContext(AS_TRAINED, report=True),
+        DecisionContext(AS_TRAINED, enforce=False),
+    ):
         with pytest.raises(RequestError, match="margins that this needs cannot come back"):
-            collected(generation(engine, steering, parameters(**field)))
-    assert collected(generation(engine, Steering(AS_TRAINED), parameters(**field))) == [[TEXT]]
+            collected(generation(engine, context, parameters(**field)))
+    assert collected(generation(engine, DecisionContext(AS_TRAINED), parameters(**field))) == [
+        [TEXT]
+    ]
     assert rows(recorder, tmp_path) == 0
     assert all(params.logprob_token_ids is None for _, params, _ in engine.calls)
     assert_all_rows_are_free(engine)
@@ -260,9 +267,9 @@ def test_decision_comes_first_where_a_field_reaches_its_logits(
     field: dict[str, Any], v2: bool
 ) -> None:
     engine = FakeEngine(v2=v2)
-    steering = Steering(AS_TRAINED, report=True)
-    assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
-    assert steering.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
+    context = DecisionContext(AS_TRAINED, report=True)
+    assert collected(generation(engine, context, parameters(**field))) == [[TEXT]]
+    assert context.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     (_, decision, name), (continued, answer, _) = engine.calls
     assert name == "id-decision"
     assert decision.logprob_token_ids == (MANIFEST.control_ids if v2 else None)
@@ -287,18 +294,18 @@ def test_refusal_with_a_fixed_text_ends_at_the_decision(
     field: dict[str, Any], choices: int
 ) -> None:
     engine = FakeEngine()
-    steering = Steering(AS_TRAINED, texts=("Ask the desk.", None))
-    ended = texts(generation(engine, steering, parameters(n=choices, **field)))
+    context = DecisionContext(AS_TRAINED, texts=("Ask the desk.", None))
+    ended = texts(generation(engine, context, parameters(n=choices, **field)))
     assert ended == [("Ask the desk.", [], "stop", None)] * choices
     assert len(engine.calls) == 1
-    assert steering.refusal_texts == {(0, i): "Ask the desk." for i in range(choices)}
+    assert context.refusal_texts == {(0, i): "Ask the desk." for i in range(choices)}
 
 
 @pytest.mark.parametrize("field", [{}, {"min_tokens": 2}])
 def test_fixed_text_of_another_category_and_answers_go_on(field: dict[str, Any]) -> None:
-    other = Steering(AS_TRAINED, texts=(None, "Ask the desk."))
+    other = DecisionContext(AS_TRAINED, texts=(None, "Ask the desk."))
     assert texts(generation(FakeEngine(), other, parameters(**field)))[0][1] == [TEXT]
-    own = Steering(AS_TRAINED, texts=("Ask the desk.", None))
+    own = DecisionContext(AS_TRAINED, texts=("Ask the desk.", None))
     answering = FakeEngine(answers=True)
     assert texts(generation(answering, own, parameters(**field)))[0][1] == [TEXT]
 
@@ -309,24 +316,24 @@ def test_policy_in_the_shadow_responds_and_says_what_it_would_refuse(
     field: dict[str, Any], distant: bool
 ) -> None:
     engine = FakeEngine(answers=True, distant=distant, v2=distant)
-    steering = Steering(AS_TRAINED, enforce=False)
-    assert collected(generation(engine, steering, parameters(**field))) == [[TEXT]]
-    (decision,) = steering.decisions.values()
+    context = DecisionContext(AS_TRAINED, enforce=False)
+    assert collected(generation(engine, context, parameters(**field))) == [[TEXT]]
+    (decision,) = context.decisions.values()
     assert (decision.category, decision.shadow) == (None, 0)
     never = Controls.never(2).to_wire()
     sent = engine.calls[0][1].extra_args[EXTRA_ARGS_KEY]
     assert {key: sent[key] for key in never} == never
     dialled = Resolution(Controls(Rule.GREEDY, (-2.0, 0.0), (True, False)))
-    steering = Steering(dialled, enforce=False)
-    collected(generation(FakeEngine(answers=True), steering))
-    assert steering.decisions[0, 0].shadow is None
+    context = DecisionContext(dialled, enforce=False)
+    collected(generation(FakeEngine(answers=True), context))
+    assert context.decisions[0, 0].shadow is None
 
 
 def test_marks_never_reach_the_engine() -> None:
     engine = FakeEngine()
     prompt = {"type": "token", "prompt_token_ids": [MARK, 1, MARK, MARK, 2, *OPENING]}
-    steering = Steering(AS_TRAINED, opens_turn=True, marked=True)
-    collected(generation(engine, steering), prompt)
+    context = DecisionContext(AS_TRAINED, opens_turn=True, marked=True)
+    collected(generation(engine, context), prompt)
     assert engine.calls[0][0] == [1, 2, *OPENING]
 
 
@@ -334,7 +341,7 @@ def test_mark_that_the_guard_did_not_set_is_no_token() -> None:
     engine = FakeEngine()
     prompt = {"type": "token", "prompt_token_ids": [1, MARK, 2]}
     with pytest.raises(RequestError, match=f"the id {MARK}, which is no token"):
-        collected(generation(engine, Steering(AS_TRAINED)), prompt)
+        collected(generation(engine, DecisionContext(AS_TRAINED)), prompt)
     assert engine.calls == []
 
 
@@ -342,12 +349,12 @@ def test_grammar_that_no_text_follows_is_the_requests_fault() -> None:
     engine = FakeEngine(answers=True, ends_with="error")
     params = parameters(structured_outputs=SimpleNamespace())
     with pytest.raises(RequestError, match="no text follows the grammar") as raised:
-        collected(generation(engine, Steering(AS_TRAINED), params))
+        collected(generation(engine, DecisionContext(AS_TRAINED), params))
     assert raised.value.status == 400
     other = parameters(bad_words=["x"])  # in two passes too, and ended by the engine's own fault
-    assert collected(generation(engine, Steering(AS_TRAINED), other)) == [[TEXT]]
+    assert collected(generation(engine, DecisionContext(AS_TRAINED), other)) == [[TEXT]]
     refusing = FakeEngine(ends_with="error")  # its text follows no grammar
-    assert collected(generation(refusing, Steering(AS_TRAINED), params)) == [[TEXT]]
+    assert collected(generation(refusing, DecisionContext(AS_TRAINED), params)) == [[TEXT]]
 
 
 SHAPED: list[dict[str, Any]] = [
@@ -370,8 +377,8 @@ def test_text_of_a_refusal_is_the_models_own_under_a_floor(
     name = next(iter(shaped))
     for answers in (False, True):
         engine = FakeEngine(answers=answers)
-        steering = Steering(AS_TRAINED, has_floor=has_floor)
-        collected(generation(engine, steering, parameters(**shaped)))
+        context = DecisionContext(AS_TRAINED, has_floor=has_floor)
+        collected(generation(engine, context, parameters(**shaped)))
         _, sent, _ = engine.calls[-1]
         kept = parameters() if has_floor and not answers else parameters(**shaped)
         if name == "min_tokens" and not has_floor:
@@ -383,24 +390,24 @@ def test_conversation_has_to_end_where_the_decision_begins() -> None:
     engine = FakeEngine()
     prompt = {"type": "token", "prompt_token_ids": [1, *OPENING, 2]}
     with pytest.raises(RequestError, match="does not end where"):
-        collected(generation(engine, Steering(AS_TRAINED, opens_turn=True)), prompt)
+        collected(generation(engine, DecisionContext(AS_TRAINED, opens_turn=True)), prompt)
     assert engine.calls == []
-    collected(generation(engine, Steering(AS_TRAINED)), prompt)
+    collected(generation(engine, DecisionContext(AS_TRAINED)), prompt)
     assert len(engine.calls) == 1
 
 
 def test_beams_have_no_fixed_texts() -> None:
-    steering = Steering(AS_TRAINED, beam_search=True, texts=("Ask the desk.", None))
+    context = DecisionContext(AS_TRAINED, beam_search=True, texts=("Ask the desk.", None))
     with pytest.raises(RequestError, match="use_beam_search"):
-        collected(generation(FakeEngine(), steering))
+        collected(generation(FakeEngine(), context))
 
 
 def test_recorded_request_is_counted_once(recorder: MarginRecorder, tmp_path: Path) -> None:
     engine = FakeEngine(recorder)
-    steering = Steering(AS_TRAINED)
-    collected(generation(engine, steering, parameters(n=3)))
+    context = DecisionContext(AS_TRAINED)
+    collected(generation(engine, context, parameters(n=3)))
     assert len(engine.calls) == 1
-    assert [d.category for d in steering.decisions.values()] == [0, 0, 0]
+    assert [d.category for d in context.decisions.values()] == [0, 0, 0]
     assert rows(recorder, tmp_path) == 1
 
 
@@ -408,7 +415,7 @@ def test_sampled_choices_of_one_prompt_have_one_row_of_margins(
     recorder: MarginRecorder, tmp_path: Path
 ) -> None:
     sampled = Resolution(Controls(Rule.SAMPLE, (0.0, 0.0), (False, False)))
-    collected(generation(FakeEngine(recorder), Steering(sampled), parameters(n=3)))
+    collected(generation(FakeEngine(recorder), DecisionContext(sampled), parameters(n=3)))
     assert rows(recorder, tmp_path) == 1
 
 
@@ -416,17 +423,17 @@ def test_margins_of_adapters_are_not_the_checkpoints(
     recorder: MarginRecorder, tmp_path: Path
 ) -> None:
     engine = FakeEngine(recorder)
-    collected(generation(engine, Steering(AS_TRAINED), lora_request="adapter"))
+    collected(generation(engine, DecisionContext(AS_TRAINED), lora_request="adapter"))
     assert len(engine.calls) == 1
     assert rows(recorder, tmp_path) == 0
 
 
 def test_decision_alone_is_no_traffic(recorder: MarginRecorder, tmp_path: Path) -> None:
     engine = FakeEngine(recorder)
-    steering = Steering(AS_TRAINED, report=True)
-    decision = asyncio.run(generation(engine, steering).decision(PROMPT))
+    context = DecisionContext(AS_TRAINED, report=True)
+    decision = asyncio.run(generation(engine, context).decision(PROMPT))
     assert decision == Decision(0, (1.0, -1.0), 2.0)
-    assert steering.decisions == {}
+    assert context.decisions == {}
     assert len(engine.calls) == 1
     assert rows(recorder, tmp_path) == 0
 
@@ -435,10 +442,10 @@ def test_too_long_prompt_reaches_no_engine() -> None:
     engine = FakeEngine()
     prompt = {"type": "token", "prompt_token_ids": [1] * 15}
     with pytest.raises(RequestError, match="may have 14"):
-        collected(generation(engine, Steering(AS_TRAINED)), prompt)
+        collected(generation(engine, DecisionContext(AS_TRAINED)), prompt)
     with pytest.raises(RequestError, match="may have 14"):
-        asyncio.run(generation(engine, Steering(AS_TRAINED)).decision(prompt))
-    second = Generation(engine, Steering(AS_TRAINED), 1, parameters(), "id", {})
+        asyncio.run(generation(engine, DecisionContext(AS_TRAINED)).decision(prompt))
+    second = Generation(engine, DecisionContext(AS_TRAINED), 1, parameters(), "id", {})
     with pytest.raises(RequestError, match="may have 14"):
         collected(second, prompt)
     assert engine.calls == []
@@ -446,56 +453,58 @@ def test_too_long_prompt_reaches_no_engine() -> None:
 
 def test_log_probabilities_of_all_prompts_are_bounded_together() -> None:
     engine = FakeEngine()
-    steering = Steering(
+    context = DecisionContext(
         AS_TRAINED, history=(0, 0), logprobs=2 * 3 * 4 + 2 * len(PROMPT["prompt_token_ids"])
     )
     params = parameters(n=2, max_tokens=4, logprobs=2, prompt_logprobs=0)
-    assert collected(generation(engine, steering, params)) == [[TEXT], [TEXT]]
-    assert steering.logprobs == 0
+    assert collected(generation(engine, context, params)) == [[TEXT], [TEXT]]
+    assert context.logprobs == 0
     with pytest.raises(RequestError, match=r"1 log-probabilities more .*RHEOSTAT_MAX_LOGPROBS"):
-        collected(generation(engine, steering, parameters(logprobs=0, max_tokens=1)))
+        collected(generation(engine, context, parameters(logprobs=0, max_tokens=1)))
     assert len(engine.calls) == 1
 
 
 def test_answer_whose_length_nobody_names_holds_the_log_probabilities_that_fit() -> None:
     engine = FakeEngine()
-    steering = Steering(AS_TRAINED, logprobs=2 * 3 * 4 + 5, names_length=False)
+    context = DecisionContext(AS_TRAINED, logprobs=2 * 3 * 4 + 5, names_length=False)
     params = parameters(n=2, max_tokens=400, logprobs=2)
-    collected(generation(engine, steering, params))
+    collected(generation(engine, context, params))
     ((_, sent, _),) = engine.calls
     assert sent.max_tokens == 4 + 1  # the decision takes a step
 
 
 def test_step_of_a_stream_holds_so_many_log_probabilities_of_all_prompts() -> None:
     fits = {"n": 2, "logprobs": 4, "stream_interval": 3}
-    steering = Steering(AS_TRAINED, history=(0, 0), piece_logprobs=60, prompts=2)
+    context = DecisionContext(AS_TRAINED, history=(0, 0), piece_logprobs=60, prompts=2)
     engine = FakeEngine()
-    collected(generation(engine, steering, streamed(**fits)))
+    collected(generation(engine, context, streamed(**fits)))
     assert len(engine.calls) == 1
     with pytest.raises(RequestError, match=r"hold 72 .*at most 60 .*RHEOSTAT_MAX_LOGPROBS") as e:
-        collected(generation(engine, steering, streamed(**{**fits, "logprobs": 5})))
+        collected(generation(engine, context, streamed(**{**fits, "logprobs": 5})))
     assert (e.value.status, e.value.param) == (422, "logprobs")
-    collected(generation(engine, steering, parameters(**{**fits, "logprobs": 5})))
+    collected(generation(engine, context, parameters(**{**fits, "logprobs": 5})))
 
 
 def test_decision_that_never_came_is_an_error() -> None:
     engine = FakeEngine(silent=True)
     with pytest.raises(RequestError, match="aborted"):
-        collected(generation(engine, Steering(AS_TRAINED), parameters(repetition_penalty=1.1)))
+        collected(
+            generation(engine, DecisionContext(AS_TRAINED), parameters(repetition_penalty=1.1))
+        )
 
 
 def test_call_tells_the_http_layer_that_it_began_or_why_it_was_rejected() -> None:
-    steering = Steering(AS_TRAINED, opens_turn=True)
-    collected(generation(FakeEngine(), steering), {**PROMPT, "prompt_token_ids": OPENING})
-    assert (steering.started, steering.failure) == (True, None)
-    steering = Steering(AS_TRAINED)
+    context = DecisionContext(AS_TRAINED, opens_turn=True)
+    collected(generation(FakeEngine(), context), {**PROMPT, "prompt_token_ids": OPENING})
+    assert (context.started, context.failure) == (True, None)
+    context = DecisionContext(AS_TRAINED)
     with pytest.raises(RequestError):
         collected(
-            generation(FakeEngine(), steering), {"type": "token", "prompt_token_ids": [1] * 15}
+            generation(FakeEngine(), context), {"type": "token", "prompt_token_ids": [1] * 15}
         )
-    assert steering.failure is not None
-    assert steering.failure[2:] == ("messages", "context_length_exceeded")
-    assert steering.started is False
+    assert context.failure is not None
+    assert context.failure[2:] == ("messages", "context_length_exceeded")
+    assert context.started is False
 
 
 def test_what_vllm_raises_is_told_to_the_http_layer_too() -> None:
@@ -504,7 +513,7 @@ def test_what_vllm_raises_is_told_to_the_http_layer_too() -> None:
             raise ValueError("vLLM's")
             yield
 
-    steering = Steering(AS_TRAINED)
+    context = DecisionContext(AS_TRAINED)
     with pytest.raises(ValueError, match="vLLM's"):
-        collected(generation(Rejecting(), steering))
-    assert steering.failure == failure(500, "vLLM's")
+        collected(generation(Rejecting(), context))
+    assert context.failure == failure(500, "vLLM's")

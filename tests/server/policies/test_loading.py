@@ -36,7 +36,7 @@ def test_bounds_are_written_as_sensitivity_word_or_bias(tmp_path: Path) -> None:
     ).board.bounds
     assert bounds.floors == (bias_of_sensitivity(0.8), -1.5)
     assert bounds.ceilings == (INF, INF)
-    assert (bounds.guarded, bounds.refuses, bounds.calibrated) == (True, False, False)
+    assert (bounds.has_floor, bounds.refuses, bounds.calibrated) == (True, False, False)
 
 
 def test_floor_may_be_a_rate_of_the_categorys_own_dial(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_other_fields_are_carried(tmp_path: Path) -> None:
         False,
     )
     assert active.board.bounds.refuses
-    assert not active.guarded
+    assert not active.board.bounds.has_floor
 
 
 @pytest.mark.parametrize(

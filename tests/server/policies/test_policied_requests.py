@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.controls import Rule
 from server.apis.verdicts import Verdicts
-from server.context import CALLER, STEERING, Decision, Steering
+from server.context import CALLER, DECISION_CONTEXT, Decision, DecisionContext
 from server.policies.book import PolicyBook
 from server.settings import Settings
 from server.telemetry.trace import DecisionTrace
@@ -37,17 +37,17 @@ def policies(tmp_path: Path) -> PolicyBook:
 
 
 class FakeServer:
-    """Answers every request after one decision; keeps the steering that it saw."""
+    """Answers every request after one decision; keeps the context that it saw."""
 
     def __init__(self) -> None:
-        self.steering: Steering | None = None
+        self.context: DecisionContext | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        self.steering = STEERING.get()
-        assert self.steering is not None
-        self.steering.decisions[0, 0] = Decision(None)
-        self.steering.request_ids.append("chatcmpl-7")
+        self.context = DECISION_CONTEXT.get()
+        assert self.context is not None
+        self.context.decisions[0, 0] = Decision(None)
+        self.context.request_ids.append("chatcmpl-7")
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
@@ -64,8 +64,8 @@ class FakeScorer:
     def tokens(self, rendered: Any) -> int:
         return 1
 
-    async def decide(self, rendered: Any, steering: Steering) -> Decision:
-        return Decision(0 if steering.controls.bias[0] >= 1 else None, (-1.0, -1.0), 0.5)
+    async def decide(self, rendered: Any, context: DecisionContext) -> Decision:
+        return Decision(0 if context.controls.bias[0] >= 1 else None, (-1.0, -1.0), 0.5)
 
 
 class FoundByGate:
@@ -106,26 +106,26 @@ def steered(
     sent: dict[str, str],
     refusal: Any = None,
     trace: DecisionTrace | None = None,
-) -> tuple[httpx.Response, Steering | None]:
+) -> tuple[httpx.Response, DecisionContext | None]:
     server = FakeServer()
     app = refusal_middleware(server, policies, trace)
     body = BODY if refusal is None else {**BODY, "refusal": refusal}
-    return call(app, "POST", CHAT, body, **sent), server.steering
+    return call(app, "POST", CHAT, body, **sent), server.context
 
 
 def test_request_follows_its_tenants_first_policy(policies: PolicyBook) -> None:
-    _, steering = steered(policies, {"x_api_key": ACME_KEY})
-    assert steering is not None
-    assert (steering.policy, steering.enforce, steering.report) == ("desk", True, False)
-    assert steering.controls.bias[0] == pytest.approx(2.197, abs=1e-3)
-    assert steering.texts == (None, None)
+    _, context = steered(policies, {"x_api_key": ACME_KEY})
+    assert context is not None
+    assert (context.policy, context.enforce, context.report) == ("desk", True, False)
+    assert context.controls.bias[0] == pytest.approx(2.197, abs=1e-3)
+    assert context.texts == (None, None)
 
 
 def test_engine_is_told_the_policys_texts_and_whether_to_follow_it(policies: PolicyBook) -> None:
-    _, steering = steered(policies, {"x_api_key": SHOP_KEY})
-    assert steering is not None
-    assert (steering.policy, steering.enforce) == ("kiosk", False)
-    assert steering.texts == ("I can't help with that.", "We do not.")
+    _, context = steered(policies, {"x_api_key": SHOP_KEY})
+    assert context is not None
+    assert (context.policy, context.enforce) == ("kiosk", False)
+    assert context.texts == ("I can't help with that.", "We do not.")
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_engine_is_told_the_policys_texts_and_whether_to_follow_it(policies: Pol
 def test_policy_is_chosen_in_the_body_or_in_a_header(
     policies: PolicyBook, refusal: Any, sent: dict[str, str]
 ) -> None:
-    _, steering = steered(policies, {"x_api_key": ACME_KEY, **sent}, refusal)
-    assert steering is not None
-    assert (steering.policy, steering.report) == ("lab", True)
+    _, context = steered(policies, {"x_api_key": ACME_KEY, **sent}, refusal)
+    assert context is not None
+    assert (context.policy, context.report) == ("lab", True)
 
 
 def test_header_of_dials_stands_beside_the_header_of_the_policy(policies: PolicyBook) -> None:
     sent = {"x_refusal": "safety=never", "x_refusal_policy": "desk", "x_api_key": ACME_KEY}
-    _, steering = steered(policies, sent)
-    assert steering is not None
-    assert steering.controls.bias[0] == pytest.approx(1.386, abs=1e-3)
-    assert steering.dials.clamped == (("safety", "floor"),)
+    _, context = steered(policies, sent)
+    assert context is not None
+    assert context.controls.bias[0] == pytest.approx(1.386, abs=1e-3)
+    assert context.dials.clamped == (("safety", "floor"),)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_header_of_dials_stands_beside_the_header_of_the_policy(policies: Policy
 def test_what_is_not_allowed_reaches_no_engine(
     policies: PolicyBook, refusal: Any, sent: dict[str, str], status: int, param: str | None
 ) -> None:
-    answer, steering = steered(policies, sent, refusal)
+    answer, context = steered(policies, sent, refusal)
     assert answer.status_code == status
     if status != 200:
-        assert steering is None
+        assert context is None
         assert answer.json()["error"]["param"] == param
 
 
@@ -184,8 +184,8 @@ def test_caller_of_the_gate_is_believed(policies: PolicyBook) -> None:
     server = FakeServer()
     inner = refusal_middleware(server, policies)
     call(FoundByGate(inner, policies, SHOP_KEY), "POST", CHAT, BODY, x_api_key=ACME_KEY)
-    assert server.steering is not None
-    assert server.steering.policy == "kiosk"
+    assert server.context is not None
+    assert server.context.policy == "kiosk"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_answers_are_prefilled_where_the_policy_allows_it(
     answer = call(refusal_middleware(server, policies), "POST", path, body)
     assert answer.status_code == status
     if status == 403:
-        assert server.steering is None
+        assert server.context is None
         error = answer.json()["error"]
         assert error["param"] == ("input" if "input" in body else "continue_final_message")
         assert "allows no prefill" in error["message"]
@@ -285,14 +285,14 @@ def test_control_tokens_that_a_client_writes_are_refused_where_the_policy_says_s
 def test_report_says_what_a_policy_that_is_not_enforced_would_refuse(
     policies: PolicyBook, shadow: int | None, told: str | None
 ) -> None:
-    _, steering = steered(policies, {"x_api_key": SHOP_KEY}, {"report": True})
-    assert steering is not None
-    steering.decisions[0, 0] = Decision(None, (0.0, 0.0), 0.5, shadow)
-    report = Verdicts(MANIFEST, steering).report()
+    _, context = steered(policies, {"x_api_key": SHOP_KEY}, {"report": True})
+    assert context is not None
+    context.decisions[0, 0] = Decision(None, (0.0, 0.0), 0.5, shadow)
+    report = Verdicts(MANIFEST, context).report()
     assert report is not None
     assert (report["refused"], report["would_refuse"]) == (False, told)
-    steering.enforce = True
-    assert "would_refuse" not in (Verdicts(MANIFEST, steering).report() or {})
+    context.enforce = True
+    assert "would_refuse" not in (Verdicts(MANIFEST, context).report() or {})
 
 
 def test_every_decision_of_a_request_is_traced(policies: PolicyBook, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.context import STEERING, Steering
+from server.context import DECISION_CONTEXT, DecisionContext
 from server.telemetry.client_mistakes import ClientMistakes
 from server.web.errors import failure
 from tests.server.boards import board
@@ -51,12 +51,12 @@ def test_everything_is_logged_for_whoever_debugs(
 def test_what_comes_of_a_rejected_request_is_not_logged(
     logger: logging.Logger, caplog: pytest.LogCaptureFixture, status: int, logged: int
 ) -> None:
-    steering = Steering(board().unasked, failure=failure(status, "m"))
-    token = STEERING.set(steering)
+    context = DecisionContext(board().unasked, failure=failure(status, "m"))
+    token = DECISION_CONTEXT.set(context)
     try:
         log(logger, TypeError("vLLM cannot read its own error"))
     finally:
-        STEERING.reset(token)
+        DECISION_CONTEXT.reset(token)
     assert len(caplog.records) == logged
 
 

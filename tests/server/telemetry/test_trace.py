@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from models.controls import Controls, Rule
 from models.errors import ConfigError
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
 from server.dials.protocol import RefusalOptions, parse_options
 from server.settings import Settings
@@ -30,9 +30,9 @@ DIALS = Resolution(
 def traced(
     decisions: dict[tuple[int, int], Decision] | None = None, asked: RefusalOptions | None = None
 ) -> Traced:
-    steering = Steering(DIALS, policy="desk", request_ids=["chatcmpl-1", "chatcmpl-2"])
-    steering.decisions.update({(0, 0): Decision(0)} if decisions is None else decisions)
-    return Traced(NOON, "acme", "/v1/chat/completions", asked or RefusalOptions(), steering)
+    context = DecisionContext(DIALS, policy="desk", request_ids=["chatcmpl-1", "chatcmpl-2"])
+    context.decisions.update({(0, 0): Decision(0)} if decisions is None else decisions)
+    return Traced(NOON, "acme", "/v1/chat/completions", asked or RefusalOptions(), context)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def test_line_says_who_asked_what_and_what_became_of_it() -> None:
 
 def test_policy_that_is_not_enforced_tells_what_it_would_have_refused() -> None:
     entry = traced({(0, 0): Decision(None, shadow=1), (0, 1): Decision(None)})
-    entry.steering.enforce = False
+    entry.context.enforce = False
     written = list(entry.lines(NAMES))
     assert [(line["decision"], line["category"]) for line in written] == [
         ("would_refuse", "humanizing"),
@@ -224,7 +224,7 @@ def test_lines_of_the_largest_request_are_bounded() -> None:
     asked = parse_options({"categories": longest, "false_refusal_rate": 1 / 3, "report": True})
     most = Settings().max_choices
     entry = traced({(call, 0): Decision(0) for call in range(most)}, asked)
-    entry.steering.request_ids = [f"chatcmpl-{'a' * MOST_NAME_CHARACTERS}-{n}" for n in range(most)]
+    entry.context.request_ids = [f"chatcmpl-{'a' * MOST_NAME_CHARACTERS}-{n}" for n in range(most)]
     written = [json.dumps(line) for line in entry.lines(NAMES)]
     assert len(written) == most
     assert max(map(len, written)) < 1024

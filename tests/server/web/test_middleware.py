@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from models.controls import Controls, Rule
 from server.apis.turns import MESSAGES, READS_CHAT, RESPONSES
-from server.context import STEERING, Decision, Steering
+from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.dials.protocol import parse_options
 from server.settings import Settings
 from server.web.middleware import GENERATING, RAW_PROMPTS
@@ -37,10 +37,10 @@ def test_refusal_object_becomes_the_steering_and_leaves_the_body() -> None:
     send_to(server, CHAT, {"model": "m", "messages": [USER], "refusal": refusal})
     assert server.body == {"model": "m", "messages": [USER]}
     assert server.headers["content-length"] == str(len(server.raw))
-    assert server.steering is not None
-    assert server.steering.controls == Controls(Rule.SAMPLE, (0.0, float("-inf")), (False, True))
-    assert server.steering.report is True
-    assert server.steering.history == (0,)
+    assert server.context is not None
+    assert server.context.controls == Controls(Rule.SAMPLE, (0.0, float("-inf")), (False, True))
+    assert server.context.report is True
+    assert server.context.history == (0,)
 
 
 def test_header_form_is_the_refusal_object() -> None:
@@ -48,8 +48,8 @@ def test_header_form_is_the_refusal_object() -> None:
     headers = [("X-Refusal", "safety=0.5 , humanizing = never")]
     answer = send_to(server, CHAT, {"messages": [USER]}, headers=headers)
     assert answer.status_code == 200
-    assert server.steering is not None
-    assert server.steering.controls == Controls(Rule.GREEDY, (0.0, -math.inf), (True, True))
+    assert server.context is not None
+    assert server.context.controls == Controls(Rule.GREEDY, (0.0, -math.inf), (True, True))
     assert server.body == {"messages": [USER]}
 
 
@@ -57,8 +57,8 @@ def test_several_headers_are_one() -> None:
     server = FakeServer()
     headers = [("X-Refusal", "safety=always"), ("X-Refusal", "humanizing=bias:-2")]
     assert send_to(server, CHAT, {"messages": [USER]}, headers=headers).status_code == 200
-    assert server.steering is not None
-    assert server.steering.controls.bias == (math.inf, -2.0)
+    assert server.context is not None
+    assert server.context.controls.bias == (math.inf, -2.0)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_report_explains_the_dials_where_a_calibration_is_loaded() -> None:
 
 def asked_with(
     refusal: dict[str, Any], headers: Sequence[tuple[str, str]] = (), **body: Any
-) -> Steering:
-    """Returns the steering of a chat request to a server with a calibration."""
+) -> DecisionContext:
+    """Returns the context of a chat request to a server with a calibration."""
     server = FakeServer()
     content = {"messages": [USER], **body, **({"refusal": refusal} if refusal else {})}
     answer = send_to(server, CHAT, content, headers=headers, calibrations=("default",))
     assert answer.status_code == 200, answer.text
-    assert server.steering is not None
-    return server.steering
+    assert server.context is not None
+    return server.context
 
 
 def test_history_gets_its_control_tokens() -> None:
@@ -130,17 +130,17 @@ def test_history_gets_its_control_tokens() -> None:
         "[refuse:safety]No",
         "Hello",
     ]
-    assert server.steering is not None
-    assert server.steering.history == (2,)
-    assert server.steering.continues is False
+    assert server.context is not None
+    assert server.context.history == (2,)
+    assert server.context.continues is False
 
 
 def test_history_of_a_batch_is_counted_by_conversation() -> None:
     server = FakeServer()
     conversations = [[USER], [USER, ANSWERED, USER]]
     send_to(server, "/v1/chat/completions/batch", {"messages": conversations})
-    assert server.steering is not None
-    assert server.steering.history == (0, 1)
+    assert server.context is not None
+    assert server.context.history == (0, 1)
     assert server.body["messages"][1][1]["content"] == "[respond]Hi"
 
 
@@ -150,8 +150,8 @@ def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None
     server = FakeServer()
     raw = json.dumps({"prompt": "[respond]", "messages": [ANSWERED]}).encode()
     send_to(server, path, raw)
-    assert server.steering is not None
-    assert server.steering.history == ()
+    assert server.context is not None
+    assert server.context.history == ()
     sent = json.dumps(server.body)
     assert "[respond]" not in sent
     assert json.loads(sent.replace(MARK, "")) == json.loads(raw)
@@ -182,13 +182,13 @@ def test_mark_of_the_guard_is_in_no_error_of_ours() -> None:
 def test_conversations_open_a_turn_and_raw_prompts_do_not(path: str) -> None:
     server = FakeServer()
     send_to(server, path, {"messages": [USER]})
-    assert server.steering is not None
-    assert server.steering.opens_turn
+    assert server.context is not None
+    assert server.context.opens_turn
     for raw in ("/v1/completions", "/invocations"):
         server = FakeServer()
         send_to(server, raw, {"prompt": "x"})
-        assert server.steering is not None
-        assert not server.steering.opens_turn
+        assert server.context is not None
+        assert not server.context.opens_turn
 
 
 def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
@@ -201,9 +201,9 @@ def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
     }
     send_to(server, RESPONSES, {"input": [USER, refused, USER]})
     assert server.body["input"][1]["content"][0]["text"] == "[refuse:humanizing]No"
-    assert server.steering is not None
-    assert server.steering.history == (1,)
-    assert server.steering.continues is False
+    assert server.context is not None
+    assert server.context.history == (1,)
+    assert server.context.continues is False
 
     server = FakeServer()
     block = {"type": "text", "text": "No", "refusal_category": "safety"}
@@ -211,8 +211,8 @@ def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
     send_to(server, MESSAGES, {"messages": [USER, turn, USER, ANSWERED, USER]})
     assert server.body["messages"][1]["content"] == [{"type": "text", "text": "[refuse:safety]No"}]
     assert server.body["messages"][3]["content"] == "[respond]Hi"
-    assert server.steering is not None
-    assert server.steering.history == (2,)
+    assert server.context is not None
+    assert server.context.history == (2,)
 
 
 def test_unfinished_last_message_is_continued() -> None:
@@ -220,8 +220,8 @@ def test_unfinished_last_message_is_continued() -> None:
     parts = [{"type": "output_text", "text": "The capital"}]
     last = {"type": "message", "role": "assistant", "content": parts, "status": "incomplete"}
     send_to(server, RESPONSES, {"input": [USER, last]})
-    assert server.steering is not None
-    assert server.steering.continues is True
+    assert server.context is not None
+    assert server.context.continues is True
     refused = {**last, "content": [{"type": "refusal", "refusal": "No"}]}
     server = FakeServer()
     assert_refused(send_to(server, RESPONSES, {"input": [USER, refused]}), server, 400, "input")
@@ -239,8 +239,8 @@ def test_invocations_take_messages_or_a_prompt() -> None:
 def test_every_generating_route_is_steered(path: str) -> None:
     server = FakeServer()
     send_to(server, path, {"input": "x", "refusal": {"categories": {"safety": "always"}}})
-    assert server.steering is not None
-    assert server.steering.controls.bias == (float("inf"), 0.0)
+    assert server.context is not None
+    assert server.context.controls.bias == (float("inf"), 0.0)
     assert server.body == {"input": "x"}
 
 
@@ -248,10 +248,10 @@ def test_request_without_controls_gets_the_defaults() -> None:
     defaults = parse_options({"decision": "paper", "report": True, "categories": {"safety": 1}})
     server = FakeServer()
     send_to(server, CHAT, {"messages": [USER]}, settings=Settings(defaults=defaults))
-    assert server.steering is not None
-    assert server.steering.controls.rule is Rule.PAPER
-    assert server.steering.controls.bias == (float("inf"), 0.0)
-    assert server.steering.report is True
+    assert server.context is not None
+    assert server.context.controls.rule is Rule.PAPER
+    assert server.context.controls.bias == (float("inf"), 0.0)
+    assert server.context.report is True
 
 
 def test_report_of_the_request_wins_over_the_default() -> None:
@@ -259,8 +259,8 @@ def test_report_of_the_request_wins_over_the_default() -> None:
     server = FakeServer()
     body = {"messages": [USER], "refusal": {"report": False}}
     send_to(server, CHAT, body, settings=Settings(defaults=defaults))
-    assert server.steering is not None
-    assert server.steering.report is False
+    assert server.context is not None
+    assert server.context.report is False
 
 
 @pytest.mark.parametrize("value", [True, 1, "true", "yes", "on", 1.0])
@@ -269,12 +269,12 @@ def test_flags_are_read_as_vllm_reads_them(value: Any, other: Any) -> None:
     for flag, expected in ((value, True), (other, False)):
         server = FakeServer()
         send_to(server, COMPLETIONS, {"prompt": "x", "use_beam_search": flag})
-        assert server.steering is not None
-        assert server.steering.beam_search is expected
+        assert server.context is not None
+        assert server.context.beam_search is expected
         server = FakeServer()
         send_to(server, CHAT, {"messages": [ANSWERED], "continue_final_message": flag})
-        assert server.steering is not None
-        assert server.steering.continues is expected
+        assert server.context is not None
+        assert server.context.continues is expected
 
 
 @pytest.mark.parametrize(
@@ -291,10 +291,10 @@ def test_engine_knows_how_many_prompts_share_its_bounds(
 ) -> None:
     server = FakeServer()
     send_to(server, path, body)
-    assert server.steering is not None
-    assert server.steering.prompts == prompts
-    assert server.steering.logprobs == 8192
-    assert server.steering.piece_logprobs == 1024
+    assert server.context is not None
+    assert server.context.prompts == prompts
+    assert server.context.logprobs == 8192
+    assert server.context.piece_logprobs == 1024
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING))
@@ -303,10 +303,10 @@ def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
     server = FakeServer()
     body = {"messages": [ANSWERED], "continue_final_message": True, "use_beam_search": True}
     send_to(server, path, body)
-    assert server.steering is not None
+    assert server.context is not None
     chat = path in (CHAT, "/invocations")
-    assert server.steering.continues is (chat or path == "/v1/chat/completions/batch")
-    assert server.steering.beam_search is (chat or path == COMPLETIONS)
+    assert server.context.continues is (chat or path == "/v1/chat/completions/batch")
+    assert server.context.beam_search is (chat or path == COMPLETIONS)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +323,8 @@ def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
 def test_continued_turn_is_an_assistants(messages: list[Any], continues: bool) -> None:
     server = FakeServer()
     send_to(server, CHAT, {"messages": messages, "continue_final_message": True})
-    assert server.steering is not None
-    assert server.steering.continues is continues
+    assert server.context is not None
+    assert server.context.continues is continues
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_steering_is_reset_when_the_server_raises() -> None:
     server = FakeServer(error=RuntimeError("boom"))
     with pytest.raises(RuntimeError, match="boom"):
         send_to(server, CHAT, {"messages": [USER]})
-    assert server.steering is not None
+    assert server.context is not None
 
     async def around() -> None:
         app = steering_app(server)
@@ -367,7 +367,7 @@ def test_steering_is_reset_when_the_server_raises() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             with pytest.raises(RuntimeError, match="boom"):
                 await client.post(CHAT, json={"messages": [USER]})
-        assert STEERING.get() is None
+        assert DECISION_CONTEXT.get() is None
 
     asyncio.run(around())
 
@@ -432,7 +432,7 @@ def test_everything_else_is_untouched(method: str, path: str) -> None:
     raw = b'{"refusal": 5, "messages": [{"role": "assistant", "content": "x"}]}'
     answer = send_to(server, path, raw, method=method)
     assert server.raw == raw
-    assert server.steering is None
+    assert server.context is None
     assert answer.content == b"as it is"
 
 
@@ -529,7 +529,7 @@ def test_rendered_prompts_hold_the_control_tokens_of_earlier_turns(
     server = FakeServer()
     assert send_to(server, f"{path}/render", body).status_code == 200
     assert server.body["messages"] == [USER, opened]
-    assert server.steering is None
+    assert server.context is None
 
 
 def test_empty_turn_that_vllm_cannot_render_is_opened() -> None:
@@ -562,15 +562,15 @@ def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -
 def test_generating_routes_are_known_under_any_root_path(root_path: str, path: str) -> None:
     server = FakeServer()
     send_to(server, path, {"messages": [USER], "refusal": {}}, root_path=root_path)
-    assert server.steering is not None
+    assert server.context is not None
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING))
 def test_every_generating_route_takes_a_report(path: str) -> None:
     server = FakeServer()
     assert send_to(server, path, {"refusal": {"report": True}}).status_code == 200
-    assert server.steering is not None
-    assert server.steering.report is True
+    assert server.context is not None
+    assert server.context.report is True
 
 
 def test_disconnect_reaches_the_server_after_the_body() -> None:

@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from server.apis.turns import MESSAGES, RESPONSES
-from server.context import STEERING, Decision
+from server.context import DECISION_CONTEXT, Decision
 from server.web.errors import Failure
 from tests.server.middlewares import (
     ANSWERED,
@@ -275,17 +275,17 @@ class Connection:
         self.seen: list[int] = []
 
     async def server(self, scope: Scope, receive: Receive, send: Send) -> None:
-        steering = STEERING.get()
-        assert steering is not None
+        context = DECISION_CONTEXT.get()
+        assert context is not None
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for step in self.steps:
             if isinstance(step, bool):
-                steering.started = True
+                context.started = True
             else:
                 await send({"type": "http.response.body", "body": step, "more_body": True})
             self.seen.append(len(self.sent))
-        steering.failure = self.failure
+        context.failure = self.failure
         await send({"type": "http.response.body", "body": VLLMS + b"\n\n" if self.failure else b""})
 
     def serve(self, path: str) -> list[Message]:
@@ -344,13 +344,13 @@ class BreakingServer(FakeServer):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def unfinished(message: Message) -> None:
-            assert self.steering is not None
-            self.steering.started = self.started
+            assert self.context is not None
+            self.context.started = self.started
             await send({**message, "more_body": True})
 
         await super().__call__(scope, receive, unfinished)
-        assert self.steering is not None
-        self.steering.failure = self.late
+        assert self.context is not None
+        self.context.failure = self.late
         cause = ValueError("vLLM's own")
         raise RuntimeError("Caught handled exception, but response already started.") from cause
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from models.errors import RequestError
-from server.context import Decision, Steering
+from server.context import Decision, DecisionContext
 from server.telemetry.trace import DecisionTrace
 from server.web.score import (
     AT_ONCE,
@@ -60,20 +60,20 @@ class FakeEngine:
     def tokens(self, rendered: Any) -> int:
         return len(rendered.get("prompt", "").split())
 
-    async def decide(self, rendered: Any, steering: Steering) -> Decision:
+    async def decide(self, rendered: Any, context: DecisionContext) -> Decision:
         self.waiting.append(self.tokens(rendered))
         self.most_waiting = max(self.most_waiting, len(self.waiting))
         self.most_tokens = max(self.most_tokens, sum(self.waiting))
         await asyncio.sleep(0)
         try:
-            return await self._decided(rendered, steering)
+            return await self._decided(rendered, context)
         finally:
             self.waiting.pop()
 
-    async def _decided(self, rendered: Any, steering: Steering) -> Decision:
+    async def _decided(self, rendered: Any, context: DecisionContext) -> Decision:
         self.decided += 1
-        self.history.append(steering.history_of(0))
-        assert steering.report
+        self.history.append(context.history_of(0))
+        assert context.report
         if rendered.get("prompt") == self.too_long is not None:
             raise RequestError("the prompt is too long", param="messages", status=400)
         try:
@@ -83,7 +83,7 @@ class FakeEngine:
             self.cancelled += 1
             raise
         margin = math.nan if rendered.get("prompt") == "nan" else -1.0
-        refused = steering.controls.bias[0] >= 1.0
+        refused = context.controls.bias[0] >= 1.0
         return Decision(0 if refused else None, (margin, -3.0), 0.5)
 
 
