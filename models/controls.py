@@ -54,11 +54,6 @@ class Controls:
     selected: tuple[bool, ...]
 
     @classmethod
-    def as_trained(cls, categories: int) -> "Controls":
-        """Returns the controls that leave the model's own choice alone."""
-        return cls(Rule.GREEDY, (0.0,) * categories, (False,) * categories)
-
-    @classmethod
     def never(cls, categories: int) -> "Controls":
         """Returns the controls under which everything is answered."""
         return cls(Rule.GREEDY, (-math.inf,) * categories, (True,) * categories)

@@ -1,10 +1,11 @@
-"""Earlier assistant turns of a chat: each opens with its control token, as in training."""
+"""Chat and completions: control tokens in earlier turns, and refusals in the choices."""
 
 import reprlib
 from typing import Any
 
 from models.errors import RequestError
 from models.manifest import Manifest
+from server.apis.verdicts import Verdicts
 
 CATEGORY_FIELD = "refusal_category"
 # Where a part of each type has its text. Source: vLLM 0.32, renderers/chat_utils.py, MM_PARSER_MAP.
@@ -15,6 +16,8 @@ _TEXT_KEYS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
+# What vLLM's tool and reasoning parsers made of a refusal's text.
+_UNPARSED: dict[str, Any] = {"tool_calls": [], "function_call": None, "reasoning": None}
 
 
 def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
@@ -134,3 +137,81 @@ def _text_key(part: Any) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
     key = _TEXT_KEYS.get(kind) if isinstance(kind, str) else None
     return key if key is not None and isinstance(part.get(key), str) else None
+
+
+class ChoicesShape:
+    """Shapes each choice by its own decision.
+
+    A chat message has its text in ``refusal``. Where a choice is text, only the report says
+    what it is.
+
+    Args:
+        verdicts: What was decided.
+        echo: Whether the client asked for its own last message back.
+    """
+
+    def __init__(self, verdicts: Verdicts, *, echo: bool = False) -> None:
+        self._verdicts = verdicts
+        self._echo = echo
+        self._reported: set[int] = set()
+        self._categorised: set[int] = set()
+
+    def answer(self, answer: dict[str, Any]) -> None:
+        """Shapes a whole answer in place."""
+        for choice in answer["choices"]:
+            if "message" in choice:
+                self._message(choice, choice["message"])
+            self._report(choice)
+
+    def event(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """Shapes one chunk of a stream in place and returns it alone."""
+        for choice in event["choices"]:
+            if "delta" in choice:
+                self._delta(choice, choice["delta"])
+            self._report(choice)
+        return [event]
+
+    def _delta(self, choice: dict[str, Any], delta: dict[str, Any]) -> None:
+        if delta.get("content") == "" and not self._verdicts.decided(choice["index"]):
+            del delta["content"]  # the stream's first chunk, before the decision
+        self._message(choice, delta)
+
+    def _message(self, choice: dict[str, Any], message: dict[str, Any]) -> None:
+        if self._echo and message.get("content"):
+            message["content"] = self._verdicts.without_control_tokens(message["content"])
+        index = choice["index"]
+        category = self._verdicts.category(index)
+        if category is None:
+            return
+        self._turn_into_refusal(choice, message)
+        if index not in self._categorised:
+            self._categorised.add(index)
+            message[CATEGORY_FIELD] = category
+
+    def _turn_into_refusal(self, choice: dict[str, Any], message: dict[str, Any]) -> None:
+        text = message.get("content")
+        opens_stream = "delta" in choice and "role" in message
+        if not self._echo and not opens_stream:
+            said = self._verdicts.take_text(choice["index"])
+            text = text if said is None else said
+        for name in _UNPARSED.keys() & message.keys():
+            if "delta" in choice:
+                del message[name]
+            else:
+                message[name] = _UNPARSED[name]
+        if (logprobs := choice.get("logprobs")) and "content" in logprobs:
+            choice["logprobs"] = {**logprobs, "content": None, "refusal": logprobs["content"]}
+        if choice.get("finish_reason") == "tool_calls":
+            choice["finish_reason"] = "stop"
+        if text is not None:
+            message["refusal"] = text
+            message["content"] = None
+
+    def _report(self, choice: dict[str, Any]) -> None:
+        index = choice["index"]
+        if index in self._reported:
+            return
+        report = self._verdicts.report(index)
+        if report is not None:
+            self._reported.add(index)
+            choice["refusal_report"] = report

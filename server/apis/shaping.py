@@ -7,9 +7,9 @@ are pure functions on JSON, with the state of a stream in one small object.
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from server.apis.shaping_choices import ChoicesShape
-from server.apis.shaping_messages import MessageShape
-from server.apis.shaping_responses import ResponseShape
+from server.apis.chat import ChoicesShape
+from server.apis.messages import MessageShape
+from server.apis.responses import ResponseShape
 from server.apis.verdicts import Verdicts
 
 MOST_IN_HEADERS = 64

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from models.controls import Controls, refused_by_own_rule
+from models.controls import Controls, refused_by_own_rule, sensitivity_of_bias
 from models.solver import Interval, Solution, Target
 from server.dials.floors import Side
 
@@ -181,7 +181,8 @@ def build_report(
     own = refused_by_own_rule(margins, controls.bias)
     decisions = {
         name: DecisionReport(
-            probability=_sigmoid(margin) if math.isfinite(margin) else None,
+            # Both are the sigmoid of log-odds.
+            probability=sensitivity_of_bias(margin) if math.isfinite(margin) else None,
             margin=margin if math.isfinite(margin) else None,
             bias=_json_bias(bias),
             refused=refused,
@@ -199,12 +200,6 @@ def build_report(
     if replaced_decision is not None:
         report.replaced_decision = replaced_decision
     return report
-
-
-def _sigmoid(log_odds: float) -> float:
-    if log_odds >= 0:
-        return 1.0 / (1.0 + math.exp(-log_odds))
-    return math.exp(log_odds) / (1.0 + math.exp(log_odds))
 
 
 def _json_bias(bias: float) -> float | Literal["never", "always"]:

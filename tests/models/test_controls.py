@@ -49,10 +49,6 @@ def test_own_rule_wants_one_bias_a_margin() -> None:
         refused_by_own_rule([1.0], [1.0, 2.0])
 
 
-def test_as_trained_is_greedy_without_bias() -> None:
-    assert Controls.as_trained(2) == Controls(Rule.GREEDY, (0.0, 0.0), (False, False))
-
-
 def floats(row: bytes) -> list[float]:
     return list(struct.unpack(f"{len(row) // 4}f", row))
 

@@ -12,7 +12,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
-from models.controls import Controls
+from models.controls import Controls, Rule
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
@@ -43,7 +43,8 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     config: Any = SimpleNamespace(use_v2_model_runner=False, additional_config={TURN_IDS_KEY: []})
     engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
-    as_trained = Resolution(Controls.as_trained(len(manifest.categories)))
+    none, all_off = (0.0,) * len(manifest.categories), (False,) * len(manifest.categories)
+    as_trained = Resolution(Controls(Rule.GREEDY, none, all_off))
     engine.steer(manifest, lambda: as_trained, guard.mark, 64, 64)
     return engine
 

@@ -10,22 +10,13 @@ from server.apis.shaping import Shaper
 from server.apis.verdicts import Verdicts
 from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
+from tests.server.contexts import context_of, context_of_calls
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import recorded_answer, recorded_events
 
-AS_TRAINED = Controls.as_trained(2)
 RESPOND = Decision(None)
 SAFETY = Decision(0)
 HUMANIZING = Decision(1)
-
-
-def steering_of(
-    decisions: dict[tuple[int, int], Decision], *, report: bool = False, beams: bool = False
-) -> DecisionContext:
-    calls = 1 + max((call for call, _ in decisions), default=0)
-    return DecisionContext(
-        Resolution(AS_TRAINED), report=report, beam_search=beams, decisions=decisions, calls=calls
-    )
 
 
 def shaper_for(context: DecisionContext, *, choices_per_prompt: int = 1) -> Shaper:
@@ -35,9 +26,8 @@ def shaper_for(context: DecisionContext, *, choices_per_prompt: int = 1) -> Shap
 def shaper_of(
     *decisions: Decision, echo: bool = False, report: bool = False, beams: bool = False
 ) -> Shaper:
-    placed = {(0, index): decision for index, decision in enumerate(decisions)}
-    verdicts = Verdicts(MANIFEST, steering_of(placed, report=report, beams=beams))
-    return Shaper(verdicts, echo=echo)
+    context = context_of(*decisions, report=report, beam_search=beams)
+    return Shaper(Verdicts(MANIFEST, context), echo=echo)
 
 
 def chat(*contents: Any, **fields: Any) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def test_choices_are_shaped_each_by_its_own_decision() -> None:
 
 
 def test_conversations_of_a_batch_are_shaped_each_by_its_own_call() -> None:
-    context = steering_of({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
+    context = context_of_calls({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
     shaped = messages(shaper_for(context).shape_answer(chat("a", "b", "c")))
     assert [m.get("refusal_category") for m in shaped] == [None, "safety", "humanizing"]
 
@@ -99,7 +89,7 @@ def test_refusal_under_a_forced_tool_is_no_tool_call() -> None:
     answer = chat("", finish_reason="tool_calls")
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "I can't."}}
     messages(answer)[0]["tool_calls"] = [call]
-    context = steering_of({(0, 0): SAFETY})
+    context = context_of(SAFETY)
     context.refusal_texts[0, 0] = "I can't."
     shaped = shaper_for(context).shape_answer(answer)
     assert messages(shaped) == [
@@ -162,7 +152,7 @@ def test_answered_stream_stays_as_it_is() -> None:
 
 
 def test_choice_decided_after_the_first_chunk_still_says_its_category_once() -> None:
-    context = steering_of({(0, 0): SAFETY})
+    context = context_of(SAFETY)
     shaper = shaper_for(context)
     assert deltas(shaper, chunk(1, role="assistant", content="")) == [{"role": "assistant"}]
     context.decisions[0, 1] = HUMANIZING
@@ -183,7 +173,7 @@ def test_usage_and_error_chunks_pass() -> None:
 
 def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
     call = {"index": 0, "function": {"arguments": "No"}}
-    context = steering_of({(0, 0): SAFETY})
+    context = context_of(SAFETY)
     shaper = shaper_for(context)
     context.refusal_texts[0, 0] = "No"
     assert deltas(shaper, chunk(role="assistant", content=""), chunk(tool_calls=[call])) == [
@@ -193,7 +183,7 @@ def test_forced_tool_stream_of_a_refusal_is_no_tool_call() -> None:
 
 
 def test_text_that_a_parser_held_back_comes_with_the_last_chunk() -> None:
-    context = steering_of({(0, 0): SAFETY})
+    context = context_of(SAFETY)
     shaper = shaper_for(context)
     opening = chunk(role="assistant", content="")
     context.refusal_texts[0, 0] = "I can't help."
@@ -205,7 +195,7 @@ def test_text_that_a_parser_held_back_comes_with_the_last_chunk() -> None:
 def test_reasoning_of_a_refusal_is_its_text() -> None:
     answer = chat(None)
     messages(answer)[0]["reasoning"] = "I can't"
-    context = steering_of({(0, 0): SAFETY})
+    context = context_of(SAFETY)
     context.refusal_texts[0, 0] = "I can't"
     (message,) = messages(shaper_for(context).shape_answer(answer))
     assert message["refusal"] == "I can't"
@@ -227,7 +217,7 @@ def test_shaping_is_needed_only_where_something_differs(shaper: Shaper, needed: 
 
 
 def test_headers_hold_one_value_a_choice_in_order() -> None:
-    context = steering_of({(1, 0): HUMANIZING, (0, 1): SAFETY, (0, 0): RESPOND})
+    context = context_of_calls({(1, 0): HUMANIZING, (0, 1): SAFETY, (0, 0): RESPOND})
     assert shaper_for(context).headers() == [
         (b"x-refusal-decision", b"respond, refuse, refuse"),
         (b"x-refusal-category", b"none, safety, humanizing"),

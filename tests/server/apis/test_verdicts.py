@@ -1,9 +1,8 @@
 import pytest
 
-from models.controls import Controls
 from server.apis.verdicts import Verdicts
-from server.context import Decision, DecisionContext
-from server.dials.board import Resolution
+from server.context import Decision
+from tests.server.contexts import context_of_calls
 from tests.server.manifests import MANIFEST
 
 RESPOND = Decision(None)
@@ -18,14 +17,8 @@ def verdicts(
     beams: bool = False,
     choices_per_prompt: int = 1,
 ) -> Verdicts:
-    context = DecisionContext(
-        Resolution(Controls.as_trained(2)),
-        report=report,
-        beam_search=beams,
-        decisions=decisions,
-        refusal_texts={place: str(place) for place in decisions},
-        calls=1 + max((call for call, _ in decisions), default=0),
-    )
+    context = context_of_calls(decisions, report=report, beam_search=beams)
+    context.refusal_texts = {place: str(place) for place in decisions}
     return Verdicts(MANIFEST, context, choices_per_prompt=choices_per_prompt)
 
 

@@ -10,6 +10,7 @@ from server.dials.board import DialBoard
 from server.dials.protocol import RefusalOptions, parse_options
 from server.policies.loading import Served, default_policies
 from tests.server.boards import board, calibrations
+from tests.server.contexts import AS_TRAINED
 from tests.server.manifests import MANIFEST
 
 INF = math.inf
@@ -52,7 +53,7 @@ def test_request_wins_over_the_defaults_category_by_category() -> None:
 
 
 def test_rule_is_greedy_where_nobody_says() -> None:
-    assert board().resolve(NOTHING).controls == Controls.as_trained(2)
+    assert board().resolve(NOTHING).controls == AS_TRAINED.controls
 
 
 def test_biases_are_exact_whether_a_calibration_explains_them_or_not() -> None:

@@ -8,6 +8,7 @@ from models.solver import Target
 from server.dials.calibrations import Question
 from server.dials.reports import build_report, forecast
 from tests.server.boards import calibrations
+from tests.server.contexts import AS_TRAINED
 
 NAMES = ["safety", "humanizing"]
 INF = math.inf
@@ -71,13 +72,13 @@ def test_forecast_stands_beside_each_category_and_above_them() -> None:
 
 
 def test_report_without_a_calibration_says_nothing_of_one() -> None:
-    controls = Controls.as_trained(2)
+    controls = AS_TRAINED.controls
     report = build_report(NAMES, None, (0.0, 0.0), controls).to_json()
     assert set(report) == {"refused", "category", "decisions"}
     assert "expected" not in report["decisions"]["safety"]
 
 
 def test_margins_that_are_no_numbers_are_null() -> None:
-    report = build_report(NAMES, None, (math.nan, INF), Controls.as_trained(2)).to_json()
+    report = build_report(NAMES, None, (math.nan, INF), AS_TRAINED.controls).to_json()
     values = json.loads(json.dumps(report, allow_nan=False))["decisions"]
     assert [(d["probability"], d["margin"]) for d in values.values()] == [(None, None)] * 2

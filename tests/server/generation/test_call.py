@@ -20,6 +20,7 @@ from server.generation.outputs import Hider
 from server.margin_rows import write_rows
 from server.telemetry.recorder import MarginRecorder
 from server.web.errors import Failure, failure
+from tests.server.contexts import AS_TRAINED
 from tests.server.manifests import MANIFEST
 
 SAFETY, HUMANIZING, RESPOND = 10, 11, 12
@@ -29,7 +30,6 @@ MARK = 20
 # Opens a turn.
 TURN = 21
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, *OPENING]}
-AS_TRAINED = Resolution(Controls.as_trained(2))
 
 
 class FakeEngine:
