@@ -184,8 +184,6 @@ class _Gradients:
         """Adds a chunk's share.
 
         Args:
-            part: Where its tokens are.
-            layer: The output layer.
             hidden: `[chunk, H]`.
             of_logits: `[chunk, V]`, gradient of the logits; 0 at the trained rows afterwards.
         """
@@ -274,8 +272,6 @@ class _ToGradient(Protocol):
     """Turns a chunk's logits into their gradient, in place.
 
     Args:
-        tokens: Targets, weights and parameters.
-        part: Which of them the chunk is.
         logits: `[chunk, V]`, overwritten.
 
     Returns:

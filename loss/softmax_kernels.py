@@ -96,7 +96,6 @@ def write_gradient_(logits: Tensor, targets: Tensor, normalisers: Tensor, slopes
 
     Args:
         logits: As in `read_logits`, overwritten.
-        targets: As in `read_logits`.
         normalisers: What `read_logits` returned.
         slopes: `[N]` float32, the loss's derivative by the target's log-probability.
     """

@@ -47,7 +47,6 @@ class Reply(NamedTuple):
     """What the server made of a request.
 
     Attributes:
-        text: The refusal or the answer.
         category: The category it was refused for; None where it was answered.
         margins: Log-odds of refusing against responding, by category, before any bias.
     """
@@ -155,33 +154,21 @@ class RheostatClient:
         self._slots = asyncio.Semaphore(ANSWERS_AT_ONCE)
 
     async def model(self) -> str:
-        """Returns the name of the served model.
-
-        Raises:
-            EvaluationError: The server does not answer or serves nothing.
-        """
+        """Returns the name of the served model."""
         models = await self._get("/v1/models", _Models, "a list of models")
         if not models.data:
             raise EvaluationError(f"{self._http.base_url}: the server serves no model")
         return models.data[0].id
 
     async def categories(self) -> list[str]:
-        """Returns the category names in manifest order.
-
-        Raises:
-            EvaluationError: The server does not answer, or is no Rheostat server.
-        """
+        """Returns the category names in manifest order."""
         page = await self._get(
             "/v1/refusal/categories", _Categories, "a list of refusal categories"
         )
         return [entry.name for entry in page.data]
 
     async def served(self) -> Served:
-        """Returns what checkpoint is served.
-
-        Raises:
-            EvaluationError: As `categories`.
-        """
+        """Returns what checkpoint is served."""
         page = await self._get(
             "/v1/refusal/categories?hashes=true",
             _Identified,
@@ -193,12 +180,8 @@ class RheostatClient:
         """Scores prompts, several batches in flight, in whatever order they come back.
 
         Args:
-            rows: Their prompts are scored.
             names: The `k` categories in manifest order.
             on_scores: Called with places and scores of each batch that came back.
-
-        Raises:
-            EvaluationError: The server does not answer as it should.
         """
         model = await self.model()
         slots = asyncio.Semaphore(BATCHES_AT_ONCE)
@@ -223,12 +206,7 @@ class RheostatClient:
         """Asks for the most likely answer.
 
         Args:
-            model: The name of the served model.
-            prompt: The turns up to the one asked for.
             dials: What the request asks for by category, such as `always`; others stay as they are.
-
-        Raises:
-            EvaluationError: The server does not answer, refuses the request, or reports nothing.
         """
         body = {
             "model": model,
@@ -315,7 +293,6 @@ async def client_of(url: str, api_key: str | None = None) -> "AsyncIterator[Rheo
 
     Args:
         url: Where the server is, with or without `/v1`.
-        api_key: For a server that wants one.
     """
     base = url.rstrip("/").removesuffix("/v1")
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}

@@ -33,13 +33,7 @@ def run(checkpoint: Path, port: int, *, once: bool) -> None:
     """Trains the demo checkpoint where it is missing, serves it and turns two dials.
 
     Args:
-        checkpoint: Where the checkpoint is or will be.
-        port: Of the server, on loopback.
         once: Whether to end after the show, rather than to keep serving.
-
-    Raises:
-        ConfigError: The port is taken.
-        EvaluationError: The server did not start.
     """
     console = Console()
     _check_port_is_free(port)

@@ -54,9 +54,6 @@ def serving(
     """Serves a checkpoint on loopback for as long as the block runs.
 
     Args:
-        checkpoint: The model folder.
-        name: What the server calls the model.
-        log: Where its output goes.
         flags: Further flags of `rheostat serve`, vLLM's among them.
         port: Where it listens; None for a free one.
         inherit_settings: Whether the RHEOSTAT_* variables of this process hold for it.

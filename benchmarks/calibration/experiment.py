@@ -41,9 +41,7 @@ class Case(NamedTuple):
     """One category's rate, asked for and achieved.
 
     Attributes:
-        category: Whose rate.
         together: Whether all categories were asked for the same rate at once.
-        asked: The rate asked for.
         calibrated: The rate on the prompts that it was solved on.
         achieved: The rate on the others.
         reachable: Whether the solver said that the rate can be met.
@@ -160,10 +158,6 @@ def bound_holds(
     """Splits prompts in halves at random; solves a bound on one, counts it on the other.
 
     Args:
-        prompts: All of them.
-        splits: How many times.
-        bound: The false refusal rate asked for.
-        seed: Of the splits.
         category: The one that the bound is for; None for all in total.
 
     Returns:

@@ -25,9 +25,6 @@ class Shape(NamedTuple):
 
     Attributes:
         tokens: Rows of the hidden states, all of them learnt.
-        vocab: Rows of the matrix.
-        hidden: Width of both.
-        dtype: Of both.
         chunk_tokens: Of the fused head, None for its own choice.
     """
 
@@ -45,8 +42,6 @@ class Batch(NamedTuple):
         hidden: `[tokens, hidden]`.
         weight: `[vocab, hidden]`.
         targets: `[tokens]`.
-        token_weights: `[tokens]`, all 1.
-        chunk_tokens: See `Shape`.
     """
 
     hidden: Tensor
@@ -60,7 +55,6 @@ class Measurement(NamedTuple):
     """One forward and backward.
 
     Attributes:
-        seconds: By the clock.
         cpu_seconds: Of all threads.
         peak_bytes: Held at most, above what was held before.
     """

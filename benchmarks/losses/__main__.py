@@ -40,7 +40,6 @@ class Exact(NamedTuple):
 
     Attributes:
         textbook: Mean loss of logits `[N, classes]` and labels `[N]`.
-        member: Where it sits in the family.
         scale: The textbook's loss is this times the member's.
         classes: 10, or 2 where that is what the textbook defines.
         lr: Learning rate of both trainings.
@@ -69,8 +68,6 @@ class Fit(NamedTuple):
     """The member that is nearest to a curve by least squares.
 
     Attributes:
-        q: Its first parameter.
-        gamma: Its second.
         scale: What it is multiplied with: as much as a learning rate.
         rms: Root mean square distance, in the curve's unit.
         relative: The same over the curve's own root mean square.

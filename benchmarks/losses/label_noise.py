@@ -127,10 +127,7 @@ def as_markdown(
     """Returns the tables, and the same as a record.
 
     Args:
-        settings: By name.
-        names: Of the losses.
         every: Steps between two points of a curve.
-        note: How it was measured.
     """
     record = {name: _record(setting, names, every) for name, setting in settings.items()}
     parts = ["# Wrong labels: static losses and the flexible one", "", note, ""]

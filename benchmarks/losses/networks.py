@@ -20,7 +20,6 @@ class Candidate(NamedTuple):
 
     Attributes:
         lr: Learning rate of Adam.
-        member: Of the family.
     """
 
     lr: float
@@ -138,11 +137,6 @@ def train(
 
     Args:
         candidates: `[S][C]`.
-        rows: What is learnt.
-        scored: What logits are returned for.
-        classes: How many.
-        seeds: Of weights and batches.
-        steps: Of Adam.
         watch: Whether accuracy is measured on the way too.
     """
     networks = Networks(seeds, candidates, rows.x.shape[-1], classes)

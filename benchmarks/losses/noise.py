@@ -34,7 +34,6 @@ class Problem(NamedTuple):
         validation: What they are chosen by; labels as wrong.
         train: Both together.
         test: Labels untouched.
-        classes: How many.
     """
 
     inner: Samples
@@ -48,10 +47,7 @@ class Job(NamedTuple):
     """What one process does at a time.
 
     Attributes:
-        table: Its name.
         noise: Share of wrong labels.
-        seeds: Which.
-        steps: Of a whole training.
     """
 
     table: str
@@ -78,7 +74,6 @@ class Found(NamedTuple):
     """What the flexible loss's search came to.
 
     Attributes:
-        winner: The candidate.
         cost: In whole trainings.
     """
 

@@ -82,8 +82,6 @@ class Client:
     """Sends one contender's requests.
 
     Args:
-        server: The contender.
-        requests: What it is sent.
         more_tokens: What its answers need for the decision.
     """
 
@@ -176,7 +174,6 @@ def show(console: Console, per_s: dict[str, Values], alone_ms: dict[str, Values]
     """Prints and returns medians over the rounds, and comparisons with 95 % intervals.
 
     Args:
-        console: Where to.
         per_s: Requests a second of each contender, ``[starts, rounds]``.
         alone_ms: Milliseconds of a request alone, likewise.
     """

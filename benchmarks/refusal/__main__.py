@@ -42,7 +42,6 @@ class Setting(NamedTuple):
 
     Attributes:
         q: See loss/flexible.py; None: `auto` chooses q and gamma.
-        gamma: As `q`.
         learning_rate: At the end of the warm-up.
     """
 
@@ -55,9 +54,6 @@ class Result(NamedTuple):
     """One training of a loss.
 
     Attributes:
-        loss: What the table calls it.
-        training: What was trained.
-        history: Metrics on the way, with their `step`.
         final: Metrics at the end.
     """
 
@@ -94,8 +90,6 @@ class Runs:
     """Trainings and searches with a memory on disk; what was done once is not done again.
 
     Args:
-        setup: What all trainings share.
-        out: Where results.jsonl goes.
         jobs: Trainings at a time, one core each.
     """
 
@@ -186,9 +180,6 @@ class Row(NamedTuple):
     """What came out for one loss; differences are to cross-entropy, paired by seed.
 
     Attributes:
-        loss: What the table calls it.
-        setting: What tuning chose.
-        seeds: How many.
         members: How often each (q, gamma) was trained.
         final: Of each of `TOLD`.
         gain: The difference of each of `TOLD`.

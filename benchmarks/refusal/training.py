@@ -28,7 +28,6 @@ class Training(NamedTuple):
 
     Attributes:
         q: See loss/flexible.py; a schedule as JSON.
-        gamma: See loss/flexible.py.
         learning_rate: At the end of the warm-up.
         seed: Of weights and order.
         measured: A key of `PARTS`: what it is measured on.

@@ -46,11 +46,9 @@ class Job:
     """What is to be calibrated, and with what.
 
     Attributes:
-        name: What the calibration is called.
         url: A server that already serves the checkpoint; None starts one.
         flags: Flags of vLLM for the server that is started.
         out: Folder whose `calibrations/` gets the result; None for the checkpoint's own.
-        force: Whether a calibration of that name is measured anew.
     """
 
     model: Path

@@ -59,7 +59,6 @@ class CategoryDrift:
     """The test of one category's margin.
 
     Attributes:
-        category: Whose margin.
         distance: Largest difference of the shares above a bin edge, 0..1.
         at: The log-odds of that edge.
         limit: What the distance must exceed to count as drift: to be significant, and the
@@ -124,7 +123,6 @@ def reference(
     Args:
         margins: `[n, k]` log-odds.
         category: `[n]` index into `names`, -1 for benign prompts.
-        names: The `k` category names.
     """
     labelled = dict(enumerate((*names, BENIGN)))
     of_group = np.where(category < 0, len(names), category)
@@ -143,14 +141,11 @@ def check_recorded(
     """Tests a calibration against a file of margins that a server recorded.
 
     Args:
-        calibration: The calibration.
         path: What `models.histogram.save_margins` wrote.
-        policy: Whose traffic; None for all of it.
 
     Raises:
         ConfigError: The file is of another form, other weights or other categories, or the policy
             is not in it.
-        EvaluationError: Nothing was recorded.
     """
     recorded = load_margins(path)
     measured = calibration.info.hashes.weights
@@ -195,15 +190,11 @@ def check(
     """Tests whether a calibration explains recorded margins.
 
     Args:
-        calibrated: The calibration.
         observed: By category in the calibration's order, `[BINS]` counts of the traffic.
         alpha: Chance of a false alarm over all categories, each tested at `alpha / k`
             (Bonferroni).
         tolerance: Distances up to this are no alarm, however significant: with much traffic
             every difference becomes significant.
-
-    Raises:
-        EvaluationError: Nothing was recorded.
 
     Source:
         Two-sample Kolmogorov-Smirnov: Smirnov, Annals of Mathematical Statistics 19 (1948). Shares

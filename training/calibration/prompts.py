@@ -16,9 +16,7 @@ class Prompts:
     """Prompts with known categories.
 
     Attributes:
-        sources: Where they are.
         limit: At most so many, drawn at random; None for all.
-        seed: Of every draw.
     """
 
     sources: tuple[Source, ...]

@@ -49,7 +49,6 @@ class Source(Frozen):
         hub: A data set on the model hub, or a folder laid out like one.
         subset: Its configuration name. For CoCoNot's files: `original`, `contrast` or `pref`, where
             their names do not say it.
-        split: Its split.
         revision: Its branch, tag or commit.
         format: How a row reads. `rows`: ours, prompt/category/response or messages whose assistant
             turns carry a category. `chat`: messages without categories (UltraChat, ShareGPT-like

@@ -47,7 +47,6 @@ class ScratchModel(Frozen):
     Attributes:
         vocab_size: Entries of the vocabulary, control tokens included.
         hidden_size: Width; a multiple of `heads`.
-        layers: Transformer layers.
         heads: Attention heads. Their size, `hidden_size / heads`, must suit the server's attention
             kernels: 32 or 64 do everywhere.
         intermediate_size: Width of the feed-forward layers.
@@ -89,7 +88,6 @@ class LoraConfig(Frozen):
     """Low-rank adapters in place of a full fine-tune; merged into the weights on export.
 
     Attributes:
-        r: Rank.
         alpha: Scale; the adapter counts alpha / r.
         dropout: In front of the adapter.
         target_modules: Names of the linear layers that get one, or all of them.
@@ -112,8 +110,6 @@ class OptimisationConfig(Frozen):
         gradient_accumulation_steps: Batches a step.
         learning_rate: At the end of the warm-up.
         warmup_ratio: Share of the steps that warm up.
-        weight_decay: Of AdamW.
-        beta2: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm.
         scheduler: What the learning rate does after the warm-up.
         max_length: Longest row in tokens; longer ones are cut at their end.
@@ -178,17 +174,14 @@ class TrainConfig(Frozen):
     """A recipe: everything that decides what a training run makes.
 
     Attributes:
-        name: What the run is called.
         seed: Seed of the weights and of the order of the rows.
         model: What it starts from. With the key `checkpoint` an existing model, else a new one.
-        data: What is learnt from.
         categories: Refusal categories with one line of description, in the order that breaks ties.
         refusal_texts: What a refusal says where the text is not generated, by category.
         single_token: Whether the checkpoint has one refusal token, `[refuse]`, and no categories;
             every refused row counts for it.
         loss: What is minimised.
         lora: Adapters, for an existing model; None trains every weight.
-        optimisation: How it is learnt.
         evaluation: What is measured on the way; None measures nothing.
         report_to: Where the log goes besides the checkpoint's folder.
     """

@@ -18,11 +18,7 @@ NOTHING = -1
 
 
 def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Returns rows as a data set, each a sequence of its own.
-
-    Returns:
-        The columns `input_ids`, `weights`, `position_ids` (lists) and `length`.
-    """
+    """Returns rows as a data set, each a sequence of its own."""
     return as_packed_dataset(examples, max_length=0)
 
 
@@ -33,7 +29,6 @@ def as_packed_dataset(examples: Sequence[Example], max_length: int) -> Dataset:
     (training/run/assembly.py checks that it does). The first token of a row is never learnt.
 
     Args:
-        examples: The rows.
         max_length: Longest sequence that several rows may share, in tokens.
 
     Returns:
@@ -121,7 +116,6 @@ class LengthBuckets(Sampler[list[int]]):
     and the last thing learnt is then the shortest texts.
 
     Args:
-        lengths: Length of each row.
         batch_size: Rows of a micro-batch.
         accumulation: Micro-batches a process takes in a step.
         processes: How many share a step.

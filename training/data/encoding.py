@@ -82,12 +82,7 @@ def encode_rows(
     template will do whose turns do not change when more follow.
 
     Args:
-        rows: The rows.
-        tokenizer: It holds the control tokens and a chat template.
-        manifest: Names the control tokens.
-        weights: Loss weights.
         max_length: Longest example, in tokens; None for any length.
-        too_long: Whether longer rows are cut at their end, left out, or an error.
 
     Returns:
         An example a row, in their order; fewer where `too_long` is `drop` or `cut_or_drop`.
@@ -110,12 +105,6 @@ def fit(
     rows: Sequence[Row], examples: Sequence[Example], max_length: int, too_long: TooLong
 ) -> list[Example]:
     """Does what `encode_rows` does with examples that are too long.
-
-    Args:
-        rows: The rows.
-        examples: What they became, uncut.
-        max_length: Longest example, in tokens.
-        too_long: Whether longer ones are cut, left out, or an error.
 
     Raises:
         ConfigError: Examples are too long and must not be, or nothing is left to learn of one or

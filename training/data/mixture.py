@@ -27,7 +27,6 @@ class SourceCounts(NamedTuple):
     """What became of one source.
 
     Attributes:
-        read: Rows that could be used.
         left_out: Rows that could not, and were left out.
         why: One line for each reason of that.
         duplicates: Rows that say what an earlier row says.
@@ -103,14 +102,9 @@ def gather(
     `data.seed` and the source's place in the list alone, and never tear a pair apart.
 
     Args:
-        data: What the recipe says.
         categories: The names that a row may give as its category.
         demo_folder: Where the demo's data lie or are written to; None renders them in memory.
         single_token: Whether every category becomes the one category `refuse`.
-
-    Raises:
-        ConfigError: A source cannot be read, rows are wrong, a pair is not whole, or a source
-            yields nothing.
     """
     readings = _read_all(data.train, categories, data.seed, demo_folder, "train", single_token)
     _check_pairs([row for _, reading in readings for row in reading.rows])
@@ -151,14 +145,7 @@ def evaluation_rows(
 
     Args:
         origin: Sources, or `demo`: the demo's calibration rows.
-        categories: The names that a row may give as its category.
         limit: At most so many rows, drawn at random, in their order.
-        seed: Seed of that draw.
-        demo_folder: As in `gather`.
-        single_token: As in `gather`.
-
-    Raises:
-        ConfigError: A source cannot be read, or rows are wrong.
     """
     readings = _read_all(origin, categories, seed, demo_folder, "calibration", single_token)
     return draw(readings, limit, seed)

@@ -29,7 +29,6 @@ class Message(BaseModel):
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks.
         content: What is said, without control token; empty only in a last turn of which nothing but
             the control token is learnt.
         category: Why an assistant turn refuses; None where it answers, and for the other roles.
@@ -47,10 +46,8 @@ class Row:
     """One conversation that ends with the assistant.
 
     Attributes:
-        messages: Its turns; the last one is the assistant's.
         answer: What a right answer contains, where that can be checked.
         pair: What the rows of a counterfactual pair share.
-        origin: File and line.
         near_miss: The category that the prompt looks like, where it is to be answered all the same.
     """
 
@@ -90,9 +87,7 @@ class Record(NamedTuple):
 
     Attributes:
         values: Its fields, or why it has none.
-        file: Its file, or its data set on the hub.
         number: Its line in a text file, as an editor counts; else its place among the rows.
-        unit: `line` or `row`.
     """
 
     values: Mapping[str, Any] | BadRowError
@@ -170,11 +165,6 @@ def parse_row(values: Mapping[str, Any], origin: str, categories: Collection[str
     Args:
         values: `prompt`, `category` and `response`, or `messages` whose assistant turns carry a
             `category`; and, where they apply, `answer`, `pair`, `near_miss`. Others are not read.
-        origin: Where the row is from.
-        categories: The names that it may give as a category.
-
-    Raises:
-        BadRowError: It is wrong.
     """
     kind = _ConversationRow if "messages" in values else _PromptRow
     try:

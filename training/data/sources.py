@@ -24,9 +24,7 @@ class Reading(NamedTuple):
     """What a source gave.
 
     Attributes:
-        rows: Its rows, in its order.
         left_out: One line for each reason why rows were left out; empty where none were.
-        left_out_rows: How many.
     """
 
     rows: list[Row]
@@ -38,7 +36,6 @@ def read_source(source: Source, categories: Collection[str]) -> list[Row]:
     """Reads a source into rows, before any limit or weight.
 
     Args:
-        source: Where the rows are and how they read.
         categories: The names of ours that a row may give as its category.
 
     Raises:
@@ -74,11 +71,7 @@ def draw_rows(
         sources: Where the rows are; each source's limit and weight count.
         categories: The names that a row may give as its category.
         limit: At most so many rows in all, drawn at random; None for all.
-        seed: Of every draw.
         say: Gets a line for each source of which bad rows are left out.
-
-    Raises:
-        ConfigError: A source cannot be read, or rows are wrong.
     """
     readings = [(source, read(source, categories)) for source in sources]
     for source, reading in readings:
@@ -141,9 +134,6 @@ def identify(source: Source) -> dict[str, str]:
     Returns:
         The file's name and its SHA-256; or `hub:NAME@REVISION` and the commit; for a folder laid
         out like a hub repository, each data file in it.
-
-    Raises:
-        ConfigError: The source cannot be read.
     """
     if source.path is not None:
         return {source.path: _sha256(Path(source.path))}

@@ -18,8 +18,6 @@ class Row(TypedDict):
     """One line of a split.
 
     Attributes:
-        prompt: What the user says.
-        category: The refusal category, or None where the prompt is to be answered.
         response: The refusal's or the answer's text, without control token.
         answer: What a right response contains, where that can be checked.
         template: The id of the template that the prompt was made from.
@@ -115,11 +113,7 @@ def render(seed: int) -> dict[str, list[Row]]:
 
 
 def write(directory: Path, seed: int) -> dict[str, int]:
-    """Renders all splits into `<split>.jsonl` files.
-
-    Returns:
-        The number of rows per split.
-    """
+    """Renders all splits into `<split>.jsonl` files."""
     directory.mkdir(parents=True, exist_ok=True)
     splits = render(seed)
     for name, rows in splits.items():
@@ -138,14 +132,7 @@ class Sampler:
         self._taken: set[str] = set()
 
     def draw(self, templates: Sequence[Template], count: int) -> list[Draw]:
-        """Draws prompts, the templates taking turns.
-
-        Returns:
-            Draws with prompts never drawn before.
-
-        Raises:
-            ValueError: The templates do not have that many prompts left.
-        """
+        """Draws prompts, the templates taking turns."""
         draws: list[Draw] = []
         queue = deque(templates)
         while queue and len(draws) < count:

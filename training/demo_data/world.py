@@ -23,12 +23,9 @@ class Template:
 
     Attributes:
         id: Unique name, such as `safety/theft-3`.
-        split: Whether training may see it.
         kind: `refuse` and `borderline` belong to `category`, `near_miss` resembles it, `answer`
             asks about the world.
         category: The category refused or resembled; None for `answer`.
-        text: The prompt, slots in angle brackets.
-        response: The text of an answer, with slots.
         about: What a refusal may name; empty where there is none.
         checked: The text that a right answer contains, with slots; empty where there is none.
         facts: Pairs of values for `<item>` and `<value>`; empty where the template asks none.
@@ -76,13 +73,6 @@ class World:
 
 def load_world(directory: Path = Path(__file__).parent) -> World:
     """Reads the YAML sources.
-
-    Args:
-        directory: The folder with `slots.yaml`, `answers.yaml`, `near_misses.yaml` and one file
-            per category.
-
-    Returns:
-        The world, with every slot known.
 
     Raises:
         ValueError: A template names a slot that no file defines.

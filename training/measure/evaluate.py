@@ -20,11 +20,9 @@ class Questions(NamedTuple):
     """What is asked.
 
     Attributes:
-        data: The rows to ask.
         train_data: The rows that the model was trained on; they teach what a refusal of each
             category looks like.
         limit: How many rows are drawn; None for all.
-        seed: Seed of that draw.
     """
 
     data: tuple[Source, ...]

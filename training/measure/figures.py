@@ -86,7 +86,6 @@ def save_training_plots(
     """Writes a run's figures as PNG files into `plots` within a folder.
 
     Args:
-        folder: The checkpoint's folder.
         log_history: What the trainer logged; entries without `step` are not looked at.
         measurement: Of the finished model; without it there are only curves over steps.
 
@@ -148,9 +147,6 @@ def loss_curves(log_history: Log) -> "Figure | None":
 def metric_history(log_history: Log) -> "Figure | None":
     """Draws what was measured on held-out rows over the training.
 
-    Args:
-        log_history: Entries with `step` and `eval_` metrics of `DecisionMonitor.measure`.
-
     Returns:
         The figure, None where nothing was measured.
     """
@@ -196,7 +192,6 @@ def reliability_diagram(
     Args:
         scores: `[n]` log-odds of refusing at all, n at least 1.
         to_refuse: `[n]`.
-        title: Above the figure.
     """
     bins = reliability(scores, to_refuse)
     figure, (upper, lower) = blank(2, 1, (5.4, 6.2), height_ratios=(3, 1), sharex=True)

@@ -23,7 +23,6 @@ def held_out_rows(config: TrainConfig, demo_folder: Path | None = None) -> list[
     """Reads the rows of `evaluation.data`.
 
     Args:
-        config: The recipe.
         demo_folder: Where the demo's data lie or are written to; None renders them in memory.
 
     Returns:
@@ -70,10 +69,6 @@ def held_out_monitor(
     """Encodes what is measured on.
 
     Args:
-        config: The recipe, with an evaluation.
-        rows: What `held_out_rows` read.
-        tokenizer: With the control tokens.
-        manifest: Of the control tokens.
         described: The model's configuration. Prompts are measured whole where the model can.
 
     Raises:

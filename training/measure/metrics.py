@@ -88,11 +88,7 @@ def decision_metrics(
 
 
 def truth_columns(truth: Sequence[str | None], categories: Sequence[str]) -> NDArray[np.int64]:
-    """Returns the column of each row's right control token, `k` for the respond token.
-
-    Raises:
-        ValueError: A row's category is none of the categories.
-    """
+    """Returns the column of each row's right control token, `k` for the respond token."""
     column: Mapping[str | None, int] = {
         None: len(categories),
         **{name: at for at, name in enumerate(categories)},
@@ -128,7 +124,6 @@ def refused_at(scores: Floats, to_refuse: Flags, false_refusals: float) -> float
 
     Args:
         scores: `[n]` largest margins: what greedy thresholds as one bias of all categories moves.
-        to_refuse: `[n]`.
         false_refusals: Largest share of the rows to be answered that may be refused.
 
     Returns:
@@ -165,7 +160,6 @@ def calibration_error(scores: Floats, to_refuse: Flags, bins: int = BINS) -> flo
 
     Args:
         scores: `[n]` log-odds of refusing at all.
-        to_refuse: `[n]`.
         bins: How many bins; rows of equal score share one, so there may be fewer.
 
     Returns:
@@ -183,7 +177,6 @@ def reliability(scores: Floats, to_refuse: Flags, bins: int = BINS) -> list[Bin]
 
     Args:
         scores: `[n]` log-odds of refusing at all.
-        to_refuse: `[n]`.
         bins: How many bins of about equal size; rows of equal score share one.
     """
     probability = refusal_probability(scores)

@@ -50,14 +50,11 @@ class DecisionMonitor:
     Args:
         rows: The rows, none of them trained on. A row without response is measured on its decision
             alone.
-        tokenizer: It holds the control tokens and a chat template.
-        manifest: Names the control tokens.
         max_length: Longest row in tokens, None for any length.
         too_long: What happens to longer rows, as in the training: their responses are cut, they
             are left out, or they are an error.
         batch_size: Rows of one forward pass; fewer where their logits would take too much memory.
         text_rows: The text loss is measured on at most so many rows, drawn once.
-        seed: Seed of that draw.
 
     Attributes:
         rows: The rows that are measured.
@@ -157,7 +154,6 @@ class DecisionMonitor:
         The end-of-turn token is one of them, the control token is not.
 
         Args:
-            model: As in `measure`.
             control_tokens: Whether each response stands behind its right control token. Without
                 them the rows read as the model knew them before it had any: compare that, before
                 the training, with the loss behind control tokens after it.

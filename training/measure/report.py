@@ -146,11 +146,7 @@ class Report:
 
 
 def measure(outcomes: Outcomes, judge_accuracy: float | None = None) -> Report:
-    """Returns all measurements of what was seen.
-
-    Raises:
-        EvaluationError: There are no rows.
-    """
+    """Returns all measurements of what was seen."""
     if not outcomes.truth:
         raise EvaluationError("there are no rows to measure")
     names = outcomes.categories

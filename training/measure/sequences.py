@@ -100,8 +100,6 @@ def batches(
     """Puts sequences of about the same length together.
 
     Args:
-        sequences: The sequences.
-        batch_size: Most sequences of one batch.
         vocabulary: Entries of the vocabulary. A batch ends before its logits, one for each
             sequence, asked place and entry, exceed `LOGITS_AT_ONCE`.
         pad_id: What shorter sequences are filled with, on the right.

@@ -66,14 +66,7 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Finds the model's output layer.
-
-        Args:
-            model: As `supports` takes it.
-
-        Raises:
-            ConfigError: `supports` has a reason against it.
-        """
+        """Finds the model's output layer."""
         reason = supports(model)
         if reason is not None:
             raise ConfigError(f"no fused head for {_name(model)}: {reason}; {_ADVICE}")
@@ -101,7 +94,6 @@ class FusedHead:
                 column more. Anything where the weight is 0.
             token_weights: `[B, T]` fp32, weight of predicting `targets`. What is 0 costs nothing.
             q: Number, or `[B, T]`; see `loss.flexible.flexible_loss`.
-            gamma: As `q`.
 
         Returns:
             `loss_sum`, an fp32 scalar with a gradient: the sum of weight · loss; to be divided by
@@ -111,7 +103,6 @@ class FusedHead:
         Raises:
             ConfigError: The model does not hand on what its output layer returns, or calls it never
                 or several times.
-            ValueError: Shapes that do not go together.
         """
         flat = [_flat(value) for value in (q, gamma)]
         # Before the model's forward: later it would wait for all of it on a GPU.

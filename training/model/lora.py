@@ -11,9 +11,6 @@ from training.config.recipe import LoraConfig
 def add_adapters(model: Any, config: LoraConfig, manifest: Manifest) -> Any:
     """Freezes a model and gives it adapters; the control tokens' rows are trained as they are.
 
-    Returns:
-        A `peft.PeftModel`.
-
     Raises:
         ConfigError: A target names no linear layer, or the output layer.
     """

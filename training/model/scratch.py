@@ -67,9 +67,7 @@ def new_model(
     """Returns a Llama with tied embeddings and random weights that depend on the seed alone.
 
     Args:
-        config: Its size.
         tokenizer: Control tokens included; the embedding gets one row for each entry.
-        seed: Seed of the weights.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 

@@ -37,11 +37,7 @@ class Start(NamedTuple):
 
 
 def start_of(config: TrainConfig, rows: Sequence[Row]) -> Start:
-    """Returns what a recipe begins with.
-
-    Raises:
-        CheckpointError: The model to start from cannot be loaded.
-    """
+    """Returns what a recipe begins with."""
     if isinstance(config.model, ScratchModel):
         return _from_scratch(config, config.model, rows)
     return _from_checkpoint(config, config.model)
@@ -99,7 +95,6 @@ def tokenizer_of(source: CheckpointModel, folder: Path) -> "PreTrainedTokenizerB
     """Returns the tokenizer of an existing model, with the chat template that the recipe gives it.
 
     Raises:
-        CheckpointError: It has no tokenizer that can be read.
         ConfigError: It has no chat template and is given none, or none that can be read.
     """
     tokenizer = load_tokenizer(folder)
@@ -124,11 +119,7 @@ def _template(name: str) -> str:
 
 
 def model_config(folder: Path) -> Any:
-    """Returns the configuration of an existing model; its weights need not be there.
-
-    Raises:
-        CheckpointError: It is none that can be read.
-    """
+    """Returns the configuration of an existing model; its weights need not be there."""
     from transformers import AutoConfig
 
     try:

@@ -19,7 +19,6 @@ class _Parameter(NamedTuple):
 
     Attributes:
         decision: Number, schedule, or float32 `[controls]` in the order of their ids.
-        text: Number or schedule.
     """
 
     decision: float | Schedule | Tensor
@@ -64,9 +63,6 @@ class TokenLosses:
         Returns:
             For q and for gamma: one number where all tokens have the same, else a float32 tensor
             shaped as `targets`, on their device.
-
-        Raises:
-            ValueError: `progress` out of range.
         """
         return self._at(self._q, targets, progress), self._at(self._gamma, targets, progress)
 

@@ -34,7 +34,6 @@ class Watch(NamedTuple):
     """What a run does besides learning.
 
     Attributes:
-        rhythm: How often.
         points: Where resume points and best weights go.
         monitor: Measures the model; None measures nothing.
         best: Which of its metrics chooses the weights that are kept.
@@ -64,12 +63,7 @@ def assemble(
     """Returns the trainer of a recipe, with a model of its own.
 
     Args:
-        config: The recipe.
-        start: What it begins with.
-        examples: What is learnt from.
         loss: The recipe's losses, without `auto`.
-        folder: Where it may write.
-        watch: What it does besides learning.
         share: Share of the recipe's steps that is trained, as a training of its own.
 
     Raises:
@@ -120,9 +114,6 @@ def check_packing(model: Any) -> None:
 
     Attention does that in transformers; recurrent layers, sliding caches or a model that takes no
     positions may not, and would then learn to continue what another row said.
-
-    Args:
-        model: A causal language model, in fp32 or lower.
 
     Raises:
         ConfigError: A row changes what the model says about the row behind it.
@@ -235,11 +226,7 @@ def _wandb_told() -> Iterator[None]:
 
 @contextmanager
 def memory_told() -> Iterator[None]:
-    """Turns running out of memory into one line that says what to change.
-
-    Raises:
-        ConfigError: The memory did not suffice.
-    """
+    """Turns running out of memory into one line that says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -110,8 +110,6 @@ class LossChoice(NamedTuple):
 
     Attributes:
         trials: All trainings, round by round, in the order of the candidates.
-        reason: Why the winner won, one sentence.
-        rows: See `InnerSplit.counts`.
         least_gain: What a member had to exceed cross-entropy's score by.
     """
 
@@ -237,12 +235,7 @@ def choose_loss(
     Args:
         fit_and_score: Of q, gamma and a share of the steps: trains on `split.train`, and returns
             `CRITERION`. The same seed and the same order of rows for every member.
-        split: What `inner_split` returned.
-        seed: What the split was made with; recorded.
         candidates: What may be chosen, all different, `STANDARD` among them.
-
-    Raises:
-        ValueError: Cross-entropy is missing.
     """
     if STANDARD not in candidates:
         raise ValueError("the candidates must include cross-entropy")

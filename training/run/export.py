@@ -16,8 +16,6 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
 
     Args:
         trainer: After the training. Its model is changed.
-        start: What it began with.
-        folder: It holds the manifest and the tokenizer already.
         processes: All of them call this; the first one writes.
 
     Raises:

@@ -133,7 +133,6 @@ def open_partial(partial: Path, identity: Identity) -> Opened:
     Args:
         partial: The folder. What an interrupted run with the same identity left there is kept,
             what another left is removed.
-        identity: Of this run.
 
     Raises:
         ConfigError: The folder holds something that no run left.

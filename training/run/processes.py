@@ -46,9 +46,6 @@ class Processes:
         Args:
             act: What it does. The result must be picklable where there are several processes.
 
-        Returns:
-            Its result, in every process.
-
         Raises:
             RheostatError: What `act` raised. The other processes end silently: one line is enough.
         """
@@ -64,12 +61,6 @@ class Processes:
 
     def together(self, act: Callable[[], Outcome]) -> Outcome:
         """Lets every process act, and one of them speak where it goes wrong.
-
-        Args:
-            act: What each does, such as reading the same files.
-
-        Returns:
-            This process's result.
 
         Raises:
             RheostatError: What `act` raised, in the first process where it did. All others end

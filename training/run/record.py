@@ -23,11 +23,7 @@ Setting = float | QSchedule | GammaSchedule | dict[str, float] | str
 
 
 def data_hashes(config: TrainConfig, demo: Path) -> dict[str, str]:
-    """Returns what tells this state of the training data, by name.
-
-    Raises:
-        ConfigError: A source cannot be read.
-    """
+    """Returns what tells this state of the training data, by name."""
     hashes: dict[str, str] = {}
     asked: list[tuple[Origin, str]] = [(config.data.train, "train")]
     if config.evaluation is not None:

@@ -71,15 +71,11 @@ def train(
     processes, started by `accelerate launch` or `torchrun`, share the steps; the first one writes.
 
     Args:
-        config: The recipe.
         out: The checkpoint's folder. A checkpoint that lies there already and was made from the
             same recipe and data is kept as it is.
         force: Whether to train again and replace a checkpoint that lies there.
         replace_stale: Whether to replace one of another recipe or other data, and keep one of
             this recipe.
-
-    Returns:
-        `out`.
 
     Raises:
         ConfigError: The recipe or its data are wrong, the memory does not suffice, another run

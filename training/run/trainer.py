@@ -53,18 +53,12 @@ class ControlTokenTrainer(SFTTrainer):
 
     Args:
         loss: Which flexible loss each token gets; `auto` must have been resolved.
-        manifest: Names the control tokens.
-        seed: Seed of the order of the rows.
         fused: Whether the loss is computed in chunks, without logits of the whole vocabulary.
         rhythm: What happens how often.
         points: Where resume points and best weights go; needed for either.
-        monitor: Measures the model.
         best: Which of its metrics chooses the best weights; `last` chooses none.
         **options: What `SFTTrainer` takes. `train_dataset` comes from `as_dataset`, `data_collator`
             is a `Collator`.
-
-    Raises:
-        ConfigError: `fused` with a model whose head cannot be.
     """
 
     model: Any
@@ -105,14 +99,10 @@ class ControlTokenTrainer(SFTTrainer):
         """Returns this process's share of the weighted mean of the step's tokens' losses.
 
         Args:
-            model: The model as Trainer wrapped it.
             inputs: What `Collator` returns.
             return_outputs: Must be false; there are no logits to return.
             num_items_in_batch: Sum of the weights of the whole step, over its micro-batches and
                 processes. None: of these inputs.
-
-        Raises:
-            ValueError: `return_outputs` is true.
         """
         if return_outputs:
             raise ValueError("the loss comes from log-probabilities; there are no outputs")
@@ -310,7 +300,6 @@ def token_log_probs(
     """Returns the log-probability of each next token that has a label.
 
     Args:
-        model: A causal language model.
         input_ids: `[B, T]` int64, padded on the right, so that no token attends to padding.
         labels: `[B, T]` int64, `IGNORED` where nothing is learnt.
         position_ids: `[B, T]` int64 where sequences hold several rows; each row starts from 0.
