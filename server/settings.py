@@ -49,7 +49,6 @@ class Settings(BaseSettings):
         operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
             routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
-            Each takes a decision pass of its own.
         record_file: Where the counts of margins are kept; no text.
         policy_file: Policies, tenants and their keys, as YAML; then ``defaults`` are the file's.
         trace_file: Where each decision is written as a line of JSON, without any text; ``-`` for

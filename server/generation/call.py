@@ -131,7 +131,7 @@ class Generation:
         self.records = (
             recorder is not None
             and not options.get("lora_request")  # its margins are another model's
-            and recorder.wants(request_id)
+            and recorder.draws_next()
         )
         self.wants_margins = context.report or self.records or not context.enforce
         self.texts: dict[int, str] = {}

@@ -9,7 +9,8 @@ from models.controls import Rule
 # Values of the label ``policy`` come from the policy file only, never from a request.
 REQUESTS = Counter(
     "rheostat_requests",
-    "Requests to generating routes, by route and HTTP status.",
+    "Requests to routes that generate or score, and requests rejected on any route, by route and "
+    "HTTP status.",
     ["route", "status"],
 )
 DECISIONS = Counter(

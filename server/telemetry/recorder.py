@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -34,14 +34,23 @@ class MarginRecorder:
         share: Share of the requests that is recorded, 0..1.
         names: The categories in manifest order.
         weights_sha256: Hash of the served weights.
+        seed: Of the draws; None takes one from the operating system.
 
     Raises:
         ConfigError: The file is there and is something else, or its folder cannot be written to.
     """
 
-    def __init__(self, path: Path, share: float, names: Sequence[str], weights_sha256: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        share: float,
+        names: Sequence[str],
+        weights_sha256: str,
+        seed: int | None = None,
+    ) -> None:
         self._path = path
-        self._limit = round(share * 2**32)
+        self._share = share
+        self._random = Random(seed)
         self._names = tuple(names)
         self._weights_sha256 = weights_sha256
         self._rows = np.arange(len(self._names))
@@ -57,9 +66,9 @@ class MarginRecorder:
                 f"RHEOSTAT_RECORD_FILE: {path} cannot be written: {error.strerror}"
             ) from error
 
-    def wants(self, request_id: str) -> bool:
-        """Returns whether a request is in the recorded share; always the same for one id."""
-        return zlib.crc32(request_id.encode()) < self._limit
+    def draws_next(self) -> bool:
+        """Returns whether the next request is recorded: a draw that no request can influence."""
+        return self._random.random() < self._share
 
     def add(self, policy: str, margins: Sequence[float]) -> None:
         """Counts one decision's margins, one a category."""

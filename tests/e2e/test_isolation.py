@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 PLAIN = {"model": "demo", "messages": [QUESTION], "max_tokens": 4, "temperature": 0}
 ALTERNATIVES = {**PLAIN, "logprobs": True, "top_logprobs": 3}
-# Each takes a decision pass of its own for its margins.
+# The penalty makes each take a decision pass of its own, which gives its margins.
 REPORTED = {**PLAIN, "refusal": {"report": True}, "repetition_penalty": 1.1, "max_tokens": 1}
 AT_ONCE = 40
 LONGEST_WAIT_S = 6.0

@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,15 @@ def test_folder_that_is_not_there_is_an_error_at_start(tmp_path: Path) -> None:
         opened(tmp_path / "nowhere" / "margins.json")
 
 
-def test_share_is_drawn_from_the_request_id_alone(path: Path) -> None:
-    ids = [f"chatcmpl-{number:032x}" for number in range(4000)]
-    tenth = opened(path, share=0.1)
-    chosen = {name for name in ids if tenth.wants(name)}
-    assert chosen == {name for name in ids if opened(path, share=0.1).wants(name)}
+def test_share_of_the_requests_is_drawn(path: Path) -> None:
+    recorder = MarginRecorder(path, 0.1, NAMES, WEIGHTS, seed=0)
+    drawn = [recorder.draws_next() for _ in range(4000)]
     # Four standard deviations of 4,000 draws are 76.
-    assert abs(len(chosen) - 400) < 76
-    assert all(opened(path, share=1.0).wants(name) for name in ids)
-    assert chosen < {name for name in ids if opened(path, share=0.5).wants(name)}
+    assert abs(sum(drawn) - 400) < 76
+    assert any(one and other for one, other in pairwise(drawn)), "every tenth is no draw"
+    for share in (0.0, 1.0):
+        ends = opened(path, share=share)
+        assert {ends.draws_next() for _ in range(100)} == {bool(share)}
 
 
 def test_counts_are_written_while_traffic_goes_on_and_at_the_end(path: Path) -> None:
