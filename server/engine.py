@@ -48,7 +48,6 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 from vllm.logger import configure_logging_from_args
-from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
@@ -66,11 +65,12 @@ from models.tokens import single_id
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, Decision, DecisionContext
 from server.dials.board import Resolution
 from server.flags import refuse_switched_on, refuse_unserved
-from server.generation.call import Generation, Outputs
+from server.generation.call import decision_of, outputs_of
 from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_dictation, check_grammar
 from server.generation.margins import MarginBoard
-from server.generation.outputs import Hider
-from server.generation.prompts import prompt_ids
+from server.generation.outputs import Hider, merged
+from server.generation.prompts import token_prompt
+from server.generation.seam import Call, Outputs
 from server.huge_pages import collapse_memory
 from server.policies.reloading import Policies
 from server.settings import Settings
@@ -136,6 +136,8 @@ class SteeredLLM(AsyncLLM):
         self.margin_board = MarginBoard(len(manifest.categories))
         # V1 gives a request's `logprob_token_ids` to its whole batch: tests/server/test_sampler.py
         self.margins_by_logprobs = self.vllm_config.use_v2_model_runner
+        defaults = self.vllm_config.model_config.get_diff_sampling_param()
+        self.repetition_penalty = float(defaults.get("repetition_penalty", 1.0))
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
         told: Any = self.vllm_config.additional_config
@@ -169,10 +171,9 @@ class SteeredLLM(AsyncLLM):
         except RequestError as error:
             context.failure = failure_of(error)
             raise self.vllm_error(error) from error
-        call = context.next_call()
+        number = context.next_call()
         context.request_ids.append(request_id)
-        generation = Generation(self, context, call, sampling_params, request_id, options)
-        return generation.outputs(prompt)
+        return outputs_of(Call(self, context, number, sampling_params, request_id, options), prompt)
 
     async def decide(
         self, prompt: Any, context: DecisionContext, temperature: float, lora_request: Any = None
@@ -187,10 +188,8 @@ class SteeredLLM(AsyncLLM):
             context.adapt()
         params = SamplingParams(temperature=temperature, max_tokens=1)
         request_id = f"score-{secrets.token_hex(16)}"
-        generation = Generation(
-            self, context, 0, params, request_id, {"lora_request": lora_request}
-        )
-        return await generation.decision(prompt)
+        call = Call(self, context, 0, params, request_id, {"lora_request": lora_request})
+        return await decision_of(call, prompt)
 
     def generate_stock(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -201,7 +200,7 @@ class SteeredLLM(AsyncLLM):
     def decision_params(
         self, params: SamplingParams, *, choices: int, margins: bool
     ) -> SamplingParams:
-        """Returns the parameters of a decision pass; see server/generation/call.py."""
+        """Returns the parameters of a decision pass; see server/generation/seam.py."""
         return SamplingParams(
             n=choices,
             temperature=params.temperature,
@@ -213,8 +212,9 @@ class SteeredLLM(AsyncLLM):
         )
 
     def merge(self, streams: Sequence[Outputs], params: SamplingParams) -> Outputs:
-        """Merges the streams of a request's choices; see server/generation/call.py."""
-        return _merged(streams, params.output_kind)
+        """Merges the streams of a request's choices; see server/generation/seam.py."""
+        delta = params.output_kind is RequestOutputKind.DELTA
+        return merged(merge_async_iterators(*streams), len(streams), delta=delta)
 
     def _admit(self, context: DecisionContext, params: SamplingParams, *, adapted: bool) -> None:
         if adapted:
@@ -231,33 +231,15 @@ class SteeredLLM(AsyncLLM):
             )
 
     def vllm_error(self, error: RequestError) -> VLLMError:
-        """Returns vLLM's error for one of ours; see server/generation/call.py."""
+        """Returns vLLM's error for one of ours; see server/generation/seam.py."""
         if error.status == HTTPStatus.FORBIDDEN:
             return GracefulHTTPError(error.message, HTTPStatus.FORBIDDEN)
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)
 
     def failure(self, error: Exception) -> Failure:
-        """Returns what the client is told of an error of vLLM's; see server/generation/call.py."""
+        """Returns what the client is told of an error of vLLM's; see server/generation/seam.py."""
         return _failure(create_error_response(error))
-
-
-async def _merged(streams: Sequence[Outputs], kind: RequestOutputKind) -> Outputs:
-    latest: dict[int, RequestOutput] = {}
-    finished: set[int] = set()
-    async for index, output in merge_async_iterators(*streams):
-        output.outputs[0].index = index
-        latest[index] = output
-        if output.finished:
-            finished.add(index)
-        output.finished = len(finished) == len(streams)
-        if kind is RequestOutputKind.DELTA:
-            yield output
-    if kind is not RequestOutputKind.DELTA:
-        whole = latest[0]
-        whole.outputs = [latest[index].outputs[0] for index in sorted(latest)]
-        whole.finished = True
-        yield whole
 
 
 def parse_flags(arguments: Sequence[str]) -> Namespace:
@@ -343,7 +325,7 @@ class _VllmScorer:
 
     def tokens(self, rendered: tuple[Any, Any]) -> int:
         """Returns the length of what ``render`` returned."""
-        return len(prompt_ids(rendered[0]))
+        return len(token_prompt(rendered[0])["prompt_token_ids"])
 
     async def decide(self, rendered: tuple[Any, Any], context: DecisionContext) -> Decision:
         """Returns the decision on what ``render`` returned."""

@@ -1,7 +1,5 @@
 """The parts of the engine seam that need no running engine; tests/e2e has the rest."""
 
-import asyncio
-from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +7,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls, Rule
@@ -17,7 +15,7 @@ from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
 from server.dials.board import Resolution
-from server.engine import SteeredLLM, _merged, parse_flags
+from server.engine import SteeredLLM, parse_flags
 from server.web.guard import build_guard
 from tests.toy import byte_tokenizer
 
@@ -40,7 +38,11 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     engine = SteeredLLM.__new__(SteeredLLM)
     renderer: Any = SimpleNamespace(get_tokenizer=lambda: tokenizer, shutdown=lambda: None)
     engine.renderer = renderer
-    config: Any = SimpleNamespace(use_v2_model_runner=False, additional_config={TURN_IDS_KEY: []})
+    config: Any = SimpleNamespace(
+        use_v2_model_runner=False,
+        additional_config={TURN_IDS_KEY: []},
+        model_config=SimpleNamespace(get_diff_sampling_param=lambda: {"repetition_penalty": 1.1}),
+    )
     engine.vllm_config = config
     guard = build_guard(tokenizer, manifest)
     none, all_off = (0.0,) * len(manifest.categories), (False,) * len(manifest.categories)
@@ -91,36 +93,6 @@ def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
         engine.generate("Hi", params, "id")
     engine.margins_by_logprobs = True
     engine.generate("Hi", params, "id")
-
-
-async def outputs(*texts: str) -> AsyncGenerator[Any, None]:
-    for place, text in enumerate(texts):
-        choice = SimpleNamespace(index=0, text=text)
-        yield SimpleNamespace(outputs=[choice], finished=place == len(texts) - 1)
-
-
-async def collect(kind: RequestOutputKind, *streams: Any) -> list[Any]:
-    return [
-        ([(choice.index, choice.text) for choice in output.outputs], output.finished)
-        async for output in _merged(list(streams), kind)
-    ]
-
-
-def test_whole_choices_are_merged_into_one_output_in_order() -> None:
-    merged = asyncio.run(
-        collect(RequestOutputKind.FINAL_ONLY, outputs("a"), outputs("b"), outputs("c"))
-    )
-    assert merged == [([(0, "a"), (1, "b"), (2, "c")], True)]
-
-
-def test_streamed_choices_keep_their_index_and_finish_once() -> None:
-    merged = asyncio.run(
-        collect(RequestOutputKind.DELTA, outputs("a", "b"), outputs("c", "d", "e"))
-    )
-    pieces = [piece for (piece,), _ in merged]
-    assert [text for index, text in pieces if index == 0] == ["a", "b"]
-    assert [text for index, text in pieces if index == 1] == ["c", "d", "e"]
-    assert [finished for _, finished in merged] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize(

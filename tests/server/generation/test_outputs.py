@@ -1,7 +1,9 @@
+import asyncio
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from server.generation.outputs import Hider, drop_first_token
+from server.generation.outputs import Hider, drop_first_token, merged
 from tests.server.manifests import MANIFEST
 
 SAFETY, HUMANIZING, RESPOND = MANIFEST.control_ids
@@ -84,3 +86,44 @@ def test_later_deltas_have_no_prompt_log_probabilities_to_hide() -> None:
     Hider(MANIFEST, "mark").hide(shown, [900])
     assert shown.prompt_logprobs == []
     assert shown.prompt_token_ids == [900]
+
+
+async def outputs(*texts: str) -> AsyncGenerator[Any, None]:
+    for place, text in enumerate(texts):
+        choice = SimpleNamespace(index=0, text=text)
+        yield SimpleNamespace(outputs=[choice], finished=place == len(texts) - 1)
+
+
+async def numbered(*streams: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Yields one output of each stream in turn."""
+    left = dict(enumerate(streams))
+    while left:
+        for index, stream in list(left.items()):
+            try:
+                yield index, await anext(stream)
+            except StopAsyncIteration:
+                del left[index]
+
+
+def collect(*streams: Any, delta: bool) -> list[Any]:
+    async def collected() -> list[Any]:
+        return [
+            ([(choice.index, choice.text) for choice in output.outputs], output.finished)
+            async for output in merged(numbered(*streams), len(streams), delta=delta)
+        ]
+
+    return asyncio.run(collected())
+
+
+def test_whole_choices_are_merged_into_one_output_in_order() -> None:
+    assert collect(outputs("a"), outputs("b"), outputs("c"), delta=False) == [
+        ([(0, "a"), (1, "b"), (2, "c")], True)
+    ]
+
+
+def test_streamed_choices_keep_their_index_and_finish_once() -> None:
+    streamed = collect(outputs("a", "b"), outputs("c", "d", "e"), delta=True)
+    pieces = [piece for (piece,), _ in streamed]
+    assert [text for index, text in pieces if index == 0] == ["a", "b"]
+    assert [text for index, text in pieces if index == 1] == ["c", "d", "e"]
+    assert [finished for _, finished in streamed] == [False] * 4 + [True]

@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,10 +6,8 @@ import pytest
 from models.errors import RequestError
 from server.generation.prompts import (
     check_length,
-    check_params,
     decision_step,
-    logprobs_of,
-    prompt_ids,
+    token_prompt,
     with_ids,
     without_id,
 )
@@ -18,7 +15,6 @@ from tests.server.manifests import MANIFEST
 
 SAFETY, HUMANIZING, RESPOND = 10, 11, 12
 OPENING = [3, 4]
-FIELDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
 
 
 @pytest.mark.parametrize(
@@ -33,30 +29,25 @@ FIELDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_id
 )
 def test_prompts_whose_ids_are_not_known_are_refused(prompt: Any) -> None:
     with pytest.raises(RequestError, match="token prompts only") as caught:
-        prompt_ids(prompt)
+        token_prompt(prompt)
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("kind", ["token", "multimodal"])
 def test_ids_are_changed_in_a_copy(kind: str) -> None:
-    prompt = {"type": kind, "prompt_token_ids": [1], "prompt_token_offsets": [0], "cache_salt": "x"}
-    assert prompt_ids(prompt) == [1]
+    prompt: Any = {
+        "type": kind,
+        "prompt_token_ids": [1],
+        "prompt_token_offsets": [0],
+        "cache_salt": "x",
+    }
+    assert token_prompt(prompt) is prompt
     assert with_ids(prompt, [2, 3]) == {
         "type": kind,
         "prompt_token_ids": [2, 3],
         "cache_salt": "x",
     }
     assert prompt["prompt_token_ids"] == [1]
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_parameters_on_control_tokens_are_refused(field: str) -> None:
-    value: Any = {7: 1.0} if field == "logit_bias" else [7]
-    params = SimpleNamespace(**{**dict.fromkeys(FIELDS), field: value})
-    check_params(params, frozenset({8}))
-    with pytest.raises(RequestError, match=field) as caught:
-        check_params(params, frozenset({7}))
-    assert (caught.value.param, caught.value.status) == (field, 400)
 
 
 def test_two_places_are_kept_for_the_decision_and_the_answer() -> None:
@@ -158,9 +149,8 @@ def test_conversation_that_ends_elsewhere_is_rejected(
 
 
 def test_prompt_without_the_mark_is_the_same_object() -> None:
-    prompt = {"type": "token", "prompt_token_ids": [1, 2]}
+    prompt: Any = {"type": "token", "prompt_token_ids": [1, 2]}
     assert without_id(prompt, 9) is prompt
-    assert without_id("text", 9) == "text"
 
 
 @dataclass(frozen=True)
@@ -170,37 +160,12 @@ class Place:
 
 
 def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
-    prompt = {
+    prompt: Any = {
         "type": "multimodal",
         "prompt_token_ids": [9, 1, 9, 5, 5, 2, 9, 6],
         "mm_placeholders": {"image": [Place(3, 2), Place(7, 1)]},
     }
-    kept = without_id(prompt, 9)
+    kept: Any = without_id(prompt, 9)
     assert kept["prompt_token_ids"] == [1, 5, 5, 2, 6]
     assert kept["mm_placeholders"] == {"image": [Place(1, 2), Place(4, 1)]}
     assert prompt["prompt_token_ids"] == [9, 1, 9, 5, 5, 2, 9, 6]
-
-
-@pytest.mark.parametrize(
-    ("fields", "streamed", "counts"),
-    [
-        ({}, False, (0, 0, 0)),
-        ({"stream_interval": 9}, True, (0, 0, 0)),
-        ({"logprobs": 0}, False, (0, 1, 0)),
-        ({"logprobs": 20, "n": 3}, False, (0, 3 * 21, 0)),
-        ({"logprobs": 20, "n": 3}, True, (0, 0, 3 * 21)),
-        ({"logprobs": 20, "n": 3, "stream_interval": 9}, False, (0, 3 * 21, 0)),
-        ({"logprobs": 20, "n": 3, "stream_interval": 9}, True, (0, 0, 3 * 21 * 9)),
-        ({"logprobs": 20, "stream_interval": 9, "max_tokens": 4}, True, (0, 0, 21 * 4)),
-        ({"logprobs": 1, "prompt_logprobs": 1}, False, (2 * 7, 2, 0)),
-        ({"logprobs": 1, "prompt_logprobs": 1}, True, (2 * 7, 0, 2)),
-        ({"n": 3, "prompt_logprobs": 1}, False, (3 * 2 * 7, 0, 0)),
-        ({"logprobs": -1, "prompt_logprobs": 0}, False, (7, 2**16, 0)),
-    ],
-)
-def test_log_probabilities_are_counted(
-    fields: dict[str, int], streamed: bool, counts: tuple[int, int, int]
-) -> None:
-    unset = dict.fromkeys(("logprobs", "prompt_logprobs", "stream_interval", "max_tokens"))
-    params = SimpleNamespace(**{"n": 1, **unset, **fields})
-    assert logprobs_of(params, 7, streamed=streamed) == counts

@@ -1,0 +1,172 @@
+"""Asks the engine for decisions, reads them with their margins, and records them."""
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from models.controls import Rule
+from models.errors import RequestError
+from server.context import Decision
+from server.generation.margins import Margins, Ticket
+from server.generation.parameters import steered
+from server.generation.prompts import TokenPrompt, with_ids
+from server.generation.seam import Call
+from server.telemetry import metrics
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+
+class DecisionOutput(NamedTuple):
+    """What a decision pass gave.
+
+    Attributes:
+        output: vLLM's.
+        margins: None where they are not wanted, or did not come back.
+    """
+
+    output: "RequestOutput"
+    margins: Margins | None
+
+
+class Decider:
+    """The decisions of one call.
+
+    Args:
+        call: The call.
+        counts: Whether the call is traffic, whose margins may be counted.
+    """
+
+    def __init__(self, call: Call, *, counts: bool = True) -> None:
+        recorder = call.engine.recorder
+        self._call = call
+        self._recorder = None
+        # An adapter's margins are another model's.
+        adapted = call.options.get("lora_request")
+        if counts and recorder is not None and not adapted and recorder.draws_next():
+            self._recorder = recorder
+        context = call.context
+        self.wants_margins = context.report or bool(self._recorder) or not context.enforce
+
+    async def first(self, prompt: TokenPrompt, ids: list[int]) -> "RequestOutput":
+        """Makes a decision pass and records its decisions.
+
+        Args:
+            prompt: The client's.
+            ids: Those of its ids that the decision sees.
+
+        Raises:
+            RequestError: The request ended before its decision, or margins cannot come back.
+        """
+        asked = await self.ask(prompt, ids)
+        for index, choice in enumerate(self.choices(asked.output)):
+            self.record(index, self.decided(choice, asked.margins), asked.output)
+        return asked.output
+
+    def choices(self, output: "RequestOutput") -> "list[CompletionOutput]":
+        """Returns the decision of each choice: a rule that draws nothing decides once for all."""
+        n, drawn = self._call.params.n, output.outputs
+        return drawn if len(drawn) == n else drawn * n
+
+    async def ask(self, prompt: TokenPrompt, ids: list[int]) -> DecisionOutput:
+        """Makes a decision pass: one token. Arguments and errors are those of ``first``."""
+        engine = self._call.engine
+        if not self.wants_margins:
+            return DecisionOutput(await self._one_token(prompt, ids), None)
+        if engine.margins_by_logprobs:
+            output = await self._one_token(prompt, ids, by_logprobs=True)
+            return DecisionOutput(output, self._margins_in(output.outputs[0]))
+        ticket = await engine.margin_board.take()
+        try:
+            output = await self._one_token(prompt, ids, ticket)
+            return DecisionOutput(output, engine.margin_board.read(ticket))
+        finally:
+            engine.margin_board.give_back(ticket)
+
+    async def margins(
+        self, prompt: TokenPrompt, ids: list[int], ticket: Ticket | None
+    ) -> Margins | None:
+        """Returns the margins that the worker wrote for a ticket.
+
+        A worker on another machine writes nothing that can be read here. Then they are asked for
+        once more, where vLLM's model runner allows it.
+        """
+        engine = self._call.engine
+        written = ticket and engine.margin_board.read(ticket)
+        if ticket is None or written or not engine.margins_by_logprobs:
+            return written
+        return (await self.ask(prompt, ids)).margins
+
+    def decided(self, choice: "CompletionOutput", margins: Margins | None) -> Decision:
+        """Returns the decision that a choice opens with.
+
+        Raises:
+            RequestError: Its margins are needed and did not come back.
+        """
+        context = self._call.context
+        category = self._call.engine.category_of.get(choice.token_ids[0])
+        if margins is not None:
+            shadow = None if context.enforce else self._shadow(margins)
+            return Decision(category, margins.margins, margins.log_normaliser, shadow)
+        if context.report or not context.enforce:
+            raise RequestError(
+                "the margins that this needs cannot come back: vLLM's worker shares no memory "
+                "with the server, and its V1 model runner has no other way",
+                param="refusal.report",
+            )
+        return Decision(category)
+
+    def record(self, index: int, decision: Decision, output: "RequestOutput") -> None:
+        """Records a decision for the HTTP layer, and counts it."""
+        call, context = self._call, self._call.context
+        context.decisions[call.number, index] = decision
+        if self._recorder is not None and decision.margins is not None:
+            self._recorder.add(context.policy, decision.margins)
+            self._recorder = None  # once a request, however many its choices
+        # A whole answer is seen when it ends; vLLM's own statistics know when it began.
+        stats = output.metrics
+        waited_s = stats.first_token_latency if stats else time.monotonic() - call.started_s
+        category = decision.category if context.enforce else decision.shadow
+        metrics.count_decision(
+            None if category is None else call.engine.manifest.names[category],
+            rule=context.controls.rule,
+            asked_rates=context.dials.asked_rates,
+            waited_s=waited_s,
+            policy=context.policy,
+            clamped=context.dials.clamped,
+            enforced=context.enforce,
+        )
+
+    async def _one_token(
+        self,
+        prompt: TokenPrompt,
+        ids: list[int],
+        ticket: Ticket | None = None,
+        *,
+        by_logprobs: bool = False,
+    ) -> "RequestOutput":
+        call = self._call
+        draws = call.context.controls.rule is Rule.SAMPLE
+        choices = call.params.n if draws else 1
+        params = call.engine.decision_params(call.params, choices=choices, margins=by_logprobs)
+        final = None
+        params = steered(params, call.context, ticket)
+        async for output in call.stock(with_ids(prompt, ids), params, "-decision"):
+            final = output
+        if final is None or not all(choice.token_ids for choice in final.outputs):
+            raise RequestError("the request was aborted before its decision", status=400)
+        return final
+
+    def _shadow(self, margins: Margins) -> int | None:
+        from models.decision import refused_category  # it needs torch
+
+        params: SamplingParams = self._call.params
+        controls = self._call.context.controls
+        return refused_category(*margins, controls, params.temperature, params.seed)
+
+    def _margins_in(self, choice: "CompletionOutput") -> Margins:
+        assert choice.logprobs is not None  # they were asked for
+        step = choice.logprobs[0]
+        manifest = self._call.engine.manifest
+        respond = step[manifest.respond.id].logprob
+        return Margins(-respond, tuple(step[c.id].logprob - respond for c in manifest.categories))

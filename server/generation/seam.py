@@ -1,0 +1,147 @@
+"""What one call of ``generate()`` needs of the engine, and the call itself.
+
+Prompts, sampling parameters and outputs are vLLM's own objects. This package imports no vLLM when
+it runs: what must be made of vLLM's classes, the engine makes.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from models.errors import RequestError
+from models.manifest import Manifest
+from server.context import DecisionContext
+from server.generation.margins import MarginBoard
+from server.generation.outputs import Hider
+from server.generation.prompts import TokenPrompt
+from server.telemetry.recorder import MarginRecorder
+from server.web.errors import Failure
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+Outputs: TypeAlias = "AsyncGenerator[RequestOutput, None]"
+
+
+class Engine(Protocol):
+    """What a call needs of the engine.
+
+    Attributes:
+        manifest: The served checkpoint's.
+        hider: Removes the control tokens from outputs.
+        opening: Ids that the chat template puts in front of every decision step.
+        turn_ids: Ids that open a turn, which no answer may hold.
+        category_of: Index of each refusal token's category, by id.
+        mark_id: Id of the token with which server/web/guard.py breaks special tokens.
+        recorder: Counts the margins of a share of the requests.
+        margin_board: Where the worker writes margins.
+        margins_by_logprobs: Whether a decision pass may ask for the log-probabilities of the
+            control tokens without changing the answers of other requests in its batch.
+        repetition_penalty: The penalty of requests that name none.
+        model_config: vLLM's.
+    """
+
+    manifest: Manifest
+    hider: Hider
+    opening: list[int]
+    turn_ids: frozenset[int]
+    category_of: dict[int, int]
+    mark_id: int
+    recorder: MarginRecorder | None
+    margin_board: MarginBoard
+    margins_by_logprobs: bool
+    repetition_penalty: float
+    model_config: "ModelConfig"
+
+    def generate_stock(
+        self,
+        prompt: TokenPrompt,
+        sampling_params: "SamplingParams",
+        request_id: str,
+        **options: Any,
+    ) -> Outputs:
+        """Generates without any decision of ours."""
+
+    def decision_params(
+        self, params: "SamplingParams", *, choices: int, margins: bool
+    ) -> "SamplingParams":
+        """Returns the parameters of a decision pass: one token, the client's temperature and seed.
+
+        Args:
+            params: The request's own.
+            choices: How many are decided.
+            margins: Whether to ask for the raw log-probabilities of the control tokens.
+        """
+
+    def merge(self, streams: Sequence[Outputs], params: "SamplingParams") -> Outputs:
+        """Merges the streams of a request's choices into its outputs."""
+
+    def vllm_error(self, error: RequestError) -> Exception:
+        """Returns the error of vLLM's whose HTTP answer says the same."""
+
+    def failure(self, error: Exception) -> Failure:
+        """Returns what vLLM's routes answer to an error of vLLM's."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of ``generate()``.
+
+    Attributes:
+        engine: The engine.
+        context: The HTTP request's.
+        number: Number of this call within the HTTP request, from 0.
+        params: The client's.
+        request_id: vLLM's.
+        options: The other arguments of ``generate()``.
+        started_s: When the call came, by the monotonic clock.
+    """
+
+    engine: Engine
+    context: DecisionContext
+    number: int
+    params: "SamplingParams"
+    request_id: str
+    options: dict[str, Any]
+    started_s: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether each output holds only what is new."""
+        return self.params.output_kind.name == "DELTA"
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The policy's fixed refusal texts, by the id of the refusal token."""
+        categories = self.engine.manifest.categories
+        texts = zip(categories, self.context.texts, strict=False)  # a policy may have none
+        return {category.id: text for category, text in texts if text is not None}
+
+    def stock(self, prompt: TokenPrompt, params: "SamplingParams", suffix: str = "") -> Outputs:
+        """Generates without any decision of ours.
+
+        Args:
+            prompt: As the engine gets it.
+            params: As the engine gets them.
+            suffix: Added to the request id, which must be unique.
+        """
+        request_id = f"{self.request_id}{suffix}"
+        return self.engine.generate_stock(prompt, params, request_id, **self.options)
+
+
+class CheckedPrompt(NamedTuple):
+    """A prompt that was checked.
+
+    Attributes:
+        rendered: vLLM's, without the guard's marks.
+        ids: Its token ids.
+        decided: Those of them that the decision sees.
+    """
+
+    rendered: TokenPrompt
+    ids: list[int]
+    decided: list[int]
