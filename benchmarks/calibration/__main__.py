@@ -27,7 +27,7 @@ from benchmarks.calibration.experiment import (
 from training.calibration.prompts import Prompts, read_prompts
 from training.config.data import named_sources
 from training.demo_data.render import write
-from training.measure.figures import CATEGORY_COLOURS, DPI, blank, dress
+from training.measure.figures import DPI, blank, category_look
 
 Floats = NDArray[np.float64]
 
@@ -42,13 +42,17 @@ def draw(cases: Sequence[Case], moved: Floats, names: Sequence[str], path: Path)
             axis.plot(
                 [100 * case.asked for case in own],
                 [100 * case.achieved for case in own],
-                "o-",
-                color=CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)],
+                "o",
                 markersize=4,
                 linewidth=1,
                 label=name,
+                **category_look(number),
             )
-        dress(axis, f"Asked for {title}", "rate asked for (%)", "refused of other prompts (%)")
+        axis.set(
+            title=f"Asked for {title}",
+            xlabel="rate asked for (%)",
+            ylabel="refused of other prompts (%)",
+        )
     left.legend(frameon=False)
     right.imshow(100 * moved, cmap="Blues", vmin=0, vmax=100)
     for (row, column), value in np.ndenumerate(100 * moved):

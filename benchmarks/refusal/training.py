@@ -166,7 +166,7 @@ def _world(setup: Setup) -> _World:
     from training.model.start import start_of
 
     config = _config(setup, 1e-3, 0, 0, 0)
-    rows = gather(config.data, config.categories, demo_folder=None, single_token=False).rows
+    rows = gather(config.data, config.categories).rows
     start = start_of(config, rows)
     weights = decision_weights(rows, config.data, config.loss)
     examples = encode_rows(
@@ -195,8 +195,6 @@ def _monitor(setup: Setup, measured: str, most: int | None) -> Any:
         config.categories,
         limit=most or 10**9,
         seed=0,
-        demo_folder=None,
-        single_token=False,
     )
     return DecisionMonitor(
         rows,

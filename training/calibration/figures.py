@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from models.calibration import BENIGN, Calibration
 from models.files import write_atomically
@@ -13,30 +14,23 @@ from models.solver import CurvePoint, curve
 from training.measure.figures import (
     BLACK,
     BLUE,
-    CATEGORY_COLOURS,
     COLUMNS,
     DPI,
-    GRID,
-    LINE_STYLES,
-    PERCENTAGES,
     RED,
     blank,
-    dress,
+    category_look,
+    false_refusal_axis,
     margin_histograms,
     reliability_diagram,
 )
 from training.measure.monitor import Measurement
 from training.measure.report import refusal_scores
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 POINTS = 201
 SENSITIVITIES = (0.0001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999)
 
 
-def figures(calibration: Calibration) -> dict[str, "Figure"]:
+def figures(calibration: Calibration) -> dict[str, Figure]:
     """Returns every figure that the calibration's prompts allow, by name.
 
     Without benign prompts there is no trade-off and no reliability diagram.
@@ -64,7 +58,7 @@ def save_figures(calibration: Calibration, folder: Path) -> list[Path]:
     return written
 
 
-def draw_curves(curves: dict[str, list[CurvePoint]]) -> "Figure":
+def draw_curves(curves: dict[str, list[CurvePoint]]) -> Figure:
     """Draws each category's refused and falsely refused share against its bias.
 
     Args:
@@ -75,7 +69,7 @@ def draw_curves(curves: dict[str, list[CurvePoint]]) -> "Figure":
     figure, axes = blank(rows, columns, (4.2 * columns + 0.4, 3.4 * rows + 0.8))
     for axis, (name, points) in zip(axes, curves.items(), strict=False):
         _draw_curve(axis, points)
-        dress(axis, "", "bias (nats)", "refused (%)")
+        axis.set(xlabel="bias (nats)", ylabel="refused (%)")
         _sensitivity_axis(axis, name)
     for axis in axes[len(curves) :]:
         axis.axis("off")
@@ -84,34 +78,29 @@ def draw_curves(curves: dict[str, list[CurvePoint]]) -> "Figure":
     return figure
 
 
-def draw_trade_off(curves: dict[str, list[CurvePoint]]) -> "Figure":
+def draw_trade_off(curves: dict[str, list[CurvePoint]]) -> Figure:
     """Draws each category's refused share against its falsely refused one, as its dial moves."""
     figure, (axis,) = blank(1, 1, (7.6, 4.8))
     for number, (name, points) in enumerate(curves.items()):
-        colour = CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)]
-        style = LINE_STYLES[number // len(CATEGORY_COLOURS) % len(LINE_STYLES)]
+        look = category_look(number)
         falsely = [100 * (point.false_refusal_rate or 0.0) for point in points]
         rightly = [100 * point.rate for point in points]
-        axis.plot(falsely, rightly, style, color=colour, linewidth=1.6, label=name)
+        axis.plot(falsely, rightly, linewidth=1.6, label=name, **look)
         trained = min(range(len(points)), key=lambda at: abs(points[at].bias))
-        axis.plot(falsely[trained], rightly[trained], "o", color=colour, markerfacecolor="white")
+        axis.plot(
+            falsely[trained], rightly[trained], "o", color=look["color"], markerfacecolor="white"
+        )
     axis.plot([], [], "o", color=BLACK, markerfacecolor="white", label="as trained")
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(0, 100)
     axis.set_ylim(0, 101)
-    axis.set_xticks(PERCENTAGES, [f"{tick:g}" for tick in PERCENTAGES])
-    axis.minorticks_off()
-    dress(
-        axis,
-        "Trade-off: one category's dial turned, the others as trained",
-        "benign prompts that its rule refuses (%)",
-        "its own prompts that are refused (%)",
+    axis.set(
+        title="Trade-off: one category's dial turned, the others as trained",
+        ylabel="its own prompts that are refused (%)",
     )
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    false_refusal_axis(axis, "benign prompts that its rule refuses (%)")
     return figure
 
 
-def _draw_curve(axis: "Axes", points: Sequence[CurvePoint]) -> None:
+def _draw_curve(axis: Axes, points: Sequence[CurvePoint]) -> None:
     biases = [point.bias for point in points]
     own = [(point.rate, point.rate_interval) for point in points]
     false = [
@@ -133,7 +122,7 @@ def _draw_curve(axis: "Axes", points: Sequence[CurvePoint]) -> None:
     axis.set_ylim(0, 101)
 
 
-def _sensitivity_axis(axis: "Axes", title: str) -> None:
+def _sensitivity_axis(axis: Axes, title: str) -> None:
     low, high = axis.get_xlim()
     at = [(float(np.log(x / (1 - x))), f"{x:g}") for x in SENSITIVITIES]
     shown = [(bias, label) for bias, label in at if low <= bias <= high]
@@ -141,7 +130,6 @@ def _sensitivity_axis(axis: "Axes", title: str) -> None:
     top.set_xticks([bias for bias, _ in shown], [label for _, label in shown], fontsize=8)
     top.set_xlabel("sensitivity", fontsize=8)
     axis.set_title(title, fontsize=11, fontweight="bold")
-    axis.grid(visible=True, **GRID)
 
 
 def _as_measurement(calibration: Calibration) -> Measurement:

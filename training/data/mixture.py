@@ -4,7 +4,6 @@ import random
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from models.errors import ConfigError
@@ -93,7 +92,6 @@ def gather(
     data: DataConfig,
     categories: Collection[str],
     *,
-    demo_folder: Path | None = None,
     single_token: bool = False,
 ) -> Mixture:
     """Reads the training data and mixes them.
@@ -103,10 +101,9 @@ def gather(
 
     Args:
         categories: The names that a row may give as its category.
-        demo_folder: Where the demo's data lie or are written to; None renders them in memory.
         single_token: Whether every category becomes the one category `refuse`.
     """
-    readings = _read_all(data.train, categories, data.seed, demo_folder, "train", single_token)
+    readings = _read_all(data.train, categories, data.seed, "train", single_token)
     _check_pairs([row for _, reading in readings for row in reading.rows])
     conflicts = _conflicts([row for _, reading in readings for row in reading.rows])
     repeated = _repeated([reading.rows for _, reading in readings])
@@ -138,7 +135,6 @@ def evaluation_rows(
     *,
     limit: int,
     seed: int,
-    demo_folder: Path | None = None,
     single_token: bool = False,
 ) -> list[Row]:
     """Reads what is measured during the training.
@@ -147,7 +143,7 @@ def evaluation_rows(
         origin: Sources, or `demo`: the demo's calibration rows.
         limit: At most so many rows, drawn at random, in their order.
     """
-    readings = _read_all(origin, categories, seed, demo_folder, "calibration", single_token)
+    readings = _read_all(origin, categories, seed, "calibration", single_token)
     return draw(readings, limit, seed)
 
 
@@ -183,13 +179,12 @@ def _read_all(
     origin: Origin,
     categories: Collection[str],
     seed: int,
-    demo_folder: Path | None,
     split: str,
     single_token: bool,
 ) -> list[tuple[Source, Reading]]:
     known = [*categories, SINGLE] if single_token else categories
     if isinstance(origin, str):
-        readings = [_read_demo(known, seed, demo_folder, split)]
+        readings = [_read_demo(known, seed, split)]
     else:
         readings = [(source, read(source, known)) for source in origin]
     if not single_token:
@@ -200,26 +195,19 @@ def _read_all(
     ]
 
 
-def _read_demo(
-    categories: Collection[str], seed: int, folder: Path | None, split: str
-) -> tuple[Source, Reading]:
-    from training.demo_data.render import render, write
+def _read_demo(categories: Collection[str], seed: int, split: str) -> tuple[Source, Reading]:
+    from training.demo_data.render import render
 
-    if folder is None:
-        source = Source(path=f"{DEMO}/{split}")
-        refused: list[Refused] = []
-        records = (
-            Record(dict(values), f"{DEMO}/{split}", number, "row")
-            for number, values in enumerate(render(seed)[split], start=1)
-        )
-        rows = list(checked(records, categories, refused))
-        if refused:
-            raise ConfigError(complaint(refused))
-        return source, Reading(rows, "", 0)
-    source = Source(path=str(folder / f"{split}.jsonl"))
-    if not Path(str(source.path)).is_file():
-        write(folder, seed)
-    return source, read(source, categories)
+    source = Source(path=f"{DEMO}/{split}")
+    refused: list[Refused] = []
+    records = (
+        Record(dict(values), source.name, number, "row")
+        for number, values in enumerate(render(seed)[split], start=1)
+    )
+    rows = list(checked(records, categories, refused))
+    if refused:
+        raise ConfigError(complaint(refused))
+    return source, Reading(rows, "", 0)
 
 
 # --- what rows say of each other ------------------------------------------------------------------

@@ -117,9 +117,13 @@ def write(directory: Path, seed: int) -> dict[str, int]:
     directory.mkdir(parents=True, exist_ok=True)
     splits = render(seed)
     for name, rows in splits.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        (directory / f"{name}.jsonl").write_bytes(as_json_lines(rows))
     return {name: len(rows) for name, rows in splits.items()}
+
+
+def as_json_lines(rows: Sequence[Row]) -> bytes:
+    """Returns the content of a split's file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 class Sampler:

@@ -2,22 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from training.measure.metrics import FALSE_REFUSALS, Bin, refusal_probability, reliability
+from training.measure.monitor import Measurement
 from training.measure.report import Share, refusal_scores
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from training.measure.monitor import Measurement
 
 FOLDER = "plots"
 DPI = 110
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+}
 # Okabe and Ito's palette, told apart with every common form of colour blindness.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#000000",
@@ -30,10 +39,11 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
 )
 CATEGORY_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 LINE_STYLES = ("-", "--", ":", "-.")
-GRID: Mapping[str, Any] = {"color": "#DDDDDD", "linewidth": 0.6}
 COLUMNS = 3
 PERCENTAGES = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 Log = Sequence[Mapping[str, Any]]
 
 
@@ -46,30 +56,25 @@ class Look(NamedTuple):
     style: str
 
 
-class Curve(NamedTuple):
-    """A quantity over the training."""
+class Line(NamedTuple):
+    """A logged quantity over the training."""
 
+    look: Look
     steps: list[int]
     values: list[float]
 
 
-LOSS_PANELS = (
-    (
-        "Decision: the control token",
-        (
-            Look("decision_loss", "training rows", BLUE, "-"),
-            Look("eval_vocabulary_loss", "held-out rows", RED, "o-"),
-            Look("eval_loss", "held-out rows, among control tokens", GREEN, "s--"),
-        ),
+LOSS_PANELS = {
+    "Decision: the control token": (
+        Look("decision_loss", "training rows", BLUE, "-"),
+        Look("eval_vocabulary_loss", "held-out rows", RED, "o-"),
+        Look("eval_loss", "held-out rows, among control tokens", GREEN, "s--"),
     ),
-    (
-        "Text: the tokens behind it",
-        (
-            Look("text_loss", "training rows", BLUE, "-"),
-            Look("eval_text_loss", "held-out rows", RED, "o-"),
-        ),
+    "Text: the tokens behind it": (
+        Look("text_loss", "training rows", BLUE, "-"),
+        Look("eval_text_loss", "held-out rows", RED, "o-"),
     ),
-)
+}
 METRIC_LOOKS = (
     Look("eval_auc", "AUC", BLACK, "o-"),
     Look("eval_refused", "refused of what should be", BLUE, "s-"),
@@ -81,7 +86,7 @@ METRIC_LOOKS = (
 
 
 def save_training_plots(
-    folder: Path, log_history: Log, measurement: "Measurement | None" = None
+    folder: Path, log_history: Log, measurement: Measurement | None = None
 ) -> list[Path]:
     """Writes a run's figures as PNG files into `plots` within a folder.
 
@@ -92,10 +97,7 @@ def save_training_plots(
     Returns:
         The files. A figure for which nothing was logged is not made.
     """
-    figures: dict[str, Figure | None] = {
-        "loss": loss_curves(log_history),
-        "history": metric_history(log_history),
-    }
+    figures = {"loss": loss_curves(log_history), "history": metric_history(log_history)}
     if measurement is not None:
         to_refuse = np.array([name is not None for name in measurement.truth])
         scores = refusal_scores(measurement.margins)
@@ -112,56 +114,38 @@ def save_training_plots(
     return written
 
 
-def logged(log_history: Log, key: str) -> Curve:
-    """Returns what was logged under a key."""
-    entries = [entry for entry in log_history if key in entry and "step" in entry]
-    return Curve(
-        [int(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries]
-    )
-
-
-def loss_curves(log_history: Log) -> "Figure | None":
-    """Draws the losses of decision and text, as trained and as measured on held-out rows.
-
-    Args:
-        log_history: Entries with `step` and any of `decision_loss`, `text_loss`, `eval_loss`,
-            `eval_vocabulary_loss`, `eval_text_loss`.
-
-    Returns:
-        The figure, None where none of them was logged.
-    """
-    shown = [(title, _logged_lines(log_history, looks)) for title, looks in LOSS_PANELS]
-    shown = [(title, lines) for title, lines in shown if lines]
-    if not shown:
+def loss_curves(log_history: Log) -> Figure | None:
+    """Draws the losses of decision and text, as trained and on held-out rows, where logged."""
+    panels = {title: _logged(log_history, looks) for title, looks in LOSS_PANELS.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
         return None
-    figure, axes = blank(1, len(shown), (5.6 * len(shown), 4.0))
-    for axis, (title, lines) in zip(axes, shown, strict=True):
+    figure, axes = blank(1, len(panels), (5.6 * len(panels), 4.0))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         _draw(axis, lines)
-        if all(value > 0 for _, curve in lines for value in curve.values):
+        if all(value > 0 for line in lines for value in line.values):
             _logarithmic(axis)
-        dress(axis, title, "optimiser step", "mean loss per token (nats)")
+        axis.set(title=title, xlabel="optimiser step", ylabel="mean loss per token (nats)")
         axis.legend(frameon=False)
     return figure
 
 
-def metric_history(log_history: Log) -> "Figure | None":
-    """Draws what was measured on held-out rows over the training.
-
-    Returns:
-        The figure, None where nothing was measured.
-    """
-    lines = _logged_lines(log_history, METRIC_LOOKS)
+def metric_history(log_history: Log) -> Figure | None:
+    """Draws what was measured on held-out rows over the training; None without measurements."""
+    lines = _logged(log_history, METRIC_LOOKS)
     if not lines:
         return None
     figure, (axis,) = blank(1, 1, (8.6, 4.4))
     _draw(axis, lines)
+    axis.set(
+        title="Decisions on held-out rows", xlabel="optimiser step", ylabel="share of the rows"
+    )
     axis.set_ylim(-0.02, 1.02)
-    dress(axis, "Decisions on held-out rows", "optimiser step", "share of the rows")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _legend_beside(axis)
     return figure
 
 
-def margin_histograms(measurement: "Measurement") -> "Figure":
+def margin_histograms(measurement: Measurement) -> Figure:
     """Draws, for each category, how its margins lie for its own, other and benign rows."""
     names = measurement.categories
     truth = np.array([name or "" for name in measurement.truth])
@@ -175,18 +159,19 @@ def margin_histograms(measurement: "Measurement") -> "Figure":
             ("rows to be answered", truth == "", GREEN, "-"),
         )
         _histograms(axes[column], measurement.margins[:, column], groups)
-        dress(axes[column], name, "margin (nats)", "density")
+        axes[column].set(title=name, xlabel="margin (nats)", ylabel="density")
     for axis in axes[len(names) :]:
         axis.axis("off")
-    handles, labels = _all_labels(axes)
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Margins: log-odds of refusing against responding")
     return figure
 
 
-def reliability_diagram(
-    scores: NDArray[np.float64], to_refuse: NDArray[np.bool_], title: str = "Reliability"
-) -> "Figure":
+def reliability_diagram(scores: Floats, to_refuse: Flags, title: str = "Reliability") -> Figure:
     """Draws how often rows of a predicted probability of refusing are to be refused.
 
     Args:
@@ -208,7 +193,7 @@ def reliability_diagram(
         label="bins of equal mass, 95 % interval",
     )
     error = sum(b.total * abs(b.predicted - b.hits / b.total) for b in bins) / len(scores)
-    dress(upper, f"{title}: calibration error {error:.3f}", "", "share to be refused")
+    upper.set(title=f"{title}: calibration error {error:.3f}", ylabel="share to be refused")
     upper.set_ylim(-0.03, 1.03)
     upper.legend(frameon=False, loc="best")
     probability = refusal_probability(scores)
@@ -216,24 +201,16 @@ def reliability_diagram(
         ("to be refused", to_refuse, BLUE, "-"),
         ("to be answered", ~to_refuse, GREEN, "--"),
     ):
-        lower.hist(
-            probability[members],
-            np.linspace(0, 1, 21).tolist(),
-            histtype="step",
-            color=colour,
-            linestyle=style,
-            linewidth=1.4,
-            label=label,
-        )
+        _outline(lower, probability[members], np.linspace(0, 1, 21), label, colour, style)
     _logarithmic(lower, (1,))
+    lower.set(xlabel="predicted p(refuse) among the control tokens", ylabel="rows")
+    lower.set_xlim(-0.02, 1.02)
     lower.set_ylim(bottom=0.8)
     lower.legend(frameon=False, loc="upper center", fontsize=8)
-    dress(lower, "", "predicted p(refuse) among the control tokens", "rows")
-    lower.set_xlim(-0.02, 1.02)
     return figure
 
 
-def trade_off(measurement: "Measurement") -> "Figure | None":
+def trade_off(measurement: Measurement) -> Figure | None:
     """Draws what is refused rightly against what is refused falsely, as one common bias moves.
 
     Returns:
@@ -245,56 +222,74 @@ def trade_off(measurement: "Measurement") -> "Figure | None":
     benign = truth == ""
     if benign.all() or not benign.any():
         return None
-    refused = scores >= 0
     figure, (axis,) = blank(1, 1, (7.4, 4.8))
     for number, name in enumerate(measurement.categories):
         if (truth == name).any() and len(measurement.categories) > 1:
             curve = _trade_off_curve(scores[truth == name], scores[benign])
-            colour = CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)]
-            style = LINE_STYLES[number // len(CATEGORY_COLOURS) % len(LINE_STYLES)]
-            axis.step(*curve, style, where="post", color=colour, linewidth=1, label=name)
+            axis.step(*curve, where="post", linewidth=1, label=name, **category_look(number))
     curve = _trade_off_curve(scores[~benign], scores[benign])
     axis.step(*curve, where="post", color=BLACK, linewidth=2, label="all rows to be refused")
-    axis.plot(
-        [100 * refused[benign].mean()],
-        [100 * refused[~benign].mean()],
-        "o",
-        color=BLACK,
-        markersize=8,
-        markerfacecolor="white",
-        label="as trained",
-    )
+    trained = [[100 * (scores[rows] >= 0).mean()] for rows in (benign, ~benign)]
+    axis.plot(*trained, "o", color=BLACK, markersize=8, markerfacecolor="white", label="as trained")
     axis.axvline(100 * FALSE_REFUSALS, color="#888888", linestyle=":", label="5 % false refusals")
+    axis.set(title="Trade-off", ylabel="refused of what should be (%)")
+    false_refusal_axis(axis, "refused of what should not be (%)")
+    return figure
+
+
+def category_look(number: int) -> dict[str, Any]:
+    """Returns colour and line style of a category."""
+    turns = number // len(CATEGORY_COLOURS)
+    return {
+        "color": CATEGORY_COLOURS[number % len(CATEGORY_COLOURS)],
+        "linestyle": LINE_STYLES[turns % len(LINE_STYLES)],
+    }
+
+
+def false_refusal_axis(axis: Axes, label: str) -> None:
+    """Spreads the small percentages of a trade-off's x axis; the legend goes beside the axes."""
     axis.set_xscale("symlog", linthresh=1)
     axis.set_xlim(0, 100)
     axis.set_xticks(PERCENTAGES, [f"{tick:g}" for tick in PERCENTAGES])
     axis.minorticks_off()
-    dress(axis, "Trade-off", "refused of what should not be (%)", "refused of what should be (%)")
+    axis.set_xlabel(label)
+    _legend_beside(axis)
+
+
+def blank(
+    rows: int, columns: int, inches: tuple[float, float], **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Returns an empty figure and its axes, row by row."""
+    # Without pyplot: nothing global is changed, no window is wanted, nothing is left open.
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def _legend_beside(axis: Axes) -> None:
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
 
 
-def _logged_lines(log_history: Log, looks: Sequence[Look]) -> list[tuple[Look, Curve]]:
-    lines = [(look, logged(log_history, look.key)) for look in looks]
-    return [(look, curve) for look, curve in lines if curve.steps]
+def _logged(log_history: Log, looks: Sequence[Look]) -> list[Line]:
+    """Returns those quantities that were logged."""
+    lines = []
+    for look in looks:
+        entries = [entry for entry in log_history if look.key in entry and "step" in entry]
+        if entries:
+            steps = [int(entry["step"]) for entry in entries]
+            lines.append(Line(look, steps, [float(entry[look.key]) for entry in entries]))
+    return lines
 
 
-def _draw(axis: "Axes", lines: Sequence[tuple[Look, Curve]]) -> None:
-    for look, (steps, values) in lines:
-        axis.plot(
-            steps,
-            values,
-            look.style,
-            color=look.colour,
-            label=look.label,
-            markersize=4.5,
-            linewidth=1.4,
-        )
+def _draw(axis: Axes, lines: Sequence[Line]) -> None:
+    size: dict[str, Any] = {"markersize": 4.5, "linewidth": 1.4}
+    for look, steps, values in lines:
+        axis.plot(steps, values, look.style, color=look.colour, label=look.label, **size)
 
 
-def _trade_off_curve(
-    own: NDArray[np.float64], benign: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _trade_off_curve(own: Floats, benign: Floats) -> tuple[Floats, Floats]:
     """Returns percentages refused among benign and own rows, as the threshold falls."""
     thresholds = np.unique(np.concatenate((own, benign)))[::-1]
     falsely = 1 - np.searchsorted(np.sort(benign), thresholds) / len(benign)
@@ -302,35 +297,21 @@ def _trade_off_curve(
     return 100 * np.append(0, falsely), 100 * np.append(0, rightly)
 
 
-def _histograms(
-    axis: "Axes",
-    margins: NDArray[np.float64],
-    groups: Sequence[tuple[str, NDArray[np.bool_], str, str]],
-) -> None:
+def _histograms(axis: Axes, margins: Floats, groups: Sequence[tuple[str, Flags, str, str]]) -> None:
     low, high = min(0.0, float(margins.min())), max(0.0, float(margins.max()))
-    edges = np.linspace(low, max(high, low + 1e-6), 41).tolist()
+    edges = np.linspace(low, max(high, low + 1e-6), 41)
     for label, members, colour, style in groups:
         if members.any():
-            axis.hist(margins[members], edges, density=True, color=colour, alpha=0.18)
-            axis.hist(
-                margins[members],
-                edges,
-                density=True,
-                histtype="step",
-                color=colour,
-                linestyle=style,
-                linewidth=1.4,
-                label=label,
-            )
+            axis.hist(margins[members], list(edges), density=True, color=colour, alpha=0.18)
+            _outline(axis, margins[members], edges, label, colour, style, density=True)
     axis.axvline(0, color=BLACK, linewidth=1)
 
 
-def _all_labels(axes: "Sequence[Axes]") -> tuple[list[Any], list[str]]:
-    known: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            known.setdefault(label, handle)
-    return list(known.values()), list(known)
+def _outline(
+    axis: Axes, values: Floats, edges: Floats, label: str, colour: str, style: str, **options: Any
+) -> None:
+    look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 1.4, "label": label}
+    axis.hist(values, list(edges), histtype="step", **look, **options)
 
 
 def _whiskers(entry: Bin) -> tuple[float, float]:
@@ -339,35 +320,8 @@ def _whiskers(entry: Bin) -> tuple[float, float]:
     return max(0.0, share - low), max(0.0, high - share)
 
 
-def blank(
-    rows: int, columns: int, inches: tuple[float, float], **options: Any
-) -> "tuple[Figure, list[Axes]]":
-    """Returns an empty figure and its axes, row by row."""
-    # Without pyplot: nothing global is changed, no window is wanted, nothing is left open.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, list(axes.flat)
-
-
-def _logarithmic(axis: "Axes", ticks: tuple[int, ...] = (1, 2, 5)) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
+def _logarithmic(axis: Axes, ticks: tuple[int, ...] = (1, 2, 5)) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=ticks))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
-
-
-def dress(axis: "Axes", title: str, x_label: str, y_label: str) -> None:
-    """Gives an axis its title, labels and grid."""
-    axis.set_title(title, fontsize=11)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.grid(visible=True, **GRID)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)

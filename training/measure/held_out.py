@@ -1,7 +1,6 @@
 """What a training is measured on, read and checked before any time is spent on the training."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import ConfigError
@@ -19,14 +18,8 @@ if TYPE_CHECKING:
 COMPARING = ("auc", "refused_at_5")
 
 
-def held_out_rows(config: TrainConfig, demo_folder: Path | None = None) -> list[Row] | None:
-    """Reads the rows of `evaluation.data`.
-
-    Args:
-        demo_folder: Where the demo's data lie or are written to; None renders them in memory.
-
-    Returns:
-        The rows, None where the recipe has nothing measured.
+def held_out_rows(config: TrainConfig) -> list[Row] | None:
+    """Reads the rows of `evaluation.data`; None where the recipe has nothing measured.
 
     Raises:
         ConfigError: A source cannot be read, rows are wrong, or they cannot tell the metric that
@@ -40,7 +33,6 @@ def held_out_rows(config: TrainConfig, demo_folder: Path | None = None) -> list[
         list(config.categories),
         limit=evaluation.rows,
         seed=config.data.seed,
-        demo_folder=demo_folder,
         single_token=config.single_token,
     )
     _check_best(rows, evaluation)

@@ -12,17 +12,17 @@ from training.config.data import Origin
 from training.config.loss import GammaSchedule, LossConfig, QSchedule
 from training.config.recipe import TrainConfig
 from training.data.sources import identify
+from training.demo_data.render import as_json_lines, render
 from training.model.start import Start
 
 LOG_NAME = "training_log.jsonl"
 CONFIG_NAME = "resolved_config.yaml"
-DEMO_DATA = "demo_data"
 CROSS_ENTROPY = "cross_entropy"
 
 Setting = float | QSchedule | GammaSchedule | dict[str, float] | str
 
 
-def data_hashes(config: TrainConfig, demo: Path) -> dict[str, str]:
+def data_hashes(config: TrainConfig) -> dict[str, str]:
     """Returns what tells this state of the training data, by name."""
     hashes: dict[str, str] = {}
     asked: list[tuple[Origin, str]] = [(config.data.train, "train")]
@@ -30,8 +30,8 @@ def data_hashes(config: TrainConfig, demo: Path) -> dict[str, str]:
         asked.append((config.evaluation.data, "calibration"))
     for origin, split in asked:
         if isinstance(origin, str):
-            text = (demo / f"{split}.jsonl").read_bytes()
-            hashes[f"{DEMO_DATA}/{split}.jsonl"] = hashlib.sha256(text).hexdigest()
+            rows = as_json_lines(render(config.data.seed)[split])
+            hashes[f"demo_data/{split}.jsonl"] = hashlib.sha256(rows).hexdigest()
             continue
         for source in origin:
             hashes |= identify(source)

@@ -1,7 +1,6 @@
 """Trains a checkpoint from a recipe; a run that is killed goes on when it is started again."""
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.checkpoint import load_checkpoint
 from models.files import write_atomically
-from training.config.data import DEMO
 from training.config.loss import LossConfig
 from training.config.recipe import TrainConfig
 from training.data.encoding import encode_rows
@@ -28,7 +26,7 @@ from training.run.folder import (
     put_in_place,
 )
 from training.run.processes import Processes
-from training.run.record import DEMO_DATA, data_hashes, recipe_of, write_contract, write_log
+from training.run.record import data_hashes, recipe_of, write_contract, write_log
 from training.run.resume import ResumePoints
 
 if TYPE_CHECKING:
@@ -47,10 +45,6 @@ class _Run(NamedTuple):
     folder: Path
     processes: Processes
     points: ResumePoints
-
-    @property
-    def demo_folder(self) -> Path:
-        return self.folder / DEMO_DATA
 
     def say(self, line: str) -> None:
         """Tells the user something, once."""
@@ -87,7 +81,7 @@ def train(
     with ExitStack() as held:
         # Held by the first process until the whole run ends.
         processes.on_main(lambda: held.enter_context(locked(out)))
-        hashes = processes.on_main(lambda: _hashes(config))
+        hashes = processes.on_main(lambda: data_hashes(config))
         recipe = recipe_of(config, hashes, config.loss)
         if processes.on_main(lambda: keeps(out, recipe, force=force, replace_stale=replace_stale)):
             return out
@@ -103,20 +97,6 @@ def train(
     return out
 
 
-def _hashes(config: TrainConfig) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        _render_demo(config, Path(folder))
-        return data_hashes(config, Path(folder))
-
-
-def _render_demo(config: TrainConfig, folder: Path) -> None:
-    origins = [config.data.train, config.evaluation and config.evaluation.data]
-    if DEMO in origins:
-        from training.demo_data.render import write
-
-        write(folder, config.data.seed)
-
-
 def _finish(run: _Run, identity: Identity, out: Path) -> None:
     # From here on nothing is trained again, whenever the process is killed.
     mark_finished(run.folder, identity)
@@ -130,8 +110,7 @@ def _train_into(run: _Run) -> None:
     config, seconds = run.config, dict[str, float]()
     evaluation = config.evaluation
     with _timed(seconds, "data_s"):
-        run.processes.on_main(lambda: _render_demo(config, run.demo_folder))
-        mixture, held_out = run.processes.together(lambda: _read(run))
+        mixture, held_out = run.processes.together(lambda: _read(run.config))
         _tell_what_is_odd(run, mixture)
     with _timed(seconds, "model_s"):
         start = run.processes.together(lambda: start_of(config, mixture.rows))
@@ -157,15 +136,9 @@ def _train_into(run: _Run) -> None:
         write_log(run.folder, [*trainer.state.log_history, *summary, seconds])
 
 
-def _read(run: _Run) -> tuple[Mixture, list[Row] | None]:
-    config = run.config
-    mixture = gather(
-        config.data,
-        config.categories,
-        demo_folder=run.demo_folder,
-        single_token=config.single_token,
-    )
-    return mixture, held_out_rows(config, run.demo_folder)
+def _read(config: TrainConfig) -> tuple[Mixture, list[Row] | None]:
+    mixture = gather(config.data, config.categories, single_token=config.single_token)
+    return mixture, held_out_rows(config)
 
 
 def _write_contract(run: _Run, start: Start, loss: LossConfig) -> None:

@@ -262,19 +262,13 @@ def test_weights_of_text_and_pairs_come_from_the_loss(write_rows: WriteRows) -> 
     assert [weights.of_decisions(row) for row in rows] == [[0.5], [0.5]]
 
 
-def test_demo_in_memory_is_the_demo_on_disk(tmp_path: Path) -> None:
-    data = DataConfig(train="demo", seed=3)
+def test_demo_is_rendered_for_training_and_for_measuring() -> None:
     names = list(COCONOT_DESCRIPTIONS)
 
-    memory = gather(data, names)
-    disk = gather(data, names, demo_folder=tmp_path)
-
-    assert [row.messages for row in memory.rows] == [row.messages for row in disk.rows]
-    assert memory.pairs == 850
-    assert (tmp_path / "train.jsonl").is_file()
-    held_out = evaluation_rows("demo", names, limit=100, seed=3, demo_folder=tmp_path)
+    assert gather(DataConfig(train="demo", seed=3), names).pairs == 850
+    held_out = evaluation_rows("demo", names, limit=100, seed=3)
     assert len(held_out) == 100
-    assert held_out[0].origin.startswith(str(tmp_path / "calibration.jsonl"))
+    assert held_out[0].origin.startswith("demo/calibration, row ")
 
 
 def test_evaluation_rows_are_a_seeded_draw_in_order(write_rows: WriteRows) -> None:
