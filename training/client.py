@@ -3,20 +3,17 @@
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import EvaluationError
 from models.hashes import Hashes
 from training.data.rows import Message, Row
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 BATCH = 256
 # Of text, in one request: a quarter of what a server reads at most, if its operator says nothing.
@@ -77,45 +74,28 @@ class _Foreign(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-Page = TypeVar("Page", bound=_Foreign)
-
-
 class _Named(_Foreign):
     name: str
-
-
-class _Categories(_Foreign):
-    data: tuple[_Named, ...]
-
-
-class _Identified(_Categories):
-    hashes: Hashes
 
 
 class _Model(_Foreign):
     id: str
 
 
-class _Models(_Foreign):
-    data: tuple[_Model, ...]
-
-
 class _Margin(_Foreign):
     margin: float | None
 
 
-class _Entry(_Foreign):
+class _Score(_Foreign):
     index: int
     log_normaliser: float | None
     decisions: dict[str, _Margin]
 
     def scores(self, names: Sequence[str]) -> Scores:
-        margins = tuple(_number(self.decisions[name].margin) for name in names)
-        return Scores(margins, _number(self.log_normaliser))
-
-
-class _ScorePage(_Foreign):
-    data: tuple[_Entry, ...]
+        return Scores(
+            tuple(_number(self.decisions[name].margin) for name in names),
+            _number(self.log_normaliser),
+        )
 
 
 class _Decision(_Foreign):
@@ -139,7 +119,19 @@ class _Choice(_Foreign):
 
 
 class _Chat(_Foreign):
-    choices: tuple[_Choice, ...]
+    choices: Annotated[tuple[_Choice, ...], Field(min_length=1)]
+
+
+Entry = TypeVar("Entry", bound=_Foreign)
+Page = TypeVar("Page", bound=_Foreign)
+
+
+class _List(_Foreign, Generic[Entry]):
+    data: tuple[Entry, ...]
+
+
+class _Identified(_List[_Named]):
+    hashes: Hashes
 
 
 class RheostatClient:
@@ -155,21 +147,20 @@ class RheostatClient:
 
     async def model(self) -> str:
         """Returns the name of the served model."""
-        models = await self._get("/v1/models", _Models, "a list of models")
+        models = await self._fetch("/v1/models", _List[_Model], "a list of models")
         if not models.data:
             raise EvaluationError(f"{self._http.base_url}: the server serves no model")
         return models.data[0].id
 
     async def categories(self) -> list[str]:
         """Returns the category names in manifest order."""
-        page = await self._get(
-            "/v1/refusal/categories", _Categories, "a list of refusal categories"
-        )
+        kind, what = _List[_Named], "a list of refusal categories"
+        page = await self._fetch("/v1/refusal/categories", kind, what)
         return [entry.name for entry in page.data]
 
     async def served(self) -> Served:
         """Returns what checkpoint is served."""
-        page = await self._get(
+        page = await self._fetch(
             "/v1/refusal/categories?hashes=true",
             _Identified,
             "refusal categories and the checkpoint's hashes",
@@ -188,13 +179,11 @@ class RheostatClient:
 
         async def one(places: Sequence[int]) -> None:
             inputs = [{"messages": messages_of(rows[place].prompt)} for place in places]
+            body = {"model": model, "inputs": inputs}
             async with slots:
                 try:
-                    page = await self._post(
-                        "/v1/refusal/score",
-                        {"model": model, "inputs": inputs},
-                        _ScorePage,
-                        "a list of scores",
+                    page = await self._fetch(
+                        "/v1/refusal/score", _List[_Score], "a list of scores", body
                     )
                 except EvaluationError as error:
                     raise _with_origin(error, [rows[place] for place in places]) from error
@@ -216,17 +205,15 @@ class RheostatClient:
             "refusal": {"report": True, **({"categories": dict(dials)} if dials else {})},
         }
         async with self._slots:
-            chat = await self._post(
-                "/v1/chat/completions", body, _Chat, "choices with a refusal_report"
+            chat = await self._fetch(
+                "/v1/chat/completions", _Chat, "choices with a refusal_report", body
             )
-        if not chat.choices:
-            raise self._unlike("choices with a refusal_report")
         message, report = chat.choices[0].message, chat.choices[0].refusal_report
         text = message.refusal if report.refused else message.content
         margins = {name: entry.margin for name, entry in report.decisions.items()}
         return Reply(text or "", report.category if report.refused else None, margins)
 
-    def _scores(self, page: _ScorePage, names: Sequence[str], count: int) -> list[Scores]:
+    def _scores(self, page: _List[_Score], names: Sequence[str], count: int) -> list[Scores]:
         if sorted(entry.index for entry in page.data) != list(range(count)):
             raise self._unlike(f"{count} scores")
         missing = {name for entry in page.data for name in names if name not in entry.decisions}
@@ -236,13 +223,15 @@ class RheostatClient:
             )
         return [entry.scores(names) for entry in sorted(page.data, key=lambda entry: entry.index)]
 
-    async def _get(self, path: str, kind: type[Page], what: str) -> Page:
-        return self._parse(kind, await self._send("GET", path), what)
+    async def _fetch(self, path: str, kind: type[Page], what: str, body: Any = None) -> Page:
+        """Returns the answer to a GET, or with a body to a POST; `what` says what it should be."""
+        content = await self._send("GET" if body is None else "POST", path, body)
+        try:
+            return kind.model_validate(content)
+        except ValidationError as error:
+            raise self._unlike(what) from error
 
-    async def _post(self, path: str, body: Any, kind: type[Page], what: str) -> Page:
-        return self._parse(kind, await self._send("POST", path, body), what)
-
-    async def _send(self, method: str, path: str, body: Any = None) -> object:
+    async def _send(self, method: str, path: str, body: Any) -> object:
         for attempt in range(1, ATTEMPTS + 1):
             last = attempt == ATTEMPTS
             try:
@@ -274,12 +263,6 @@ class RheostatClient:
             raise _WrongInputError(full, int(place[1]))
         raise EvaluationError(full)
 
-    def _parse(self, kind: type[Page], content: object, what: str) -> Page:
-        try:
-            return kind.model_validate(content)
-        except ValidationError as error:
-            raise self._unlike(what) from error
-
     def _unlike(self, what: str) -> EvaluationError:
         return EvaluationError(
             f"{self._http.base_url}: the server does not return {what}, so it is no Rheostat "
@@ -288,7 +271,7 @@ class RheostatClient:
 
 
 @asynccontextmanager
-async def client_of(url: str, api_key: str | None = None) -> "AsyncIterator[RheostatClient]":
+async def client_of(url: str, api_key: str | None = None) -> AsyncIterator[RheostatClient]:
     """Opens a client.
 
     Args:
@@ -300,7 +283,7 @@ async def client_of(url: str, api_key: str | None = None) -> "AsyncIterator[Rheo
         yield RheostatClient(http)
 
 
-async def together(work: "Iterator[Any]") -> list[Any]:
+async def together(work: Iterator[Any]) -> list[Any]:
     """Awaits coroutines at once and returns their results in order; cancels all if one fails."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
@@ -343,4 +326,5 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
 
 
 def _number(value: float | None) -> float:
+    # JSON has no NaN.
     return math.nan if value is None else value

@@ -31,7 +31,7 @@ from training.config.data import named_sources
 from training.config.loss import LossConfig, QSchedule
 from training.config.recipe import TrainConfig, load_config, packaged_recipes
 from training.data.rows import Row
-from training.data.sources import draw_rows, read_source
+from training.data.sources import draw_rows, read
 from training.run.train import train
 
 PAGE = ROOT / "docs" / "training.md"
@@ -162,7 +162,7 @@ def test_table_reads_as_the_page_says(folder: Path) -> None:
 def _rows(config: TrainConfig) -> list[Row]:
     source = config.data.train[0]
     assert not isinstance(source, str)
-    return read_source(source, config.categories)
+    return read(source, config.categories).rows
 
 
 def test_table_without_responses_teaches_decisions(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from training.config.data import Source
 from training.data.rows import Row
-from training.data.sources import read_source
+from training.data.sources import read
 
 Rows = list[dict[str, object]]
 WriteRows = Callable[[Rows], Path]
@@ -29,7 +29,7 @@ def small_rows() -> Rows:
 
 def read_rows(path: Path, categories: Collection[str]) -> list[Row]:
     """Reads a file of our own format."""
-    return read_source(Source(path=str(path)), categories)
+    return read(Source(path=str(path)), categories).rows
 
 
 def _row(prompt: str, category: str | None, response: str) -> dict[str, object]:

@@ -17,13 +17,8 @@ NOTHING = -1
 """Stands for a row in a batch that has none: a process must take as many steps as the others."""
 
 
-def as_dataset(examples: Sequence[Example]) -> Dataset:
-    """Returns rows as a data set, each a sequence of its own."""
-    return as_packed_dataset(examples, max_length=0)
-
-
-def as_packed_dataset(examples: Sequence[Example], max_length: int) -> Dataset:
-    """Returns rows as a data set in which short ones share a sequence.
+def as_dataset(examples: Sequence[Example], max_length: int = 0) -> Dataset:
+    """Returns rows as a data set; with `max_length`, short ones share a sequence.
 
     Positions start from 0 in each row; the model's attention keeps rows apart by that
     (training/run/assembly.py checks that it does). The first token of a row is never learnt.

@@ -114,7 +114,16 @@ def gather(
         kept = [row for row in reading.rows if not (data.deduplicate and id(row) in twice)]
         taken = take(kept, source, random.Random(f"{data.seed}/{number}"))
         rows += taken
-        counts.append(_count(source, reading, len(twice), taken))
+        counts.append(
+            SourceCounts(
+                name=source.name,
+                read=len(reading.rows),
+                left_out=reading.left_out_rows,
+                why=reading.left_out,
+                duplicates=len(twice),
+                taken=Counter(row.category for row in taken),
+            )
+        )
     if not rows:
         raise ConfigError(f"data.train: no row is left of {', '.join(c.name for c in counts)}")
     return Mixture(
@@ -290,20 +299,6 @@ def _repeated(sources: Sequence[Sequence[Row]]) -> set[int]:
             stays[key], row = row, first
         repeated.add(id(row))
     return repeated
-
-
-# --- counts ---------------------------------------------------------------------------------------
-
-
-def _count(source: Source, reading: Reading, duplicates: int, taken: Sequence[Row]) -> SourceCounts:
-    return SourceCounts(
-        name=source.name,
-        read=len(reading.rows),
-        left_out=reading.left_out_rows,
-        why=reading.left_out,
-        duplicates=duplicates,
-        taken=Counter(row.category for row in taken),
-    )
 
 
 def _named(counts: Counter[str | None]) -> dict[str, int]:

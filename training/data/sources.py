@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     left_out_rows: int
 
 
-def read_source(source: Source, categories: Collection[str]) -> list[Row]:
+def read(source: Source, categories: Collection[str]) -> Reading:
     """Reads a source into rows, before any limit or weight.
 
     Args:
@@ -42,11 +42,6 @@ def read_source(source: Source, categories: Collection[str]) -> list[Row]:
         ConfigError: The source cannot be read or holds no rows, or rows are wrong: the message
             names file, line and reason of each kind of mistake.
     """
-    return read(source, categories).rows
-
-
-def read(source: Source, categories: Collection[str]) -> Reading:
-    """Reads a source as `read_source` does, and tells what `bad_rows: drop` left out."""
     refused: list[Refused] = []
     rows = list(checked(_ours(source), categories, refused))
     if refused and source.bad_rows == "error":

@@ -65,6 +65,9 @@ def decision_metrics(
     refused = largest >= 0
     scores = refusal_scores(margins)
     caught = to_refuse & refused
+    # The server masks every other token at the decision step, so their logits do not count.
+    logits = np.column_stack((margins, np.zeros(len(margins))))
+    losses = refusal_scores(logits) - logits[np.arange(len(logits)), wanted]
     marks = np.array([mark or "" for mark in near_miss or [None] * len(truth)])
     found = {
         "auc": refusal_auc(margins, to_refuse.tolist()),
@@ -82,7 +85,7 @@ def decision_metrics(
         "refused_at_5": refused_at(largest, to_refuse, FALSE_REFUSALS),
         "right_category": _share(margins.argmax(axis=1)[caught] == wanted[caught]),
         "calibration_error": calibration_error(scores, to_refuse),
-        "loss": float(decision_losses(margins, wanted).mean()),
+        "loss": float(losses.mean()),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -96,24 +99,6 @@ def truth_columns(truth: Sequence[str | None], categories: Sequence[str]) -> NDA
     if unknown := {name for name in truth if name not in column}:
         raise ValueError(f"{min(map(str, unknown))!r} is none of {', '.join(categories)}")
     return np.array([column[name] for name in truth], dtype=np.int64)
-
-
-def decision_losses(margins: Floats, columns: NDArray[np.int64]) -> Floats:
-    """Returns the cross-entropy of the right control token among the control tokens.
-
-    The server masks every other token at the decision step, so their logits do not count.
-
-    Args:
-        margins: `[n, k]`.
-        columns: `[n]` from `truth_columns`.
-
-    Returns:
-        `[n]` in nats.
-    """
-    logits = np.column_stack((margins, np.zeros(len(margins))))
-    right = logits[np.arange(len(logits)), columns]
-    losses: Floats = refusal_scores(logits) - right
-    return losses
 
 
 def refused_at(scores: Floats, to_refuse: Flags, false_refusals: float) -> float | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from models.errors import ConfigError, EvaluationError
 from models.manifest import Manifest
 from training.config.data import TooLong
-from training.data.encoding import DecisionWeights, Example, encode_rows, fit_one
+from training.data.encoding import DecisionWeights, Example, encode_rows, fit, fit_one
 from training.data.rows import Row
 from training.measure.metrics import Floats, decision_metrics
 from training.measure.sequences import Batch, batches, decision_of, padding_id, text_of
@@ -76,21 +76,27 @@ class DecisionMonitor:
         text_rows: int = TEXT_ROWS,
         seed: int = 0,
     ) -> None:
-        given = len(rows)
+        # Every token of the assistant has a weight above 0.
+        weights = DecisionWeights(plain=1.0, pair=1.0)
+        encoded = list(
+            zip(rows, encode_rows(rows, tokenizer, manifest, weights, None), strict=True)
+        )
         if max_length is not None and too_long in ("drop", "cut_or_drop"):
-            rows = fitting(rows, tokenizer, manifest, max_length, too_long)
-        if not rows:
-            why = f": all {given} are too long for the model" if given else ""
+            encoded = [one for one in encoded if fit_one(one[1], max_length, too_long) is not None]
+        if not encoded:
+            why = f": all {len(rows)} are too long for the model" if rows else ""
             raise ConfigError(f"evaluation.data: there are no rows to measure on{why}")
-        self.rows = tuple(rows)
-        self.left_out = given - len(rows)
-        examples = encode(rows, tokenizer, manifest, max_length, too_long)
+        self.rows = tuple(row for row, _ in encoded)
+        self.left_out = len(rows) - len(encoded)
+        examples = [example for _, example in encoded]
+        if max_length is not None:
+            examples = fit(self.rows, examples, max_length, too_long)
         decisions = [decision_of(example, manifest) for example in examples]
         named: dict[int, str | None] = {c.id: c.name for c in manifest.categories}
         self._controls = manifest.control_ids
         self._categories = tuple(manifest.names)
         self._truth = tuple(named.get(decision.targets[0]) for decision in decisions)
-        self._near_miss = [row.near_miss for row in rows]
+        self._near_miss = [row.near_miss for row in self.rows]
         vocabulary = len(tokenizer)
         pad_id = padding_id(tokenizer)
         self._decisions = batches(decisions, batch_size, vocabulary, pad_id)
@@ -188,34 +194,6 @@ class DecisionMonitor:
 
     def _decision_metrics(self, margins: Floats) -> dict[str, float]:
         return decision_metrics(margins, self._truth, self._categories, self._near_miss)
-
-
-def encode(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    manifest: Manifest,
-    max_length: int | None,
-    too_long: TooLong = "cut",
-) -> list[Example]:
-    """Returns the rows as in training; every token of the assistant has a weight above 0."""
-    weights = DecisionWeights(plain=1.0, pair=1.0)
-    return encode_rows(rows, tokenizer, manifest, weights, max_length, too_long)
-
-
-def fitting(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    manifest: Manifest,
-    max_length: int,
-    too_long: TooLong = "drop",
-) -> list[Row]:
-    """Returns the rows that are not left out as too long."""
-    examples = encode(rows, tokenizer, manifest, None)
-    return [
-        row
-        for row, example in zip(rows, examples, strict=True)
-        if fit_one(example, max_length, too_long) is not None
-    ]
 
 
 @contextmanager

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl.trainer.sft_config import SFTConfig
 
 from models.errors import ConfigError
 from training.config.loss import LossConfig
 from training.config.recipe import OptimisationConfig, TrainConfig
-from training.data.batches import Collator, as_dataset, as_packed_dataset
+from training.data.batches import Collator, as_dataset
 from training.data.encoding import Example
 from training.measure.monitor import DecisionMonitor
 from training.measure.sequences import padding_id
@@ -71,7 +70,7 @@ def assemble(
     """
     chosen = config.optimisation
     model = _model(config, start)
-    dataset = _dataset(examples, chosen)
+    dataset = as_dataset(examples, chosen.max_length if chosen.packing else 0)
     arguments = _arguments(config, folder, watch)
     steps = _steps(len(dataset), chosen, arguments.world_size)
     arguments.max_steps = max(1, round(steps * share)) if share < 1 else steps
@@ -139,12 +138,6 @@ def check_packing(model: Any) -> None:
             f"optimisation.packing: {type(model).__name__} lets rows that share a sequence see "
             "each other; set it to false"
         )
-
-
-def _dataset(examples: Sequence[Example], chosen: OptimisationConfig) -> Dataset:
-    return (
-        as_packed_dataset(examples, chosen.max_length) if chosen.packing else as_dataset(examples)
-    )
 
 
 def _steps(rows: int, chosen: OptimisationConfig, processes: int) -> int:

@@ -28,6 +28,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from loss.members import CROSS_ENTROPY
 from models.errors import ConfigError
 from training.config.loss import AUTO, LossConfig, QSchedule
@@ -335,22 +339,15 @@ def inner_split(rows: Sequence[Row], seed: int, share: float = VALIDATION_SHARE)
 
 def _groups(rows: Sequence[Row]) -> list[list[int]]:
     """Returns the places of rows that must stay together, in the order of their first one."""
-    leader = list(range(len(rows)))
-
-    def find(at: int) -> int:
-        while leader[at] != at:
-            leader[at] = leader[leader[at]]
-            at = leader[at]
-        return at
-
-    first: dict[Hashable, int] = {}
-    for at, row in enumerate(rows):
-        for key in _keys(row):
-            one, other = find(first.setdefault(key, at)), find(at)
-            leader[max(one, other)] = min(one, other)
+    links = [(at, key) for at, row in enumerate(rows) for key in _keys(row)]
+    node_of = {key: len(rows) + n for n, key in enumerate(dict.fromkeys(k for _, k in links))}
+    nodes = len(rows) + len(node_of)
+    ends = ([at for at, _ in links], [node_of[key] for _, key in links])
+    graph = coo_array((np.ones(len(links)), ends), shape=(nodes, nodes))
+    labels = connected_components(graph, directed=False)[1][: len(rows)]
     groups: dict[int, list[int]] = defaultdict(list)
-    for at in range(len(rows)):
-        groups[find(at)].append(at)
+    for at, label in enumerate(labels.tolist()):
+        groups[label].append(at)
     return list(groups.values())
 
 

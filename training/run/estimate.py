@@ -4,15 +4,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from training.config.loss import LossConfig
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
 from training.config.recipe import EvaluationConfig, OptimisationConfig, TrainConfig
+from training.data.batches import as_dataset
 from training.data.encoding import Example
+from training.measure.monitor import DecisionMonitor
 from training.model.start import Start
-
-if TYPE_CHECKING:
-    from training.measure.monitor import DecisionMonitor
+from training.run.assembly import SILENT, assemble, memory_told
+from training.run.auto import STANDARD, is_auto, with_choice
 
 # The first steps also import, allocate and warm up: on a tiny model they are twenty times as slow.
 WARM_UP_STEPS = 2
@@ -58,9 +61,7 @@ def work(examples: Sequence[Example], optimisation: OptimisationConfig) -> Work:
     """Returns what a training on these examples has to do."""
     sequences = len(examples)
     if optimisation.packing:
-        from training.data.batches import as_packed_dataset
-
-        sequences = len(as_packed_dataset(examples, optimisation.max_length))
+        sequences = len(as_dataset(examples, optimisation.max_length))
     step_size = optimisation.batch_size * optimisation.gradient_accumulation_steps
     return Work(
         tokens=sum(len(example.input_ids) for example in examples),
@@ -74,23 +75,20 @@ def timed(
     config: TrainConfig,
     start: Start,
     examples: Sequence[Example],
-    monitor: "DecisionMonitor | None",
+    monitor: DecisionMonitor | None,
 ) -> Timing:
     """Takes a few real steps in a folder that vanishes, and measures two batches.
 
     Raises:
         ConfigError: The model or a step does not fit into this machine's memory.
     """
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from training.run.assembly import SILENT, assemble, memory_told
-
+    loss = with_choice(config.loss, STANDARD) if is_auto(config.loss) else config.loss
     with TemporaryDirectory() as folder, memory_told():
-        trainer = assemble(config, start, examples, _without_auto(config), Path(folder), SILENT)
+        trainer = assemble(config, start, examples, loss, Path(folder), SILENT)
         trainer.args.include_num_input_tokens_seen = "all"
         for talkative in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(talkative)
-        clock = _clock()
+        clock = _Clock()
         trainer.add_callback(clock)
         trainer.train()
         measurement_s = None if monitor is None else monitor.seconds(trainer.model)
@@ -112,43 +110,29 @@ def _measurements(evaluation: EvaluationConfig | None, steps: int) -> int:
     return int(evaluation.at_start) + int(-(-steps // between)) + 1
 
 
-def _without_auto(config: TrainConfig) -> LossConfig:
-    decision = config.loss.decision
-    if "auto" not in (decision.q, decision.gamma):
-        return config.loss
-    plain = decision.model_copy(update={"q": 0.0, "gamma": 0.0})
-    return config.loss.model_copy(update={"decision": plain})
+class _Clock(TrainerCallback):
+    """Times a few steps, more of quick ones, and then ends the training."""
 
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
 
-def _clock() -> Any:
-    # transformers takes seconds to import, and other parts of a dry run do not need it.
-    from transformers import TrainerCallback
+    @property
+    def _first(self) -> int:
+        return min(WARM_UP_STEPS, len(self._marks) - 2)
 
-    class Clock(TrainerCallback):
-        """Times a few steps, more of quick ones, and then ends the training."""
+    @property
+    def steps(self) -> int:
+        return len(self._marks) - 1 - self._first
 
-        def __init__(self) -> None:
-            self._marks: list[tuple[float, int]] = []
+    def seconds_a_token(self) -> float:
+        first, last = self._marks[self._first], self._marks[-1]
+        return (last[0] - first[0]) / max(last[1] - first[1], 1)
 
-        @property
-        def _first(self) -> int:
-            return min(WARM_UP_STEPS, len(self._marks) - 2)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._marks.append((time.perf_counter(), 0))
 
-        @property
-        def steps(self) -> int:
-            return len(self._marks) - 1 - self._first
-
-        def seconds_a_token(self) -> float:
-            first, last = self._marks[self._first], self._marks[-1]
-            return (last[0] - first[0]) / max(last[1] - first[1], 1)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._marks.append((time.perf_counter(), 0))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
-            spent = self._marks[-1][0] - self._marks[0][0]
-            enough = self.steps >= FEWEST_STEPS and spent > ENOUGH_S
-            control.should_training_stop = enough or self.steps >= MOST_STEPS or spent > LONGEST_S
-
-    return Clock()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._marks.append((time.perf_counter(), int(state.num_input_tokens_seen)))
+        spent = self._marks[-1][0] - self._marks[0][0]
+        enough = self.steps >= FEWEST_STEPS and spent > ENOUGH_S
+        control.should_training_stop = enough or self.steps >= MOST_STEPS or spent > LONGEST_S

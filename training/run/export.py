@@ -8,7 +8,7 @@ from models.checkpoint import load_checkpoint
 from models.errors import EvaluationError
 from training.model.start import Start
 from training.run.processes import Processes
-from training.run.weights import saved_silently
+from training.run.resume import saved_silently
 
 
 def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> None:

@@ -25,12 +25,12 @@ from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
 from training.model.start import Start, model_config, start_of, tokenizer_of
 from training.run.auto import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
-from training.run.estimate import Timing, Work, timed, work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from training.measure.monitor import DecisionMonitor
+    from training.run.estimate import Timing, Work
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SAMPLES_A_KIND = 2
@@ -337,6 +337,8 @@ def _print_plan(
     monitor: "DecisionMonitor | None",
     console: Console,
 ) -> None:
+    from training.run.estimate import timed, work
+
     done = work(examples, config.optimisation)
     timing, why = None, words.why_not
     if words.start is not None:
@@ -349,7 +351,7 @@ def _print_plan(
         console.print(Text(f"Time is not shown: {why}", WARNING))
 
 
-def _plan(done: Work, config: TrainConfig, timing: Timing | None) -> Table:
+def _plan(done: "Work", config: TrainConfig, timing: "Timing | None") -> Table:
     plan = Table(title="The training", title_justify="left", show_header=False)
     packed = f", packed into {done.sequences:,} sequences" if config.optimisation.packing else ""
     share = done.learnt / max(done.tokens, 1)

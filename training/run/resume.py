@@ -1,14 +1,18 @@
-"""Points from which a training run goes on, each there in full or not at all."""
+"""What a training run goes on from: resume points and best weights, each there in full or not."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from models.files import sync
 
 KEPT = 2
 STATE_NAME = "trainer_state.json"
+WEIGHTS_NAME = "trained.safetensors"
 
 
 class ResumePoints:
@@ -96,3 +100,60 @@ def _best_step(point: Path) -> int | None:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+@contextmanager
+def saved_silently() -> Iterator[None]:
+    """Keeps transformers' bar for the shards it writes out of the training's own."""
+    from transformers.utils import logging
+
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def save_trained(trainer: Any, folder: Path) -> None:
+    """Writes the parameters that are trained; all processes call it."""
+    if trainer.is_fsdp_enabled:
+        from accelerate.utils import save_fsdp_model
+
+        plugin = trainer.accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder))
+    elif trainer.is_world_process_zero():
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {
+            name: parameter.detach().contiguous()
+            for name, parameter in trainer.model.named_parameters()
+            if parameter.requires_grad
+        }
+        save_file(trained, folder / WEIGHTS_NAME)
+    trainer.accelerator.wait_for_everyone()
+
+
+def load_trained(trainer: Any, folder: Path) -> None:
+    """Puts back what `save_trained` wrote; all processes call it.
+
+    Raises:
+        KeyError: It was written by another run.
+    """
+    if trainer.is_fsdp_enabled:
+        from accelerate.utils import load_fsdp_model
+
+        plugin = trainer.accelerator.state.fsdp_plugin
+        load_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder))
+        return
+    import torch
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / WEIGHTS_NAME)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])

@@ -20,8 +20,7 @@ from training.data.batches import IGNORED, LengthBuckets, Loader
 from training.measure.monitor import DecisionMonitor
 from training.model.fused_head import FusedHead
 from training.model.token_losses import TokenLosses
-from training.run.resume import ResumePoints
-from training.run.weights import load_trained, save_trained, saved_silently
+from training.run.resume import ResumePoints, load_trained, save_trained, saved_silently
 
 LOWER_IS_BETTER = ("loss", "calibration_error")
 EVALUATION_PREFIX = "eval_"

@@ -13,7 +13,7 @@ import pytest
 from models.errors import ConfigError
 from training.config.data import Source
 from training.data.rows import Row
-from training.data.sources import identify, read, read_source
+from training.data.sources import identify, read
 
 NAMES = ("safety", "humanizing")
 Write = Callable[[str, str], str]
@@ -44,7 +44,7 @@ def _said(rows: list[Row]) -> list[tuple[str, str | None, str | None]]:
 
 
 def _read(**fields: Any) -> list[Row]:
-    return read_source(Source.model_validate(fields), NAMES)
+    return read(Source.model_validate(fields), NAMES).rows
 
 
 def _complaint(**fields: Any) -> str:
@@ -431,10 +431,10 @@ def test_source_is_identified_by_its_bytes(hub_folder: Path, write: Write) -> No
 def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     program = (
         "from training.config.data import Source\n"
-        "from training.data.sources import read_source\n"
+        "from training.data.sources import read\n"
         "from models.errors import ConfigError\n"
         "try:\n"
-        "    read_source(Source(hub='allenai/coconot', subset='original', format='coconot'), [])\n"
+        "    read(Source(hub='allenai/coconot', subset='original', format='coconot'), [])\n"
         "except ConfigError as error:\n"
         "    print(error.message)\n"
     )

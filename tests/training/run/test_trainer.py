@@ -22,7 +22,6 @@ from training.data.batches import (
     LengthBuckets,
     Loader,
     as_dataset,
-    as_packed_dataset,
 )
 from training.data.encoding import Example
 from training.run.assembly import check_packing
@@ -203,7 +202,7 @@ def _rows(count: int, seed: int = 0) -> list[Example]:
 def test_packing_loses_no_token_and_fills_sequences() -> None:
     examples = _rows(60)
 
-    packed = as_packed_dataset(examples, max_length=24)
+    packed = as_dataset(examples, max_length=24)
 
     assert max(packed["length"]) <= 24
     assert sum(packed["length"]) == sum(len(example.input_ids) for example in examples)
@@ -218,7 +217,7 @@ def test_packing_loses_no_token_and_fills_sequences() -> None:
 
 
 def test_row_longer_than_a_sequence_keeps_one_to_itself() -> None:
-    packed = as_packed_dataset([Example([1] * 9, [1.0] * 9), Example([2] * 3, [1.0] * 3)], 5)
+    packed = as_dataset([Example([1] * 9, [1.0] * 9), Example([2] * 3, [1.0] * 3)], 5)
 
     assert sorted(packed["length"]) == [3, 9]
     # Nothing before it predicts a row's first token.
@@ -245,7 +244,7 @@ def test_packed_rows_have_the_losses_of_rows_alone(kind: str, attention: str) ->
     examples = _rows(20)
 
     alone = _losses_by_row(model, as_dataset(examples), Collator(0))
-    packed = _losses_by_row(model, as_packed_dataset(examples, 30), Collator(0, packed=True))
+    packed = _losses_by_row(model, as_dataset(examples, 30), Collator(0, packed=True))
 
     assert [len(row) for row in alone] == [len(row) for row in packed]
     for one, other in zip(alone, packed, strict=True):
