@@ -446,7 +446,8 @@ def _turn_ids(config: Any, tokenizer: Any) -> list[int]:
     return sorted(turn_opening_ids(tokenizer) - ends)
 
 
-def _put_layer(app: Any, layer: Middleware) -> None:
+def put_layer(app: Any, layer: Middleware) -> None:
+    """Puts our layer among vLLM's middleware."""
     # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
     # What adds headers to answers stands outside, so that pages can read our errors as well. All
     # others of vLLM's, and those of --middleware, see admitted requests only.
@@ -519,7 +520,7 @@ async def _serve_http(
             lambda: checkpoint_hashes(directory),
         )
     )
-    _put_layer(
+    put_layer(
         app,
         Middleware(
             RefusalMiddleware,
