@@ -21,7 +21,7 @@ from server.web.errors import error_response
 MOST_HEAD_BYTES = 2**20
 # Closing with unread bytes resets the connection, and the client may lose the answer.
 LINGER_S = 30.0
-LINGER_IN_SILENCE_S = 1.0
+LINGER_IN_SILENCE_S = 5.0
 FLUSH_S = 5
 _ANSWER = (
     b"HTTP/1.1 %d %s\r\n"

@@ -16,7 +16,7 @@ def test_kernels_interpreted_on_a_cpu() -> None:
             "-q",
             str(Path(__file__).with_name("interpreted_kernels.py")),
         ],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,9 +1,10 @@
 """One of two processes that shard a tiny model and compare its fused loss with the plain one.
 
-`tests/training/model/test_fused_head.py` starts it: RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT come from the environment, the ways of sharding from the command line.
+`tests/training/model/test_fused_head.py` starts it with its rank, a file where the two meet, and
+the ways of sharding.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -69,11 +70,15 @@ def _compare(way: str) -> None:
 
 def main() -> None:
     """Compares every way and prints its name after it."""
-    dist.init_process_group("gloo")
-    for way in sys.argv[1:]:
+    rank, meeting, *ways = sys.argv[1:]
+    dist.init_process_group("gloo", f"file://{meeting}", rank=int(rank), world_size=2)
+    for way in ways:
         _compare(way)
         print(way, flush=True)  # noqa: T201
-    dist.destroy_process_group()
+    # Neither leaves while the other one compares, and gloo's threads, which may abort a process
+    # that ends in the usual way, are not joined.
+    dist.barrier()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -50,14 +50,14 @@ def test_other_answers_keep_the_connection(port: int, how: str) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("sent", [b"content-length: 9\r\n\r\n{", b"content-length: 9\r\n\r\n"])
-def test_body_that_stops_short_is_408_and_the_end(impatient: int, sent: bytes) -> None:
-    with connect(impatient) as connection:
-        connection.sendall(HEAD + sent)
-        received = until_closed(connection)
-    assert received.startswith(b"HTTP/1.1 408 ")
-    assert b"\r\nconnection: close\r\n" in received
-    assert b"within 0.2 s (RHEOSTAT_BODY_TIMEOUT_S)" in received
+def test_body_that_stops_short_is_408_and_the_end(impatient: int) -> None:
+    with connect(impatient) as begun, connect(impatient) as missing:
+        begun.sendall(HEAD + b"content-length: 9\r\n\r\n{")
+        missing.sendall(HEAD + b"content-length: 9\r\n\r\n")
+        for received in (until_closed(begun), until_closed(missing)):
+            assert received.startswith(b"HTTP/1.1 408 ")
+            assert b"\r\nconnection: close\r\n" in received
+            assert b"within 0.2 s (RHEOSTAT_BODY_TIMEOUT_S)" in received
 
 
 def test_body_that_comes_in_drops_is_408(impatient: int) -> None:

@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from training.model.fused_head import FusedHead, supports
 
 VOCABULARY = 61
 NEW_TOKENS = [58, 59, 60]
+SHARDED = [sys.executable, "-m", "tests.training.sharded"]
 
 
 def _model(kind: str = "Llama", **changes: Any) -> Any:
@@ -321,17 +321,12 @@ def test_a_head_that_is_used_twice_is_found() -> None:
         Batch().fused(FusedHead(model), model)
 
 
-def test_processes_that_share_or_shard_the_model_get_the_same_gradients() -> None:
+def test_processes_that_share_or_shard_the_model_get_the_same_gradients(tmp_path: Path) -> None:
     ways = ["ddp", "fsdp2", "fsdp2-head", "fsdp1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tests.training.sharded", *ways]
     processes = [
         subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            [*SHARDED, str(rank), str(tmp_path / "meeting"), *ways],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
