@@ -1,14 +1,16 @@
-"""Files: written in full or not at all, and YAML in which each field stands once."""
+"""Files: written in full or not at all, and YAML without duplicate fields."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from models.errors import ConfigError
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+# With aliases written out: a few lines of aliases to aliases can stand for billions of values.
+MOST_VALUES = 1_000_000
 
 
 def write_atomically(path: Path, content: str | bytes, *, unique: bool = False) -> None:
@@ -43,19 +45,56 @@ def sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-class _EachFieldOnce(yaml.SafeLoader):
-    """Rejects a duplicate field, of which YAML would take the last."""
+class _Loader(yaml.SafeLoader):
+    """Rejects duplicate fields, of which YAML would take the last, and aliases that multiply.
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if name in seen and key.tag != _MERGE_TAG:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the field {name!r} stands there twice", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    In Python: libyaml's loader crashes the process where brackets nest deeply.
+    """
+
+    # lm-format-enforcer, which vLLM imports with the first grammar, has SafeLoader's own make texts
+    # of times.
+    yaml_constructors: ClassVar[Any] = {
+        **yaml.SafeLoader.yaml_constructors,
+        "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_timestamp,
+    }
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count_values(node, {})
+        return node
+
+
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Returns how many values a node stands for, its aliases written out.
+
+    Args:
+        node: The root of what is counted.
+        counts: By the id of each collection, what it stands for; 0 while it is being counted.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = 0
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            _check_duplicates(node)
+            children = [child for pair in node.value for child in pair]
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    if not 0 < counts[id(node)] <= MOST_VALUES:
+        problem = f"aliases make it more than {MOST_VALUES} values, or hold themselves"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return counts[id(node)]
+
+
+def _check_duplicates(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else ""
+        if name in seen and key.tag != _MERGE_TAG:
+            problem = f"duplicate field {name!r}"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        seen.add(name)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -63,13 +102,17 @@ def parse_yaml(text: str, origin: str) -> Any:
 
     Args:
         text: The document.
-        origin: What an error calls it.
+        origin: What an error calls it; the line follows where it is known.
 
     Raises:
-        ConfigError: It is no YAML, or a field stands there twice.
+        ConfigError: It is invalid YAML, or has a duplicate field.
     """
     try:
-        return yaml.load(text, _EachFieldOnce)
-    except (yaml.YAMLError, RecursionError) as error:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{origin}{place}: invalid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{origin}: is no YAML: {reason}") from error
+        raise ConfigError(f"{origin}: invalid YAML: {reason}") from error

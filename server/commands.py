@@ -36,7 +36,7 @@ def check(
     """
     from server.policies.credentials import now
     from server.policies.file import read_policy_file
-    from server.policies.yaml_lines import FileError
+    from server.policies.source import FileError
 
     try:
         read = read_policy_file(file).file

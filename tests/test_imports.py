@@ -144,7 +144,7 @@ LIGHT = (
     "server.generation.passes",
     "server.dials.floors",
     "server.policies.credentials",
-    "server.policies.yaml_lines",
+    "server.policies.source",
     "server.policies.file",
     "server.policies.book",
     "server.policies.loading",

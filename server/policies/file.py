@@ -20,7 +20,7 @@ from pydantic import (
 from models.manifest import Name
 from server.dials.protocol import HEADER, POLICY_HEADER, Dial, DialOptions
 from server.policies.credentials import KeyEntry, StoredKey
-from server.policies.yaml_lines import FieldPath, Problem, YamlFile
+from server.policies.source import FieldPath, Problem, Source
 
 GENERATED = "generated"
 TEMPLATE = "template"
@@ -158,7 +158,7 @@ class ReadPolicies(NamedTuple):
     """A valid file, and the lines that later problems are told with."""
 
     file: PolicyFile
-    source: YamlFile
+    source: Source
 
 
 def read_policy_file(path: Path) -> ReadPolicies:
@@ -167,7 +167,7 @@ def read_policy_file(path: Path) -> ReadPolicies:
     Raises:
         FileError: With every problem and its line.
     """
-    source = YamlFile(path)
+    source = Source(path)
     try:
         file = PolicyFile.model_validate(source.value)
     except ValidationError as error:

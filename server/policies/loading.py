@@ -14,7 +14,7 @@ from server.dials.floors import Bounds, Side
 from server.dials.protocol import FIELD, DialOptions
 from server.policies.book import ActivePolicy, Caller, PolicyBook
 from server.policies.file import GENERATED, TEMPLATE, PolicyEntry, PolicyFile, read_policy_file
-from server.policies.yaml_lines import FieldPath, Problem
+from server.policies.source import FieldPath, Problem
 
 
 class Served(NamedTuple):

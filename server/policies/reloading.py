@@ -11,11 +11,11 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from models.errors import ConfigError
+from server.background import on_daemon, repeated
 from server.dials.board import Resolution
-from server.policies import daemons
 from server.policies.book import Caller, PolicyBook
 from server.policies.loading import Served, default_policies, load_policies
-from server.policies.yaml_lines import READ_TIMEOUT_S
+from server.policies.source import READ_TIMEOUT_S
 from server.settings import Settings
 from server.telemetry import metrics
 
@@ -48,7 +48,9 @@ class Policies:
         self._defaults = settings.defaults
         self._api_keys: tuple[str, ...] = ()
         self._tried: _Stamp = None
+        self._seen: _Stamp = None
         self.book = self._load()
+        self._count_first()
 
     def caller(self, headers: Headers) -> Caller:
         """Returns who sends a request, by the book in force.
@@ -78,6 +80,7 @@ class Policies:
             )
         self._api_keys = tuple(api_keys)
         self.book = self._load()
+        self._count_first()
 
     @asynccontextmanager
     async def watching(self, every_s: float = LOOK_EVERY_S) -> AsyncIterator[None]:
@@ -85,40 +88,32 @@ class Policies:
         if self._path is None:
             yield
             return
-        hung_up = asyncio.Event()
-        task = asyncio.create_task(self._watch(self._path, hung_up, every_s))
+        self._seen = self._tried
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, hung_up.set)
-        try:
-            yield
-        finally:
-            # Not the default again: that would end the process on a late signal.
-            loop.remove_signal_handler(signal.SIGHUP)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        async with repeated(partial(self._look, self._path), every_s, finishes=False) as wake:
+            loop.add_signal_handler(signal.SIGHUP, wake)
+            try:
+                yield
+            finally:
+                # Not the default again: that would end the process on a late signal.
+                loop.remove_signal_handler(signal.SIGHUP)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    async def _watch(self, path: Path, hung_up: asyncio.Event, every_s: float) -> None:
-        seen = self._tried
-        while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(hung_up.wait(), every_s)
-            reads = hung_up.is_set()
-            hung_up.clear()
-            looking = asyncio.wrap_future(daemons.start(partial(_stamp, path)))
-            await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
-            if not looking.done():  # one look waits for a mount that hangs, however long it hangs
-                self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
-                reads = True
-            found = await looking
-            if reads or (found == seen and found != self._tried):
-                await self._reload(path)
-            seen = found
+    async def _look(self, path: Path, hung_up: bool) -> None:
+        reads = hung_up
+        looking = asyncio.wrap_future(on_daemon(partial(_stamp, path)))
+        await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
+        if not looking.done():  # one look waits for a mount that hangs, however long it hangs
+            self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
+            reads = True
+        found = await looking
+        if reads or (found == self._seen and found != self._tried):
+            await self._reload(path)
+        self._seen = found
 
     async def _reload(self, path: Path) -> None:
         try:
-            book = await asyncio.wrap_future(daemons.start(self._load))
+            book = await asyncio.wrap_future(on_daemon(self._load))
         except ConfigError as error:
             self._stay(error.message)
         except Exception:  # noqa: BLE001  a fault of ours must not end the watch
@@ -129,6 +124,9 @@ class Policies:
             metrics.count_reload(valid=True)
             _log.info("%s is in force: %s", path, ", ".join(book.policies))
 
+    def _count_first(self) -> None:
+        metrics.POLICY_FILE_VALID.set(int(self._path is not None))
+
     def _stay(self, why: str) -> None:
         metrics.count_reload(valid=False)
         _log.error("the policies stay as they were: %s", why)
@@ -137,10 +135,8 @@ class Policies:
         if self._path is None:
             return default_policies(self._defaults, self.served, self._api_keys)
         with suppress(TimeoutError):  # then the file cannot be read either
-            self._tried = daemons.start(partial(_stamp, self._path)).result(READ_TIMEOUT_S)
-        book = load_policies(self._path, self.served)
-        metrics.POLICY_FILE_VALID.set(1)
-        return book
+            self._tried = on_daemon(partial(_stamp, self._path)).result(READ_TIMEOUT_S)
+        return load_policies(self._path, self.served)
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -19,6 +19,7 @@ from models.histogram import (
     load_margins,
     save_margins,
 )
+from server.background import repeated
 
 FLUSH_S = 5.0
 
@@ -81,29 +82,18 @@ class MarginRecorder:
     @asynccontextmanager
     async def flushing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
         """Writes every few seconds what has changed, and at the end what is left."""
-        ended = asyncio.Event()
-        task = asyncio.create_task(self._flush_until(ended, every_s))
-        try:
+        async with repeated(self._flush_beside, every_s, finishes=True):
             yield
-        finally:
-            ended.set()
-            await task
 
-    async def _flush_until(self, ended: asyncio.Event, every_s: float) -> None:
-        last = False
-        while not last:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), every_s)
-            # Asked before the write: what is counted during it is written in one more round.
-            last = ended.is_set()
-            if not self._changed:
-                continue
-            recorded = self._read()
-            try:
-                await asyncio.to_thread(save_margins, self._path, recorded)
-            except OSError as error:
-                self._changed = True
-                _log.warning("%s cannot be written: %s", self._path, error.strerror)
+    async def _flush_beside(self, _: bool) -> None:
+        if not self._changed:
+            return
+        recorded = self._read()
+        try:
+            await asyncio.to_thread(save_margins, self._path, recorded)
+        except OSError as error:
+            self._changed = True
+            _log.warning("%s cannot be written: %s", self._path, error.strerror)
 
     def flush(self) -> None:
         """Writes what has changed since the last time.

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from models.controls import Controls
 from models.errors import ConfigError
 from models.solver import Target
+from server.background import repeated
 from server.context import DecisionContext
 from server.dials.board import Resolution
 from server.dials.protocol import RefusalOptions
@@ -136,6 +137,7 @@ class DecisionTrace:
     def __init__(self, path: Path, names: Sequence[str], fields: Iterable[str] = ()) -> None:
         self._path = path
         self._names = tuple(names)
+        self._flushes = count(1)
         self._waiting: list[Traced | Scored | Denied] = []
         self.denials = Denials((*names, *fields))
         try:
@@ -158,27 +160,15 @@ class DecisionTrace:
     @asynccontextmanager
     async def writing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
         """Writes every second what waits, and at the end what is left."""
-        ended = asyncio.Event()
-        task = asyncio.create_task(self._write_until(ended, every_s))
-        try:
+        async with repeated(self._write_waiting, every_s, finishes=True):
             yield
-        finally:
-            ended.set()
-            await task
 
-    async def _write_until(self, ended: asyncio.Event, every_s: float) -> None:
-        last = False
-        for flush in count(1):
-            if last:
-                break
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), every_s)
-            last = ended.is_set()
-            if last or flush % FLUSHES_A_COUNT == 0:
-                self._waiting += self.denials.take()
-            if self._waiting:
-                waiting, self._waiting = self._waiting, []
-                await asyncio.to_thread(self._write, waiting)
+    async def _write_waiting(self, last: bool) -> None:
+        if last or next(self._flushes) % FLUSHES_A_COUNT == 0:
+            self._waiting += self.denials.take()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            await asyncio.to_thread(self._write, waiting)
 
     def _write(self, waiting: Sequence[Traced | Scored | Denied]) -> None:
         lines = [json.dumps(line) for entry in waiting for line in entry.lines(self._names)]

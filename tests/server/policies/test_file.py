@@ -5,7 +5,7 @@ import pytest
 from models.solver import Target
 from server.policies.credentials import StoredKey, hash_key
 from server.policies.file import PolicyEntry, PolicyFile, ReadPolicies, read_policy_file
-from server.policies.yaml_lines import FileError
+from server.policies.source import FileError
 
 KEY = hash_key("k" * 32)
 OTHER = hash_key("l" * 32)
@@ -114,7 +114,7 @@ anonymous: lab
         ("      safety: 0.8", "      safety: 1.8", "6: policies.desk.floors.safety: a sensi"),
         ("      safety: 0.8", "      safety: off", "6: policies.desk.floors.safety: a sensi"),
         ("      safety: 0.8", "      Safety: 0.8", "6: policies.desk.floors.Safety: String"),
-        ("      safety: 0.8", "      safety: 0.8\n      safety: 0.1", "7: safety stands there twi"),
+        ("      safety: 0.8", "      safety: 0.8\n      safety: 0.1", "7: invalid YAML: duplic"),
         ("report: true", "report: maybe", "4: policies.desk.defaults.report: "),
         ("report: true", "policy: lab", "4: policies.desk.defaults.policy: unknown field; known"),
         ("    enforce: false", '    enforce: "false"', "15: policies.lab.enforce: Input should"),

@@ -8,7 +8,7 @@ from models.errors import ConfigError
 from server.dials.protocol import parse_options
 from server.policies.book import ActivePolicy
 from server.policies.loading import default_policies
-from server.policies.yaml_lines import FileError
+from server.policies.source import FileError
 from tests.server.policybooks import book, served
 
 INF = math.inf

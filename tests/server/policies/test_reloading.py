@@ -167,7 +167,7 @@ def test_fifo_in_the_files_place_is_a_bad_file_like_any_other(path: Path) -> Non
     assert is_valid()
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match="it is no regular file"):
+    with pytest.raises(ConfigError, match="it is not a regular file"):
         opened(path)
 
 

@@ -189,7 +189,7 @@ def test_missing_recipe_lists_those_of_the_package() -> None:
 def test_field_that_stands_twice_is_refused(tmp_path: Path, text: str, twice: str) -> None:
     (line,) = _complaints(tmp_path, RECIPE + text)
 
-    assert f"the field {twice!r} stands there twice" in line
+    assert f"duplicate field {twice!r}" in line
 
 
 def test_merged_field_may_be_overwritten(tmp_path: Path) -> None:
