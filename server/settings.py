@@ -46,6 +46,7 @@ class Settings(BaseSettings):
             where a request has several.
         max_logprobs: Most log-probabilities of an answer, those of its prompts included; each step
             of an answer that is streamed holds an eighth of them.
+        page: Whether the page at ``/`` is served.
         operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
             routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
@@ -78,6 +79,7 @@ class Settings(BaseSettings):
     max_choices: int = Field(default=128, ge=1)
     max_repeated_bytes: int = Field(default=2**17, ge=1024)
     max_logprobs: int = Field(default=2**13, ge=1)
+    page: bool = True
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None

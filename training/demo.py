@@ -124,7 +124,8 @@ def _commands(url: str, *, once: bool) -> str:
         f"  -d {shlex.quote(json.dumps(body))}"
     )
     start = "With the server running (make demo), paste:" if once else "Paste in another terminal:"
-    return f"\n{start}\n\n{curl}\n\n{sys.executable} examples/chat.py --base-url {url}/v1\n"
+    page = "" if once else f"\nOpen the page: {url}/\n"
+    return f"{page}\n{start}\n\n{curl}\n\n{sys.executable} examples/chat.py --base-url {url}/v1\n"
 
 
 def _wait(console: Console) -> None:

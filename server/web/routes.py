@@ -12,10 +12,9 @@ from starlette.responses import Response
 from models.errors import RequestError
 from models.hashes import Hashes
 from models.manifest import Manifest
-from server.context import CALLER
 from server.dials.board import DEFAULT_CALIBRATION
 from server.dials.calibrations import Calibrations
-from server.policies.book import Caller
+from server.policies.book import CallerSource, caller_of
 from server.web.bodies import encode
 from server.web.errors import error_response, failure
 
@@ -32,6 +31,7 @@ def build_router(
     engine: Health,
     calibrations: Calibrations,
     served: Callable[[], Hashes],
+    callers: CallerSource,
 ) -> APIRouter:
     """Builds the router of one served checkpoint.
 
@@ -40,6 +40,7 @@ def build_router(
         engine: Says whether it can answer.
         calibrations: The checkpoint's.
         served: Returns its hashes; may read all weights the first time.
+        callers: Knows who calls.
     """
     router = APIRouter()
 
@@ -74,7 +75,10 @@ def build_router(
     @router.get("/v1/refusal/policies")
     async def policies(request: Request) -> Response:
         """Lists what the caller may choose from, the default first, with its bounds."""
-        caller: Caller = request.scope[CALLER]
+        try:
+            caller = caller_of(request.scope, callers)
+        except RequestError as error:
+            return error_response(error)
         answer = {
             "object": "list",
             "tenant": caller.tenant,
