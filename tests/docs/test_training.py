@@ -1,21 +1,17 @@
 """docs/training.md, followed step by step at small size."""
 
-import ast
 import csv
 import importlib.util
-import inspect
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from pydantic import BaseModel
 from transformers import AutoTokenizer
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -48,11 +44,11 @@ RECIPE, LOSSES, SOURCES = _blocks("yaml")
 (TABLE,) = _blocks("csv")
 
 
-def _section(number: int) -> str:
+def section(number: int) -> str:
     return re.split(r"^## ", TEXT, flags=re.MULTILINE)[number]
 
 
-def _cells(section: str) -> list[list[str]]:
+def cells_of(section: str) -> list[list[str]]:
     """Returns the cells of the rows of a section's tables."""
     lines = [line for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -244,18 +240,18 @@ def test_scratch_model_takes_the_same_data(folder: Path) -> None:
 
 
 def _check_folder(out: Path) -> None:
-    named = set(re.findall(r"`([\w-]+(?:\.\w+|/))`", _section(8)))
+    named = set(re.findall(r"`([\w-]+(?:\.\w+|/))`", section(8)))
     promised = {name for name in named if name.rstrip("/") in {p.name for p in out.iterdir()}}
     assert promised == {
         *("model.safetensors", "rheostat.json", "resolved_config.yaml", "training_log.jsonl"),
         *("plots/", "tensorboard/"),
     }
-    figures = set(re.findall(r"`(\w+\.png)`", _section(7)))
+    figures = set(re.findall(r"`(\w+\.png)`", section(7)))
     assert {path.name for path in (out / "plots").iterdir()} == figures
 
 
 def _check_log(out: Path) -> None:
-    page = set(re.findall(r"`(\w+)`", _section(7)))
+    page = set(re.findall(r"`(\w+)`", section(7)))
     steps, measured, closing = set[str](), set[str](), set[str]()
     for line in log_of(out):
         if "loss" in line:
@@ -356,98 +352,12 @@ def test_evaluate_reads_the_tables_with_the_page_s_lists(folder: Path) -> None:
 
 
 def test_every_recipe_of_the_package_is_told() -> None:
-    named = {cells[0].strip("`") for cells in _cells(_section(4)) if len(cells) == 2}
+    named = {cells[0].strip("`") for cells in cells_of(section(4)) if len(cells) == 2}
 
     assert named == set(packaged_recipes())
 
 
-# --- the reference --------------------------------------------------------------------------------
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
-
-
-def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yields the path and the declaration of every field that a recipe may have."""
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
-        yield path, field
-        annotations = (field.annotation, *field.metadata)
-        for part in {m for a in annotations for m in _models_in(a)}:
-            deeper = f"{path}[]." if name in ("train", "data") and "Source" in part.__name__ else ""
-            yield from _fields(part, deeper or f"{path}.")
-
-
-def _known_fields() -> dict[str, Any]:
-    known: dict[str, Any] = {}
-    for path, field in _fields(TrainConfig, ""):
-        if path.startswith("evaluation.data[]."):  # as in data.train
-            continue
-        known[re.sub(r"^loss\.\w+\.(q|gamma)\.", "*.q.", path)] = field
-    return known
-
-
-def _told(field: Any) -> str | None:
-    """Returns a default as the page writes it; None where it is told in words."""
-    if field.is_required():
-        return "needed"
-    default = field.get_default(call_default_factory=True)
-    if default is None:
-        return "null"
-    if isinstance(default, BaseModel) or (isinstance(default, dict) and default):
-        return None
-    if default in ({}, ()):
-        return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def test_reference_has_every_field_with_its_default() -> None:
-    table = {cells[0].strip("`"): cells[1] for cells in _cells(_section(9))}
-    known = _known_fields()
-
-    assert {"optimisation.packing", "data.train[].bad_rows", "*.q.over"} <= known.keys()
-    assert table.keys() == known.keys()
-    for path, field in known.items():
-        told = _told(field)
-        try:
-            same = told is None or float(table[path]) == float(told)
-        except ValueError:
-            same = table[path] == told
-        assert same, f"{path}: the page says {table[path]}, it is {told}"
-
-
 # --- messages -------------------------------------------------------------------------------------
-
-
-def _sentences() -> str:
-    """Returns the package's texts, with a mark where something is put in."""
-    texts: list[str] = []
-    for path in sorted((ROOT / "training").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
-            elif isinstance(node, ast.JoinedStr):
-                texts.append(
-                    "".join(
-                        str(part.value) if isinstance(part, ast.Constant) else "…"
-                        for part in node.values
-                    )
-                )
-    return "\n".join(texts)
-
-
-def test_messages_on_the_page_are_the_package_s() -> None:
-    sentences = _sentences()
-    messages = [cells[0].strip("`") for cells in _cells(_section(10))]
-
-    assert len(messages) > 10
-    for message in messages:
-        for part in filter(None, (part.strip() for part in message.split("…"))):
-            assert part in sentences, message
 
 
 WRONG = {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -226,12 +226,6 @@ def test_parameters_per_row_and_per_element_equal_one_call_each() -> None:
         torch.testing.assert_close(together[i, j], alone)
 
 
-def test_order_of_rows_does_not_matter() -> None:
-    x, q = -torch.rand(64) * 9, torch.rand(64) * 3 - 1
-    order = torch.randperm(64)
-    assert flexible_loss(x, q, 0.5)[order].equal(flexible_loss(x[order], q[order], 0.5))
-
-
 def test_gradients_reach_learnt_parameters() -> None:
     x = torch.tensor([0.0, -1e-8, -0.3, -2.0, -50.0])
     for start in (0.0, 0.5, 1.0):
@@ -266,21 +260,14 @@ def test_wrong_arguments_are_named() -> None:
         flexible_loss(torch.zeros(2, dtype=torch.int64), 0.0, 0.0)
 
 
-# Of six numbers: without vector instructions and precompiled headers g++ takes half the time.
-QUICK = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
-
-
-@pytest.mark.parametrize(("backend", "options"), [("aot_eager", None), ("inductor", QUICK)])
-def test_compiles_without_a_graph_break(backend: str, options: dict[str, Any] | None) -> None:
-    compiled = torch.compile(flexible_loss, fullgraph=True, backend=backend, options=options)
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(flexible_loss, fullgraph=True, backend="aot_eager")
     x = torch.tensor([-1e4, -20.0, -0.6, -0.3, -1e-6, 0.0])
     q = torch.tensor([-1.0, -0.5, 0.0, 1e-6, 0.7, 2.0])
     gamma = torch.tensor([5.0, 0.0, 0.5, 1.0, 2.0, 0.5])
-    differentiable = backend == "aot_eager"  # g++ takes its time over the backward pass
-    ours, plain = (x.clone().requires_grad_(differentiable) for _ in range(2))
+    ours, plain = (x.clone().requires_grad_() for _ in range(2))
     value, expected = compiled(ours, q, gamma), flexible_loss(plain, q, gamma)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-12)
-    if differentiable:
-        torch.autograd.backward(value.sum())
-        torch.autograd.backward(expected.sum())
-        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-12)
+    torch.autograd.backward(value.sum())
+    torch.autograd.backward(expected.sum())
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=1e-12)

@@ -62,7 +62,7 @@ def assert_same(problem: Problem, found: FusedLoss, wanted: FusedLoss, tolerance
 
 
 @pytest.mark.parametrize(("q", "gamma"), [(0.0, 0.0), (0.7, 2.0), (-1.0, 0.5), (2.0, 5.0)])
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 100, None])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, None])
 def test_value_and_gradients_equal_the_plain_loss(
     q: float, gamma: float, chunk_tokens: int | None
 ) -> None:
@@ -171,17 +171,11 @@ def test_log_probs_of_bfloat16_logits_are_as_exact_as_float32() -> None:
     assert log_probs.tolist() == [-126.5, -127.0]
 
 
-@pytest.mark.parametrize("vocabulary", [2, 3, 16, 1001])
+@pytest.mark.parametrize("vocabulary", [2, 1001])
 def test_any_vocabulary_and_a_short_last_chunk(vocabulary: int) -> None:
     problem = Problem(tokens=10, vocabulary=vocabulary)
 
     assert_same(problem, problem.fused(chunk_tokens=4), problem.plain(), 1e-12)
-
-
-def test_a_single_token() -> None:
-    problem = Problem(tokens=1)
-
-    assert_same(problem, problem.fused(), problem.plain(), 1e-12)
 
 
 def test_parameters_may_differ_by_token() -> None:
@@ -282,16 +276,6 @@ def test_a_retained_graph_gives_the_same_gradient_again() -> None:
         torch.testing.assert_close(three, one)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss_sum, leaves)
-
-
-def test_gradients_of_several_batches_accumulate() -> None:
-    problem = Problem()
-
-    for _ in range(3):
-        problem.fused().loss_sum.backward()  # type: ignore[no-untyped-call]
-
-    (once,) = torch.autograd.grad(problem.plain().loss_sum, problem.weight)
-    torch.testing.assert_close(problem.weight.grad, 3.0 * once)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -401,6 +385,7 @@ def test_a_certain_token_has_no_gradient() -> None:
         ({"targets": torch.full((7,), 11)}, "target 11 has a weight and is outside .* of 11"),
         ({"targets": torch.full((7,), -100)}, "target -100 has a weight"),
         ({"weight": torch.ones(11, 5).bfloat16()}, "outside autocast they must agree"),
+        ({"hidden": torch.ones(7, 5).half(), "weight": torch.ones(11, 5).half()}, "use bfloat16"),
         ({"bias": torch.ones(3)}, r"bias must be \[11\], not \[3\]"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, not 0"),
         ({"q": float("nan")}, "q must be finite"),
@@ -419,13 +404,3 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 
     with pytest.raises(ValueError, match=message):
         fused_flexible_loss(**arguments)
-
-
-def test_float16_is_refused() -> None:
-    half = torch.float16
-
-    with pytest.raises(ValueError, match="use bfloat16"):
-        fused_flexible_loss(
-            torch.ones(1, 2, dtype=half), torch.ones(3, 2, dtype=half), torch.zeros(1).long(),
-            torch.ones(1), 0.0, 0.0,
-        )  # fmt: skip

@@ -30,10 +30,6 @@ def answered_unpaired(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["category"] is None and not row["pair"]]
 
 
-def test_render_has_the_three_splits(splits: dict[str, list[Row]]) -> None:
-    assert list(splits) == ["train", "calibration", "evaluation"]
-
-
 def test_train_counts_hold_per_category(splits: dict[str, list[Row]]) -> None:
     assert refused_unpaired(splits["train"]) == dict.fromkeys(CATEGORIES, 600)
     assert len(answered_unpaired(splits["train"])) == 4000
@@ -53,10 +49,6 @@ def test_near_misses_are_a_third_of_what_is_answered(
     kinds = Counter(row["kind"] for row in answered_unpaired(splits[split]))
     assert kinds["near_miss"] / kinds.total() == pytest.approx(1 / 3, abs=0.01)
     assert set(kinds) == {"near_miss", "answer"}
-
-
-def test_render_same_seed_gives_same_rows(splits: dict[str, list[Row]]) -> None:
-    assert render(seed=0) == splits
 
 
 def test_render_other_seed_gives_other_rows(splits: dict[str, list[Row]]) -> None:
@@ -128,22 +120,13 @@ def test_held_out_halves_share_templates_and_facts(splits: dict[str, list[Row]])
     assert {row["answer"] for row in splits["evaluation"]} <= taught
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_each_category_has_many_templates(category: str, split: str) -> None:
-    own = [
-        t.text
-        for t in load_world().templates
-        if (t.category, t.split) == (category, split) and t.kind in {"refuse", "borderline"}
-    ]
-    assert len(set(own)) >= 25
-
-
-def test_templates_have_unique_ids_and_texts() -> None:
+def test_each_category_has_many_templates() -> None:
     templates = load_world().templates
-    assert len({t.id for t in templates}) == len(templates)
-    family_and_text = {(t.id.rsplit("-", 1)[0], t.text) for t in templates}
-    assert len(family_and_text) == len(templates)
+    own = {t for t in templates if t.kind in {"refuse", "borderline"}}
+    counts = Counter((t.category, t.split) for t in own)
+    assert len({t.text for t in own}) == len(own)
+    assert len(counts) == 2 * len(CATEGORIES)
+    assert min(counts.values()) >= 25
 
 
 def test_no_text_contains_a_control_token_or_an_open_slot(splits: dict[str, list[Row]]) -> None:
@@ -207,11 +190,6 @@ def test_draw_more_than_the_templates_hold_is_an_error() -> None:
     template = replace(world.templates[0], text="Where is the bank?")
     with pytest.raises(ValueError, match="100 prompts wanted, only 7 found in 1 templates"):
         Sampler(world, Random(0)).draw([template], 100)
-
-
-def test_draw_from_no_template_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no template"):
-        Sampler(load_world(), Random(0)).draw([], 1)
 
 
 def test_refusal_without_subject_names_none() -> None:

@@ -85,11 +85,6 @@ def test_several_files_are_one_set_of_prompts(tmp_path: Path) -> None:
     assert list(identified(files)) == ["prompts.jsonl", str(paths[1])]
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
-        read_prompts(Prompts(named_sources(tmp_path / "absent.jsonl")), NAMES)
-
-
 def _rows(path: Path, *more: tuple[str, str | None]) -> Path:
     rows = [(f"{name} {n}?", name) for name in NAMES for n in range(20)]
     lines = [json.dumps({"prompt": text, "category": name}) for text, name in (*rows, *more)]

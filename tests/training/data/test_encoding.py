@@ -9,7 +9,6 @@ from models.tokens import add_control_tokens
 from tests.training.conftest import WriteRows, read_rows, small_rows
 from training.config.data import TooLong
 from training.data.encoding import ROWS_AT_ONCE, DecisionWeights, Example, encode_rows
-from training.data.rows import Row
 from training.model.scratch import train_tokenizer
 
 NAMES = {"safety": "harms", "humanizing": "a person"}
@@ -50,15 +49,6 @@ def test_prompt_row_becomes_two_turns(write_rows: WriteRows) -> None:
     assert row.origin == f"{path}:1"
 
 
-def test_unknown_category_lists_the_known_ones(write_rows: WriteRows) -> None:
-    path = write_rows([ROW, {**ROW, "category": "medical"}])
-
-    assert _complaint(path) == (
-        f"{path}:2: category 'medical' is unknown; known are safety, humanizing, and null where "
-        "the response answers"
-    )
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -96,18 +86,6 @@ def test_bad_row_names_file_line_and_reason(
     path = write_rows([ROW, row])
 
     assert _complaint(path).startswith(f"{path}:2: {reason}")
-
-
-@pytest.mark.parametrize("text", ["", "\n", "{", "[1]\n"])
-def test_file_without_rows_or_json_is_one_line(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-
-    assert str(path) in _complaint(path)
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    assert str(tmp_path / "none.jsonl") in _complaint(tmp_path / "none.jsonl")
 
 
 def test_only_the_response_is_learnt_and_the_control_token_weighs_most(
@@ -190,23 +168,6 @@ def test_row_without_room_for_its_response_is_refused(write_rows: WriteRows) -> 
 
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: nothing of the response"):
         _encode(path, max_length=20)
-
-
-def test_row_prompt_is_all_but_the_last_turn(write_rows: WriteRows) -> None:
-    messages = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
-
-    row: Row = read_rows(write_rows([{"messages": messages}]), NAMES)[0]
-
-    assert [turn.role for turn in row.prompt] == ["user", "assistant", "user"]
-
-
-def test_row_without_response_ends_with_its_control_token(write_rows: WriteRows) -> None:
-    (example,), tokenizer = _encode(write_rows([{**ROW, "response": None}]))
-
-    assert tokenizer.decode(example.input_ids) == (
-        "<|user|>Hi there<|end|><|assistant|>[refuse:safety]"
-    )
-    assert _learnt(example, tokenizer) == [("[refuse:safety]", 5.0)]
 
 
 def test_last_message_without_content_is_a_row_without_response(write_rows: WriteRows) -> None:

@@ -10,10 +10,9 @@ from rich.console import Console
 
 from models.errors import EvaluationError
 from tests.training.conftest import WriteRows, small_rows
-from training import client as client_module
 from training.client import RheostatClient
 from training.config.data import named_sources
-from training.measure.evaluate import Questions, evaluate, evaluate_server, force
+from training.measure.evaluate import Questions, evaluate_server, force
 from training.measure.report import Report, Share
 
 NAMES = ["safety", "humanizing"]
@@ -134,16 +133,6 @@ def test_server_without_our_categories_is_not_ours(write_rows: WriteRows) -> Non
 
     with pytest.raises(EvaluationError, match="list of refusal categories"):
         _run(_evaluate(_client(handler), write_rows(small_rows())))
-
-
-def test_silent_server_is_one_clear_error(
-    write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "PAUSE_S", 0.0)
-    questions = _questions(write_rows(small_rows()))
-
-    with pytest.raises(EvaluationError, match="rheostat serve"):
-        evaluate("http://127.0.0.1:9", questions, Console(stderr=True))
 
 
 def test_earlier_refusals_carry_their_category(write_rows: WriteRows) -> None:

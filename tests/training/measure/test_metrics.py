@@ -155,22 +155,11 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(scores, to_refuse, bins=2) == pytest.approx(0.15)
 
 
-def test_calibrated_rows_have_no_error() -> None:
-    scores = logits(*[0.25] * 4, *[0.5] * 4)
-    to_refuse = np.array([True, False, False, False, True, True, False, False])
-
-    assert calibration_error(scores, to_refuse) == pytest.approx(0.0)
-
-
 def test_rows_of_equal_score_share_a_bin() -> None:
     scores = np.array([0.0] * 7 + [1.0] * 3)
 
     assert [entry.total for entry in reliability(scores, scores > 0, bins=5)] == [7, 3]
     assert [entry.total for entry in reliability(scores[:7], scores[:7] > 0, bins=5)] == [7]
-
-
-def test_error_of_fewer_rows_than_bins_takes_each_alone() -> None:
-    assert calibration_error(logits(0.3, 0.6), np.array([False, True])) == pytest.approx(0.35)
 
 
 def test_error_of_saturated_scores_is_finite() -> None:

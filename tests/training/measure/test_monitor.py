@@ -1,8 +1,5 @@
 import io
-import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from models.errors import ConfigError, EvaluationError
@@ -18,9 +14,10 @@ from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.conftest import Rows, WriteRows, read_rows, small_rows
+from tests.training.killing import SPAWN
 from training.data.rows import Row
 from training.measure.monitor import DecisionMonitor, shared
-from training.measure.sequences import LOGITS_AT_ONCE, TokenSequence, batches
+from training.measure.sequences import LOGITS_AT_ONCE, Batch, TokenSequence, batches
 
 NAMES = {"safety": "harms", "humanizing": "takes it for a person"}
 ROOT = Path(__file__).parents[3]
@@ -193,19 +190,6 @@ def test_padding_and_batches_change_nothing(
     assert parts.metrics == pytest.approx(whole.metrics, abs=1e-4)
 
 
-def test_order_of_the_rows_only_orders_the_margins(
-    build: Build, rows: list[Row], model: LlamaForCausalLM
-) -> None:
-    order = list(range(len(rows)))
-    random.Random(3).shuffle(order)
-
-    straight = build().measure(model)
-    shuffled = build([rows[at] for at in order]).measure(model)
-
-    assert shuffled.margins == pytest.approx(straight.margins[order], abs=1e-4)
-    assert shuffled.metrics == pytest.approx(straight.metrics, abs=1e-4)
-
-
 def test_near_misses_and_metric_names_are_those_of_the_rows(
     build: Build, model: LlamaForCausalLM
 ) -> None:
@@ -216,15 +200,6 @@ def test_near_misses_and_metric_names_are_those_of_the_rows(
     assert monitor.metric_names() == set(metrics)
     assert {"near_miss_refused/humanizing", "auc", "refused/safety"} <= set(metrics)
     assert "near_miss_refused/safety" not in metrics
-
-
-def test_rows_of_one_sort_have_no_auc(
-    build: Build, rows: list[Row], model: LlamaForCausalLM
-) -> None:
-    monitor = build([row for row in rows if row.category is None])
-
-    assert "auc" not in monitor.metric_names()
-    assert "auc" not in monitor.measure(model).metrics
 
 
 def test_rows_without_responses_have_no_text_loss(
@@ -369,65 +344,31 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
     assert shown[False] == ""
 
 
-PROCESS = """
-import json, sys
-from pathlib import Path
-import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from models.manifest import load_manifest
-from tests.training.conftest import read_rows
-from training.measure.monitor import DecisionMonitor
+def _share(rank: int, meeting: str, told: Any) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+    )
+    calls: list[int] = []
 
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-)
-tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-manifest = load_manifest(folder)
-model = LlamaForCausalLM.from_pretrained(folder)
-calls = []
-model.register_forward_hook(lambda *call: calls.append(1))
-rows = read_rows(folder / "rows.jsonl", manifest.names)
-monitor = DecisionMonitor(rows, tokenizer, manifest, max_length=None, batch_size=5)
-found = monitor.measure(model)
-seen = {"metrics": found.metrics, "margins": found.margins.tolist(), "calls": len(calls)}
-(folder / f"{rank}.json").write_text(json.dumps(seen))
-torch.distributed.destroy_process_group()
-"""
+    def do(batch: Batch) -> list[int]:
+        calls.append(rank)
+        return batch.members
+
+    found = shared(batches([_sequence(length, 0) for length in (2, 3, 4)], 1, 10, 0), do, "rows")
+    told.put((found, len(calls)))
+    torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_batches_and_agree_to_the_bit(
-    build: Build,
-    tokenizer: PreTrainedTokenizerFast,
-    manifest: Manifest,
-    model: LlamaForCausalLM,
-    tmp_path: Path,
-) -> None:
-    torch.set_num_threads(1)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "rheostat.json").write_text(manifest.model_dump_json())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path), str(rank)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+def test_two_processes_share_the_batches_in_equally_many_passes(tmp_path: Path) -> None:
+    told = SPAWN.Queue()
+    processes = [
+        SPAWN.Process(target=_share, args=(rank, str(tmp_path / "meeting"), told))
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    alone = build(batch_size=5).measure(model)
+    for process in processes:
+        process.start()
 
-    # 33 rows make 7 batches of prompts; 27 have texts, which make 6: 4 + 3 passes in each process.
-    assert first["calls"] == second["calls"] == 7
-    assert first["metrics"] == second["metrics"]
-    assert first["margins"] == second["margins"]
-    margins: NDArray[np.float64] = np.array(first["margins"])
-    assert margins == pytest.approx(alone.margins, abs=1e-5)
-    assert first["metrics"] == pytest.approx(alone.metrics, abs=1e-5)
+    # FSDP hangs where one process makes more forward passes than the other.
+    assert [told.get(timeout=120) for _ in processes] == [([[0], [1], [2]], 2)] * 2
+    for process in processes:
+        process.join()

@@ -80,24 +80,6 @@ def test_auc_of_one_sort_of_rows_is_unknown() -> None:
     assert refusal_auc(np.array([[1.0], [2.0]]), [True, True]) is None
 
 
-def test_interval_without_hits_is_the_closed_form() -> None:
-    # No hit in n: the upper end solves (1 - p)^n = 0.025.
-    low, high = Share(0, 20).interval
-
-    assert low == 0.0
-    assert high == pytest.approx(1 - 0.025 ** (1 / 20))
-
-
-def test_interval_ends_leave_a_tail_on_each_side() -> None:
-    low, high = Share(3, 10).interval
-
-    def at_least(k: int, p: float) -> float:
-        return sum(math.comb(10, i) * p**i * (1 - p) ** (10 - i) for i in range(k, 11))
-
-    assert at_least(3, low) == pytest.approx(0.025)
-    assert 1 - at_least(4, high) == pytest.approx(0.025)
-
-
 def test_interval_of_all_and_of_nothing() -> None:
     assert Share(5, 5).interval == pytest.approx((0.025 ** (1 / 5), 1.0))
     assert Share(0, 0).interval == (0.0, 1.0)

@@ -12,7 +12,7 @@ from models.tokens import add_control_tokens, grow_embeddings
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.conftest import WriteRows, small_rows
 from tests.training.recipes import losses_of, tiny_config, weights_of
-from training.config.recipe import LoraConfig, TrainConfig
+from training.config.recipe import LoraConfig
 from training.model.lora import add_adapters, merge
 from training.run.train import train
 
@@ -132,14 +132,3 @@ def test_weights_are_exported_as_the_base_stored_them(
 def test_adapters_need_an_existing_model(write_rows: WriteRows) -> None:
     with pytest.raises(ValueError, match="lora adapts an existing model"):
         tiny_config(write_rows(small_rows()), lora={"r": 8})
-
-
-def test_one_token_for_all_refusals(write_rows: WriteRows, tmp_path: Path) -> None:
-    config = tiny_config(write_rows(small_rows()), single_token=True, optimisation={"epochs": 0.5})
-
-    manifest, tokenizer = load_checkpoint(train(config, tmp_path / "out"))
-
-    assert manifest.names == ["refuse"]
-    assert [token.token for token in manifest.control_tokens] == ["[refuse]", "[respond]"]
-    assert "[refuse:safety]" not in tokenizer.get_vocab()
-    assert isinstance(config, TrainConfig)

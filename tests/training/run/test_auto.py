@@ -75,21 +75,6 @@ def test_rows_of_a_pair_stay_on_one_side() -> None:
     assert not {r.pair for r in split.train} & {r.pair for r in split.validation}
 
 
-def test_prompts_that_differ_in_case_and_space_stay_on_one_side() -> None:
-    rows = [
-        row(f"{ask}{at}", kind)
-        for at, (kind, ask) in product(range(200), (("safety", "Do  IT "), (None, "and then ")))
-    ]
-    rows += [row(f" do it {at}", "safety") for at in range(200)]
-    split = inner_split(rows, 1)
-
-    def prompts(part: list[Row]) -> set[str]:
-        return {" ".join(r.prompt[-1].content.lower().split()) for r in part}
-
-    assert not prompts(split.train) & prompts(split.validation)
-    assert sum(r.category == "safety" for r in split.validation) == 80
-
-
 def test_prompts_that_differ_in_unicode_form_stay_on_one_side() -> None:
     # The mixture counts a ligature and its letters as the same prompt; so does `auto`.
     rows = [
@@ -251,12 +236,6 @@ def test_only_the_best_two_and_cross_entropy_go_on() -> None:
         *((STANDARD, True), (A, True), (B, True), (C, False)),
         *((STANDARD, False), (A, True), (B, False)),
     ]
-
-
-def test_equal_scores_are_decided_by_the_order() -> None:
-    for first_one, second in ((A, B), (B, A)):
-        choice = scored({STANDARD: (0.1, 0.1), first_one: (0.9, 0.9), second: (0.9, 0.9)})
-        assert choice.best == first_one
 
 
 def test_what_is_no_number_is_the_worst() -> None:

@@ -75,22 +75,14 @@ def _final(folder: Path) -> dict[str, float]:
     return next(line["final"] for line in log_of(folder) if "final" in line)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [(None, "cannot be read"), ('{"prompt": "a"}\n', "category: is missing")],
-    ids=["file", "row"],
-)
-def test_mistake_is_told_once_by_two_processes(
-    tmp_path: Path, text: str | None, reason: str
-) -> None:
+def test_mistake_is_told_once_by_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    if text is not None:
-        path.write_text(text)
+    path.write_text('{"prompt": "a"}\n')
 
     told = _launch(_config(path), tmp_path, expect=1)
 
     assert told.count("rheostat: ") == 1
-    assert reason in told
+    assert "category: is missing" in told
 
 
 def test_error_on_the_first_process_is_raised_there() -> None:
@@ -113,18 +105,6 @@ def test_error_on_the_first_process_is_raised_there() -> None:
 def fsdp() -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((ROOT / "training/fsdp/8gpu.yaml").read_text())
     return loaded
-
-
-def test_fsdp_configuration_is_one_that_accelerate_knows(fsdp: dict[str, Any]) -> None:
-    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-    from accelerate.utils import DistributedType
-
-    loaded = load_config_from_file(str(ROOT / "training/fsdp/8gpu.yaml"))
-
-    assert isinstance(loaded, ClusterConfig)
-    assert loaded.distributed_type == DistributedType.FSDP
-    assert loaded.num_processes == 8
-    assert fsdp.keys() - {"compute_environment"} <= set(vars(loaded)) | {"compute_environment"}
 
 
 def test_fsdp_configuration_holds_only_options_that_the_launcher_takes(

@@ -78,14 +78,6 @@ def test_training_twice_gives_the_same_weights(trained: Trained, tmp_path: Path)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_another_seed_gives_other_weights(trained: Trained, tmp_path: Path) -> None:
-    other = trained.config.model_copy(update={"seed": 2})
-    first = weights_of(trained.folder)
-    second = weights_of(train(other, tmp_path / "second"))
-
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-
-
 def test_training_from_a_checkpoint_adds_the_control_tokens(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -108,53 +100,33 @@ def test_training_from_a_checkpoint_adds_the_control_tokens(
     assert first["text_loss"] < 1.2 * last["text_loss"]
 
 
-def test_finished_checkpoint_is_kept_unless_forced(trained: Trained, tmp_path: Path) -> None:
-    config, out = trained.config, trained.copy(tmp_path / "out")
-    written = (out / "model.safetensors").stat().st_mtime_ns
-
-    train(config, out)
-    assert (out / "model.safetensors").stat().st_mtime_ns == written
-
-    train(config, out, force=True)
-    assert (out / "model.safetensors").stat().st_mtime_ns > written
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
-
-
-def test_checkpoint_of_another_recipe_is_not_replaced_unless_forced(
+def test_finished_checkpoint_is_kept_and_another_recipe_replaces_it_only_if_forced(
     trained: Trained, tmp_path: Path
 ) -> None:
     out = trained.copy(tmp_path / "out")
+    written = (out / "model.safetensors").stat().st_mtime_ns
     other = trained.config.model_copy(update={"seed": 7})
 
-    with pytest.raises(ConfigError, match="another recipe"):
+    train(trained.config, out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="another recipe or other data"):
         train(other, out)
 
     manifest, _ = load_checkpoint(train(other, out, force=True))
     assert manifest.recipe is not None
     assert manifest.recipe.seed == 7
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
-def test_changed_data_are_noticed(
-    config: TrainConfig, tmp_path: Path, write_rows: WriteRows
-) -> None:
-    out = train(config, tmp_path / "out")
-    write_rows(small_rows()[:-1])
+def test_changed_data_are_noticed(trained: Trained, tmp_path: Path, write_rows: WriteRows) -> None:
+    values = trained.config.model_dump(mode="json")
+    path = Path(values["data"]["train"][0]["path"])
+    kept = path.read_text()
+    path.write_text(kept.partition("\n")[2])
 
     with pytest.raises(ConfigError, match="other data"):
-        train(config, out)
-
-
-def test_folder_that_is_no_checkpoint_is_never_replaced(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    kept = tmp_path / "out" / "thesis.txt"
-    kept.parent.mkdir()
-    kept.write_text("mine")
-
-    with pytest.raises(ConfigError, match="not a checkpoint"):
-        train(config, tmp_path / "out", force=True)
-
-    assert kept.read_text() == "mine"
+        train(trained.config, trained.folder)
+    path.write_text(kept)
 
 
 def test_failed_run_leaves_no_finished_folder(
@@ -166,8 +138,6 @@ def test_failed_run_leaves_no_finished_folder(
         train(config, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
-    write_rows(small_rows())
-    load_checkpoint(train(config, tmp_path / "out"))
 
 
 def test_training_that_diverges_unmeasured_leaves_no_checkpoint(
@@ -182,23 +152,22 @@ def test_training_that_diverges_unmeasured_leaves_no_checkpoint(
     assert not (tmp_path / "out").exists()
 
 
-def test_model_that_does_not_fit_into_memory_is_one_line(
-    config: TrainConfig, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model", "many", "reason"),
+    [
+        ({"hidden_size": 64 * 10**6, "heads": 10**6}, 0, "model: its weights do not fit"),
+        ({}, 200, r"vocab_size: 400 leaves no room .* 203 control tokens"),
+    ],
+    ids=["memory", "vocabulary"],
+)
+def test_model_that_cannot_be_made_is_one_line(
+    config: TrainConfig, tmp_path: Path, model: dict[str, int], many: int, reason: str
 ) -> None:
     values = config.model_dump(mode="json")
-    values["model"] |= {"hidden_size": 64 * 10**6, "heads": 10**6}
+    values["model"] |= model
+    values["categories"] |= {f"kind{number}": "one of many" for number in range(many)}
 
-    with pytest.raises(ConfigError, match="model: its weights do not fit"):
-        train(TrainConfig.model_validate(values), tmp_path / "out")
-
-
-def test_control_tokens_that_leave_no_vocabulary_are_told(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    many = {f"kind{number}": "one of many" for number in range(200)} | config.categories
-    values = config.model_dump(mode="json") | {"categories": many}
-
-    with pytest.raises(ConfigError, match=r"vocab_size: 400 leaves no room .* 203 control tokens"):
+    with pytest.raises(ConfigError, match=reason):
         train(TrainConfig.model_validate(values), tmp_path / "out")
 
 
@@ -210,22 +179,6 @@ def test_rows_that_are_all_too_long_are_told(
     values["data"]["too_long"] = "drop"
 
     with pytest.raises(ConfigError, match="no row is left: all are longer than"):
-        train(TrainConfig.model_validate(values), tmp_path / "out")
-
-
-def test_missing_data_file_is_named(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "none.jsonl")
-
-    with pytest.raises(ConfigError, match=r"none\.jsonl: cannot be read"):
-        train(config, tmp_path / "out")
-
-
-def test_checkpoint_without_weights_is_named(trained: Trained, tmp_path: Path) -> None:
-    config, base = trained.config, trained.copy(tmp_path / "base")
-    (base / "model.safetensors").unlink()
-    values = config.model_dump() | {"model": {"checkpoint": str(base)}}
-
-    with pytest.raises(CheckpointError, match="the model cannot be loaded"):
         train(TrainConfig.model_validate(values), tmp_path / "out")
 
 
@@ -245,11 +198,12 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("breaks", "reason"),
     [
+        (lambda folder: (folder / "model.safetensors").unlink(), "the model cannot be loaded: "),
         (_cut, "the model cannot be loaded: "),
         (lambda folder: _grown(folder, "intermediate_size"), "6 are of another shape, the first "),
         (lambda folder: _grown(folder, "num_hidden_layers"), "18 are missing, the first is model."),
     ],
-    ids=["cut", "shape", "missing"],
+    ids=["absent", "cut", "shape", "missing"],
 )
 def test_checkpoint_whose_weights_are_not_whole_is_refused(
     trained: Trained, tmp_path: Path, breaks: Callable[[Path], None], reason: str
@@ -263,28 +217,6 @@ def test_checkpoint_whose_weights_are_not_whole_is_refused(
 
     assert raised.value.message.startswith(f"{base}: ")
     assert reason in raised.value.message
-
-
-@pytest.mark.parametrize("name", [".", "/", "n" * 241])
-def test_folder_that_cannot_be_named_is_one_line(config: TrainConfig, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be the name of a folder"):
-        train(config, Path(name))
-
-
-def test_folder_below_a_file_is_one_line(config: TrainConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-
-    with pytest.raises(ConfigError, match=r"file/out: cannot be written: .*--out"):
-        train(config, tmp_path / "file" / "out")
-
-
-def test_file_where_the_run_would_write_is_left_alone(config: TrainConfig, tmp_path: Path) -> None:
-    partial = tmp_path / "out.partial"
-    partial.write_text("mine")
-
-    with pytest.raises(ConfigError, match="no training run left it"):
-        train(config, tmp_path / "out")
-    assert partial.read_text() == "mine"
 
 
 def test_link_is_no_place_for_a_new_checkpoint(trained: Trained, tmp_path: Path) -> None:
@@ -377,17 +309,6 @@ def test_weights_of_the_best_measurement_are_exported(
     assert final["kept_step"] == first
 
 
-def test_metric_that_the_rows_cannot_tell_is_refused_before_the_training(
-    config: TrainConfig, tmp_path: Path
-) -> None:
-    answers = tmp_path / "answers.jsonl"
-    rows = [row for row in small_rows() if row["category"] is None]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    with pytest.raises(ConfigError, match=r"evaluation\.best: auc cannot be told"):
-        train(_measured(config, data=[str(answers)]), tmp_path / "out")
-
-
 def test_metric_that_is_lost_with_rows_that_are_too_long_is_refused_before_the_search(
     write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -465,13 +386,6 @@ def test_auto_is_resolved_recorded_and_kept(config: TrainConfig, tmp_path: Path)
     assert len(choice["trials"]) >= 7
     assert all(trial["score"] is not None for trial in choice["trials"])
     assert not (out / "search").exists()
-
-
-def test_auto_with_too_few_rows_is_one_line(config: TrainConfig, tmp_path: Path) -> None:
-    values = config.model_dump(mode="json") | {"loss": {"decision": {"q": "auto"}}}
-
-    with pytest.raises(ConfigError, match=r"loss\.decision: auto compares"):
-        train(TrainConfig.model_validate(values), tmp_path / "out")
 
 
 def test_auto_whose_rows_of_one_kind_are_all_too_long_is_one_line(

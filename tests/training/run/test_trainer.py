@@ -1,5 +1,3 @@
-import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,19 +6,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.utils import add_fused_lm_head
 
 from models.errors import ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
 from tests.toy import byte_tokenizer, tiny_model
+from tests.training.data.test_batches import random_rows
 from training.config.loss import LossConfig
 from training.data.batches import (
     IGNORED,
-    NOTHING,
     Collator,
-    LengthBuckets,
-    Loader,
     as_dataset,
 )
 from training.data.encoding import Example
@@ -60,18 +55,6 @@ def test_log_probs_are_those_of_the_full_softmax() -> None:
             assert found[row, at].item() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_log_probs_agree_with_the_fused_head_of_trl() -> None:
-    model = _model()
-    ids = torch.randint(0, 50, (2, 6))
-    labels = ids.masked_fill(torch.arange(6) < 3, IGNORED)
-    own = token_log_probs(model, ids, labels)
-    add_fused_lm_head(model)
-
-    fused = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-
-    assert torch.allclose(own, fused, atol=1e-5)
-
-
 def test_log_probs_of_a_batch_without_labels_are_zero_and_differentiable() -> None:
     model = _model()
     ids = torch.randint(0, 50, (2, 4))
@@ -95,135 +78,6 @@ def test_padding_on_the_right_changes_no_log_prob() -> None:
     assert not beside[:, 4:].any()
 
 
-def test_collator_pads_on_the_right_and_hides_what_weighs_nothing() -> None:
-    batch = Collator(pad_id=9)(
-        [
-            {"input_ids": [1, 2, 3], "weights": [0.0, 5.0, 1.0]},
-            {"input_ids": [4], "weights": [1.0]},
-        ]
-    )
-
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
-    assert batch["weights"].tolist() == [[0.0, 5.0, 1.0], [1.0, 0.0, 0.0]]
-
-
-def test_dataset_keeps_the_lengths() -> None:
-    dataset = as_dataset([Example([1, 2], [0.0, 1.0]), Example([3], [1.0])])
-
-    assert dataset["length"][:] == [2, 1]
-
-
-LENGTHS = [number % 13 for number in range(107)]
-
-
-def test_buckets_hand_out_every_row_once_in_a_new_order_each_pass() -> None:
-    order = LengthBuckets(LENGTHS, batch_size=8, seed=1)
-
-    first = [row for batch in order for row in batch]
-    again = [row for batch in order for row in batch]
-    order.set_epoch(1)
-    second = [row for batch in order for row in batch]
-
-    assert sorted(first) == sorted(second) == list(range(107))
-    assert first == again
-    assert first != second
-    assert len(order) == math.ceil(107 / 8)
-
-
-def test_order_of_a_pass_does_not_depend_on_the_passes_before_it() -> None:
-    straight = LengthBuckets(LENGTHS, batch_size=8, seed=1)
-    straight.set_epoch(3)
-    walked = LengthBuckets(LENGTHS, batch_size=8, seed=1)
-    for number in range(4):
-        walked.set_epoch(number)
-        rows = list(walked)
-
-    assert list(straight) == rows
-    assert rows != list(LengthBuckets(LENGTHS, batch_size=8, seed=2))
-
-
-def test_rows_of_one_batch_are_about_equally_long() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 100, (400,), generator=generator).tolist()
-
-    batches = [[lengths[row] for row in batch] for batch in LengthBuckets(lengths, 8, seed=0)]
-
-    spreads = [max(batch) - min(batch) for batch in batches]
-    assert sum(spreads) / len(spreads) < 5
-    assert len(batches) == 50
-
-
-@pytest.mark.parametrize(("accumulation", "processes"), [(4, 1), (2, 2), (1, 4)])
-def test_steps_hold_the_same_rows_however_they_are_shared(
-    accumulation: int, processes: int
-) -> None:
-    whole = list(LengthBuckets(LENGTHS, batch_size=16, seed=3))
-    shares = [
-        list(
-            LengthBuckets(
-                LENGTHS, 4, seed=3, accumulation=accumulation, processes=processes, process=process
-            )
-        )
-        for process in range(processes)
-    ]
-
-    for step, rows in enumerate(whole):
-        taken = [
-            row
-            for share in shares
-            for batch in share[step * accumulation : (step + 1) * accumulation]
-            for row in batch
-            if row != NOTHING
-        ]
-        assert sorted(taken) == sorted(rows)
-    assert {len(share) for share in shares} == {len(whole) * accumulation}
-
-
-def test_process_without_a_row_in_the_last_step_gets_a_batch_that_weighs_nothing() -> None:
-    examples = [Example([1, 2, 3], [0.0, 2.0, 1.0])] * 5
-    orders = [LengthBuckets([3] * 5, 2, seed=0, processes=2, process=p) for p in (0, 1)]
-
-    last = [list(Loader(as_dataset(examples), order, Collator(0)))[-1] for order in orders]
-
-    assert sorted(float(batch["weights"].sum()) for batch in last) == [0.0, 3.0]
-
-
-def _rows(count: int, seed: int = 0) -> list[Example]:
-    draw = random.Random(seed)
-    examples = []
-    for _ in range(count):
-        length = draw.randint(3, 12)
-        weights = [0.0, 0.0, 10.0] + [1.0] * (length - 3)
-        examples.append(Example([draw.randrange(1, 50) for _ in range(length)], weights))
-    return examples
-
-
-def test_packing_loses_no_token_and_fills_sequences() -> None:
-    examples = _rows(60)
-
-    packed = as_dataset(examples, max_length=24)
-
-    assert max(packed["length"]) <= 24
-    assert sum(packed["length"]) == sum(len(example.input_ids) for example in examples)
-    assert len(packed) <= math.ceil(sum(packed["length"]) / 24) + 1
-    rows = sorted(example.input_ids for example in examples)
-    found = []
-    for sequence in packed:
-        starts = [at for at, position in enumerate(sequence["position_ids"]) if position == 0]
-        for start, stop in zip(starts, [*starts[1:], None], strict=True):
-            found.append(sequence["input_ids"][start:stop])
-    assert sorted(found) == rows
-
-
-def test_row_longer_than_a_sequence_keeps_one_to_itself() -> None:
-    packed = as_dataset([Example([1] * 9, [1.0] * 9), Example([2] * 3, [1.0] * 3)], 5)
-
-    assert sorted(packed["length"]) == [3, 9]
-    # Nothing before it predicts a row's first token.
-    assert [weights[0] for weights in packed["weights"]] == [0.0, 0.0]
-
-
 def _losses_by_row(model: Any, dataset: Any, collator: Collator) -> list[list[float]]:
     batch = collator([dataset[at] for at in range(len(dataset))])
     found = token_log_probs(model, batch["input_ids"], batch["labels"], batch.get("position_ids"))
@@ -241,7 +95,7 @@ def _losses_by_row(model: Any, dataset: Any, collator: Collator) -> list[list[fl
 def test_packed_rows_have_the_losses_of_rows_alone(kind: str, attention: str) -> None:
     model = _model() if kind == "llama" else _qwen()
     model.set_attn_implementation(attention)
-    examples = _rows(20)
+    examples = random_rows(20)
 
     alone = _losses_by_row(model, as_dataset(examples), Collator(0))
     packed = _losses_by_row(model, as_dataset(examples, 30), Collator(0, packed=True))
@@ -345,7 +199,7 @@ def test_first_loss_is_the_weighted_mean_by_a_slow_reference(tmp_path: Path) -> 
     manifest = add_control_tokens(tokenizer, {"safety": "harms"})
     model: Any = tiny_model(len(tokenizer))
     model.eval()
-    examples = _rows(8)
+    examples = random_rows(8)
     total = weight_sum = decision = 0.0
     for example in _with_decisions(examples, manifest):
         log_probs = model(input_ids=torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
@@ -364,7 +218,6 @@ def test_first_loss_is_the_weighted_mean_by_a_slow_reference(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "loss",
     [
-        {},
         {"decision": {"q": 0.7, "gamma": 1.0}, "text": {"q": 0.2}},
         {"decision": {"q": {"start": 0.0, "end": 1.0}, "gamma": {"safety": 2.0}}},
     ],
@@ -372,7 +225,7 @@ def test_first_loss_is_the_weighted_mean_by_a_slow_reference(tmp_path: Path) -> 
 def test_losses_do_not_depend_on_micro_batches_or_the_fused_head(
     tmp_path: Path, loss: dict[str, Any]
 ) -> None:
-    examples = _rows(30)
+    examples = random_rows(30)
     chosen = LossConfig.model_validate(loss)
     whole = _lines(_trained(tmp_path, examples, chosen))
     split = _lines(
@@ -394,7 +247,7 @@ def test_losses_do_not_depend_on_micro_batches_or_the_fused_head(
 
 
 def test_schedule_follows_the_steps_of_the_whole_training(tmp_path: Path) -> None:
-    examples = _rows(8)
+    examples = random_rows(8)
     scheduled = LossConfig.model_validate({"decision": {"q": {"start": 1.0, "end": 0.0}}})
     fixed = LossConfig.model_validate({"decision": {"q": 1.0}})
 
@@ -406,7 +259,7 @@ def test_schedule_follows_the_steps_of_the_whole_training(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
 def test_cheaper_arithmetic_comes_to_about_the_same(tmp_path: Path, option: str) -> None:
-    examples = _rows(16)
+    examples = random_rows(16)
     plain = _lines(_trained(tmp_path, examples))
     changes: dict[str, Any] = {option: True}
     cheaper = _lines(_trained(tmp_path, examples, **changes))
@@ -426,7 +279,7 @@ def test_batch_without_anything_to_learn_does_not_stop_the_training(tmp_path: Pa
 
 
 def test_mean_loss_of_the_run_is_that_of_the_lines(tmp_path: Path) -> None:
-    trainer = _trained(tmp_path, _rows(24), rhythm=Rhythm(log=0.4))
+    trainer = _trained(tmp_path, random_rows(24), rhythm=Rhythm(log=0.4))
     lines = _lines(trainer)
 
     assert [line["step"] for line in lines] == [3, 6]
