@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,11 +68,6 @@ def refused(calibration: Calibration, solution: Solution) -> Flags:
     return chosen
 
 
-def solved(calibration: Calibration, targets: Mapping[str, Target], **total: float) -> Solution:
-    """Solves for the greedy rule."""
-    return solve(calibration, targets, **total)
-
-
 def share(calibration: Calibration, chosen: Flags, category: int) -> float:
     """Returns the share of a category's own prompts that are chosen."""
     return float(chosen[calibration.category == category].mean())
@@ -83,8 +78,8 @@ def rate_cases(calibration: Calibration, evaluation: Calibration) -> list[Case]:
     names = calibration.names
     cases = []
     for asked in RATES:
-        alone = [(solved(calibration, {name: Target(rate=asked)}), [name]) for name in names]
-        every = solved(calibration, {name: Target(rate=asked) for name in names})
+        alone = [(solve(calibration, {name: Target(rate=asked)}), [name]) for name in names]
+        every = solve(calibration, {name: Target(rate=asked) for name in names})
         for solution, measured in [*alone, (every, list(names))]:
             seen, unseen = refused(calibration, solution), refused(evaluation, solution)
             for name in measured:
@@ -118,7 +113,7 @@ def movement(calibration: Calibration, evaluation: Calibration) -> Floats:
     moved = np.zeros((len(names), len(names)))
     for row, name in enumerate(names):
         low, high = (
-            refused(evaluation, solved(calibration, {name: Target(rate=rate)}))
+            refused(evaluation, solve(calibration, {name: Target(rate=rate)}))
             for rate in (RATES[0], RATES[-1])
         )
         for column in range(len(names)):
@@ -140,7 +135,7 @@ def shared(calibration: Calibration, evaluation: Calibration) -> Floats:
     found = np.zeros((len(names), len(names)))
     for row, name in enumerate(names):
         low, high = (
-            solved(calibration, {name: Target(rate=rate)}).biases[row]
+            solve(calibration, {name: Target(rate=rate)}).biases[row]
             for rate in (RATES[0], RATES[-1])
         )
         own = evaluation.margins[:, row]
@@ -170,10 +165,10 @@ def bound_holds(
         order = rng.permutation(len(prompts.category))
         half, other = (part(prompts, places) for places in np.array_split(order, 2))
         if category is None:
-            solution = solved(half, {}, total_false_refusal_rate=bound)
+            solution = solve(half, {}, total_false_refusal_rate=bound)
             chosen = refused(other, solution)
         else:
-            solution = solved(half, {category: Target(false_refusal_rate=bound)})
+            solution = solve(half, {category: Target(false_refusal_rate=bound)})
             at = prompts.names.index(category)
             chosen = other.margins[:, at] + np.float32(solution.biases[at]) >= 0
         shares.append(share(other, chosen, BENIGN))
@@ -264,7 +259,7 @@ def request_cases(
                 }
                 served = asyncio.run(requested(url, rows, dials))
                 targets = {name: Target(rate=rate) for name, rate in rates.items()}
-                offline = refused(evaluation, solved(calibration, targets))
+                offline = refused(evaluation, solve(calibration, targets))
                 found.append(
                     {
                         "asked": rates,

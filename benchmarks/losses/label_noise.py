@@ -36,21 +36,6 @@ from benchmarks.losses.noise import NAMES, SEEDS, STEPS, TRIALS, Job, Outcome, j
 RESAMPLINGS = 1000
 
 
-class Setting(NamedTuple):
-    """One table with one share of wrong labels, all seeds.
-
-    Attributes:
-        curves: Test accuracy, `[seeds, losses, points]`; cross-entropy is the first loss, the
-            flexible one the last.
-        chosen: For each seed each loss's winner, with `lr` and `member`.
-        search_steps: For each seed the steps that the flexible loss's search took.
-    """
-
-    curves: Any
-    chosen: list[Any]
-    search_steps: list[float]
-
-
 class Interval(NamedTuple):
     """A mean and half the width of its 95 % interval."""
 
@@ -122,7 +107,7 @@ def verdict(finals: Any, names: Sequence[str]) -> tuple[str, Interval]:
 
 
 def as_markdown(
-    settings: dict[str, Setting], names: Sequence[str], every: int, note: str
+    settings: dict[str, Outcome], names: Sequence[str], every: int, note: str
 ) -> tuple[str, dict[str, Any]]:
     """Returns the tables, and the same as a record.
 
@@ -142,7 +127,7 @@ def as_markdown(
     return "\n".join(parts) + "\n", {"note": note, "settings": _finite(record)}
 
 
-def _record(setting: Setting, names: Sequence[str], every: int) -> dict[str, Any]:
+def _record(setting: Outcome, names: Sequence[str], every: int) -> dict[str, Any]:
     finals = setting.curves[:, :, -1]
     mean = setting.curves.mean(0)
     pace = paces(setting.curves)
@@ -189,7 +174,7 @@ def _table(
     return lines
 
 
-def _verdicts(settings: dict[str, Setting], names: Sequence[str]) -> list[str]:
+def _verdicts(settings: dict[str, Outcome], names: Sequence[str]) -> list[str]:
     lines = ["| table, wrong labels | best static | difference, points | verdict | chosen |"]
     lines.append("|---" * 5 + "|")
     for name, setting in settings.items():
@@ -221,7 +206,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def draw(settings: dict[str, Setting], names: Sequence[str], every: int, path: Path) -> None:
+def draw(settings: dict[str, Outcome], names: Sequence[str], every: int, path: Path) -> None:
     """Draws every setting's mean test accuracy over the steps."""
     mpl.use("Agg")
     columns = 3
@@ -243,8 +228,8 @@ def draw(settings: dict[str, Setting], names: Sequence[str], every: int, path: P
     plt.close(figure)
 
 
-def measure(todo: Sequence[Job], workers: int, console: Console) -> dict[str, Setting]:
-    """Runs the jobs and puts those of one table and share of noise together."""
+def measure(todo: Sequence[Job], workers: int, console: Console) -> dict[str, Outcome]:
+    """Runs the jobs and puts the seeds of one table and share of noise together."""
     context = multiprocessing.get_context("spawn")
     outcomes: dict[str, list[Outcome]] = {}
     with ProcessPoolExecutor(workers, context) as pool, Progress(console=console) as progress:
@@ -253,7 +238,7 @@ def measure(todo: Sequence[Job], workers: int, console: Console) -> dict[str, Se
             outcomes.setdefault(f"{job.table}, {job.noise:.0%}", []).append(outcome)
             progress.advance(bar)
     return {
-        name: Setting(
+        name: Outcome(
             np.concatenate([part.curves for part in parts]),
             [row for part in parts for row in part.chosen],
             [steps for part in parts for steps in part.search_steps],

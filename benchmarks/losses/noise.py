@@ -57,10 +57,11 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came out of a job.
+    """What came out for some seeds of one table with one share of wrong labels.
 
     Attributes:
-        curves: Test accuracy, `[seeds, losses, points]`.
+        curves: Test accuracy, `[seeds, losses, points]`; cross-entropy is the first loss, the
+            flexible one the last.
         chosen: For each seed each loss's winner.
         search_steps: For each seed the steps that the flexible loss's search took.
     """

@@ -12,7 +12,6 @@ from torch import nn
 
 from benchmarks.losses.label_noise import (
     Interval,
-    Setting,
     as_markdown,
     draw,
     interval,
@@ -28,6 +27,7 @@ from benchmarks.losses.noise import (
     STATIC,
     TRIALS,
     Job,
+    Outcome,
     problem,
     run,
 )
@@ -167,7 +167,7 @@ def test_report_tells_what_wins_and_what_loses() -> None:
         Candidate(0.1, Member(1, 0)),
         Candidate(0.1, Member(0.7, 0)),
     ]
-    setting = Setting(curves, [row] * 10, [100.0] * 10)
+    setting = Outcome(curves, [row] * 10, [100.0] * 10)
     text, record = as_markdown({"wine, 40%": setting}, names, 5, "How.")
     assert "| wine, 40% | cross-entropy | +10.0 ± 0.0 | better | (0.7, 0) 10 times |" in text
     assert "| wine, 40% | 10 | never (never to never) | 0.50 (0.50 to 0.50) |" in text
@@ -178,5 +178,5 @@ def test_report_tells_what_wins_and_what_loses() -> None:
 
 def test_figure_is_drawn(tmp_path: Path) -> None:
     curves = np.linspace(0.2, 0.9, 12).reshape(2, 2, 3)
-    draw({"wine, 0%": Setting(curves, [], [])}, ["a", "b"], 5, tmp_path / "figure.png")
+    draw({"wine, 0%": Outcome(curves, [], [])}, ["a", "b"], 5, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

@@ -3,6 +3,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.config.data import Source
 from training.data.rows import Row
@@ -34,6 +35,12 @@ def read_rows(path: Path, categories: Collection[str]) -> list[Row]:
 
 def _row(prompt: str, category: str | None, response: str) -> dict[str, object]:
     return {"prompt": prompt, "category": category, "response": response, "pair": None}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Tiny models: threads that wait for each other cost more than they compute.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
