@@ -36,9 +36,9 @@ def write_atomically(path: Path, content: str | bytes, *, unique: bool = False) 
     sync(path.parent)
 
 
-def sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -258,14 +258,11 @@ class _Encoder:
 
     def _check_stable(self, row: Row, turns: Sequence[_Turn]) -> None:
         whole = turns[-1].through
-        for turn, token in zip(turns, self._tokens_of(row), strict=True):
+        spoken = (turn for turn in row.messages if turn.role == "assistant")
+        tokens = [self._controls[turn.category].token for turn in spoken]
+        for turn, token in zip(turns, tokens, strict=True):
             if not (whole.startswith(token, len(turn.before)) and whole.startswith(turn.before)):
                 raise _unstable(row)
-
-    def _tokens_of(self, row: Row) -> list[str]:
-        return [
-            self._controls[turn.category].token for turn in row.messages if turn.role == "assistant"
-        ]
 
     def _weigh(self, row: Row, turns: Sequence[_Turn], ids: list[int]) -> Example:
         starts = self._starts(row, turns, ids)

@@ -132,7 +132,7 @@ def identify(source: Source) -> dict[str, str]:
     """
     if source.path is not None:
         return {source.path: _sha256(Path(source.path))}
-    builder = _hub_builder(source)
+    builder = _from_hub(source, lambda load: load.load_dataset_builder(**_where(source)))
     if Path(str(source.hub)).is_dir():
         files = sorted(
             {str(file) for files in builder.config.data_files.values() for file in files}
@@ -269,10 +269,6 @@ def _hub_records(source: Source) -> Iterator[Record]:
     check_columns(source.name, dataset.column_names, source)
     for number, values in enumerate(dataset, start=1):
         yield Record(values, source.name, number, "row")
-
-
-def _hub_builder(source: Source) -> Any:
-    return _from_hub(source, lambda load: load.load_dataset_builder(**_where(source)))
 
 
 def _where(source: Source) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -13,7 +12,7 @@ from training.client import Dials, Reply, RheostatClient, client_of, together
 from training.config.data import Source
 from training.data.rows import Message, Row
 from training.data.sources import draw_rows
-from training.measure.report import ANSWER, Outcomes, Report, measure
+from training.measure.report import ANSWER, Outcome, Report, measure
 
 
 class Questions(NamedTuple):
@@ -73,18 +72,22 @@ async def evaluate_server(server: RheostatClient, questions: Questions, console:
     taught = draw_rows(questions.train_data, categories, seed=questions.seed, say=console.print)
     samples = await _ask_all(server, rows, categories, console)
     judge = Judge(taught)
-    outcomes = Outcomes(
-        categories=categories,
-        margins=np.array([[s.own.margins[name] for name in categories] for s in samples]),
-        truth=[row.category for row in rows],
-        decided=[sample.own.category for sample in samples],
-        judged=judge.kinds([sample.own.text for sample in samples]),
-        texts=[sample.own.text for sample in samples],
-        answers=[row.answer for row in rows],
-        forced=[sample.forced for sample in samples],
-        forced_judged=judge.kinds([sample.flipped.text for sample in samples]),
-    )
-    return measure(outcomes, judge.accuracy)
+    judged = judge.kinds([sample.own.text for sample in samples])
+    flipped = judge.kinds([sample.flipped.text for sample in samples])
+    outcomes = [
+        Outcome(
+            truth=row.category,
+            answer=row.answer,
+            margins=[sample.own.margins[name] for name in categories],
+            decided=sample.own.category,
+            text=sample.own.text,
+            judged=kind,
+            forced=sample.forced,
+            forced_judged=forced_kind,
+        )
+        for row, sample, kind, forced_kind in zip(rows, samples, judged, flipped, strict=True)
+    ]
+    return measure(categories, outcomes, judge.accuracy)
 
 
 def force(category: str, categories: Sequence[str]) -> dict[str, str]:

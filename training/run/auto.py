@@ -302,7 +302,7 @@ def area_error(area: float, refused: int, answered: int) -> float:
 # --- the inner split ------------------------------------------------------------------------------
 
 
-def inner_split(rows: Sequence[Row], seed: int, share: float = VALIDATION_SHARE) -> InnerSplit:
+def inner_split(rows: Sequence[Row], seed: int) -> InnerSplit:
     """Sets a part of the training rows aside, the same share of every category.
 
     Rows that share a pair or a prompt, also an earlier turn's, stay on one side. Prompts that are
@@ -313,7 +313,7 @@ def inner_split(rows: Sequence[Row], seed: int, share: float = VALIDATION_SHARE)
     Raises:
         ConfigError: Fewer than `LEAST_OF_A_KIND` refused or answered rows were set aside.
     """
-    share = min(share, MOST_VALIDATION_ROWS / max(len(rows), 1))
+    share = min(VALIDATION_SHARE, MOST_VALIDATION_ROWS / max(len(rows), 1))
     held_out = _draw(_groups(rows), rows, share, random.Random(seed))
     decisions: dict[Hashable, set[bool]] = defaultdict(set)
     for row in rows:

@@ -100,7 +100,9 @@ def dry_run(config: TrainConfig, console: Console) -> None:
     if held_out is not None:
         described = words.described()
         monitor = held_out_monitor(config, held_out, words.tokenizer, words.manifest, described)
-        _print_lines(console, _unmeasured(monitor))
+        if monitor.left_out:
+            told = f"Not measured, because they are too long: {monitor.left_out:,} rows"
+            console.print(Text(told, WARNING))
     _print_plan(config, words, examples, monitor, console)
 
 
@@ -238,11 +240,6 @@ def _fetched(model: CheckpointModel) -> Path:
         return resolve_checkpoint(model.checkpoint, model.revision, with_weights=False)
     except CheckpointError as error:
         raise _UnreachableError(error.message) from error
-
-
-def _unmeasured(monitor: "DecisionMonitor") -> Iterator[Text]:
-    if monitor.left_out:
-        yield Text(f"Not measured, because they are too long: {monitor.left_out:,} rows", WARNING)
 
 
 def _length_table(rows: Sequence[Row], examples: Sequence[Example], config: TrainConfig) -> Table:

@@ -1,7 +1,6 @@
 """What a training run goes on from: resume points and best weights, each there in full or not."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,12 +68,8 @@ class ResumePoints:
         return sorted(self._folder.glob("checkpoint-*"), key=_step)
 
     def _publish(self, written: Path, place: Path) -> None:
-        for path in sorted(written.rglob("*")):
-            if path.is_file():
-                _sync_file(path)
-            else:
-                sync(path)
-        sync(written)
+        for path in (*sorted(written.rglob("*")), written):
+            sync(path)
         # Replayed steps write it again.
         shutil.rmtree(place, ignore_errors=True)
         written.rename(place)
@@ -95,11 +90,6 @@ def _best_step(point: Path) -> int | None:
     state = json.loads((point / STATE_NAME).read_text(encoding="utf-8"))
     step: int | None = state["best_global_step"]
     return step
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from training.run.record import data_hashes, recipe_of, write_contract, write_lo
 from training.run.resume import ResumePoints
 
 if TYPE_CHECKING:
-    from training.measure.monitor import DecisionMonitor, Measurement
+    from training.measure.monitor import DecisionMonitor
     from training.run.trainer import ControlTokenTrainer
 
 RESUME_FOLDER = "resume"
@@ -224,6 +224,7 @@ def _closing(
     text_loss_before: float | None,
 ) -> list[dict[str, Any]]:
     """Writes weights and figures; returns the last lines of the log."""
+    from training.measure.figures import save_training_plots
     from training.run.export import export
 
     step = trainer.load_best()
@@ -240,14 +241,8 @@ def _closing(
             }
         )
     if run.processes.is_main:
-        _draw(run, trainer, final)
+        save_training_plots(run.folder, trainer.state.log_history, final)
     return lines
-
-
-def _draw(run: _Run, trainer: "ControlTokenTrainer", final: "Measurement | None") -> None:
-    from training.measure.figures import save_training_plots
-
-    save_training_plots(run.folder, trainer.state.log_history, final)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ from rich.console import Console
 
 from models.errors import EvaluationError
 from training.measure.report import (
-    Outcomes,
+    Outcome,
     Share,
     measure,
     refusal_auc,
@@ -16,23 +15,18 @@ from training.measure.report import (
 )
 
 # Rows: two of "a" (one missed), one of "b" refused as "a", three to answer (one refused).
-OUTCOMES = Outcomes(
-    categories=["a", "b"],
-    margins=np.array(
-        [[2.0, -1.0], [-1.0, -3.0], [3.0, 2.0], [-4.0, -4.0], [-2.0, -5.0], [-6.0, 1.0]]
-    ),
-    truth=["a", "a", "b", None, None, None],
-    decided=["a", None, "a", None, None, "b"],
-    judged=["a", "answer", "a", "answer", "a", "b"],
-    texts=["no", "It is Paris.", "no", "It is PARIS.", "Rome", "no"],
-    answers=[None, None, None, "Paris", "Paris", "Paris"],
-    forced=["answer", "b", "answer", "b", "a", "answer"],
-    forced_judged=["answer", "b", "a", "a", "a", "answer"],
-)
+OUTCOMES = [
+    Outcome("a", None, [2.0, -1.0], "a", "no", "a", "answer", "answer"),
+    Outcome("a", None, [-1.0, -3.0], None, "It is Paris.", "answer", "b", "b"),
+    Outcome("b", None, [3.0, 2.0], "a", "no", "a", "answer", "a"),
+    Outcome(None, "Paris", [-4.0, -4.0], None, "It is PARIS.", "answer", "b", "a"),
+    Outcome(None, "Paris", [-2.0, -5.0], None, "Rome", "a", "a", "a"),
+    Outcome(None, "Paris", [-6.0, 1.0], "b", "no", "b", "answer", "answer"),
+]
 
 
 def test_report_counts_what_was_refused() -> None:
-    report = measure(OUTCOMES)
+    report = measure(["a", "b"], OUTCOMES)
 
     assert report.rows == 6
     assert report.refused == {"a": Share(1, 2), "b": Share(1, 1)}
@@ -43,11 +37,11 @@ def test_report_counts_what_was_refused() -> None:
 
 def test_right_answers_count_among_the_answered_whatever_the_case() -> None:
     # Row 4 holds it, row 5 does not, row 6 was refused, row 2 has no known answer.
-    assert measure(OUTCOMES).right_answers == Share(1, 2)
+    assert measure(["a", "b"], OUTCOMES).right_answers == Share(1, 2)
 
 
 def test_flips_count_in_both_directions() -> None:
-    report = measure(OUTCOMES)
+    report = measure(["a", "b"], OUTCOMES)
 
     assert report.own_fidelity == Share(5, 6)
     assert report.flip_to_respond == Share(2, 3)
@@ -55,7 +49,7 @@ def test_flips_count_in_both_directions() -> None:
 
 
 def test_margins_are_those_of_the_categorys_own_rows() -> None:
-    margins = measure(OUTCOMES).margins
+    margins = measure(["a", "b"], OUTCOMES).margins
 
     assert margins["a"]["0"] == -1.0
     assert margins["a"]["0.5"] == 0.5
@@ -86,7 +80,7 @@ def test_interval_of_all_and_of_nothing() -> None:
 
 
 def test_report_survives_json() -> None:
-    report = json.loads(measure(OUTCOMES, judge_accuracy=0.9).to_json())
+    report = json.loads(measure(["a", "b"], OUTCOMES, judge_accuracy=0.9).to_json())
 
     assert report["falsely_refused"]["hits"] == 1
     assert report["falsely_refused"]["value"] == pytest.approx(1 / 3)
@@ -99,7 +93,7 @@ def test_table_shows_each_measure() -> None:
     console = Console(width=120)
 
     with console.capture() as captured:
-        console.print(measure(OUTCOMES).table())
+        console.print(measure(["a", "b"], OUTCOMES).table())
 
     text = captured.get()
     assert "falsely refused" in text
@@ -108,25 +102,5 @@ def test_table_shows_each_measure() -> None:
 
 
 def test_no_rows_are_an_error() -> None:
-    nothing: list[str] = []
-    empty = Outcomes(
-        ["a"],
-        np.zeros((0, 1)),
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-    )
-
     with pytest.raises(EvaluationError, match="no rows"):
-        measure(empty)
-
-
-def test_columns_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="texts"):
-        replace(OUTCOMES, texts=["one"])
-    with pytest.raises(ValueError, match="margins"):
-        replace(OUTCOMES, margins=np.zeros((6, 3)))
+        measure(["a"], [])
