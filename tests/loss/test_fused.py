@@ -189,14 +189,6 @@ def test_parameters_may_differ_by_token() -> None:
     assert_same(problem, found, problem.plain(q, gamma), 1e-6)
 
 
-def test_parameters_may_be_scalar_tensors() -> None:
-    problem = Problem()
-
-    found = problem.fused(torch.tensor(0.5), torch.tensor(1.0), chunk_tokens=2)
-
-    assert_same(problem, found, problem.plain(0.5, 1.0), 1e-12)
-
-
 def test_tokens_of_weight_zero_are_never_read() -> None:
     problem = Problem()
     problem.token_weights[[0, 4]] = 0.0

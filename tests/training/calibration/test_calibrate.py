@@ -26,7 +26,6 @@ from training.calibration.calibrate import Job, Measured, calibrate
 from training.calibration.prompts import Prompts
 from training.config.data import Source
 
-ROOT = Path(__file__).parents[3]
 QUIET = Console(stderr=True)
 
 
@@ -58,13 +57,11 @@ def _prompts(each: int = 30) -> list[dict[str, Any]]:
     return rows + [{"prompt": f"Where are hats {n}?", "category": None} for n in range(each)]
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def _job(toy: Path, tmp_path: Path, url: str, rows: list[dict[str, Any]] | None = None) -> Job:
-    data = _write(tmp_path / "prompts.jsonl", _prompts() if rows is None else rows)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(
+        "".join(json.dumps(row) + "\n" for row in (_prompts() if rows is None else rows))
+    )
     return Job(toy, Prompts((Source(path=str(data)),)), url=url, out=tmp_path / "out")
 
 

@@ -72,12 +72,10 @@ def hub(tmp_path: Path) -> dict[str, str]:
         "original": _write(coconot, "original", refused),
         "pref": _write(coconot, "pref", preferred),
     }
-    lines = [
-        f"- config_name: {name}\n  data_files: {{split: train, path: {file}}}"
+    lines = (
+        f"- config_name: {name}\n  data_files: [{{split: train, path: {file}}}]"
         for name, file in files.items()
-    ]
-    lines = [line.replace("{split: train, path: ", "[{split: train, path: ") for line in lines]
-    lines = [f"{line[:-1]}}}]" for line in lines]
+    )
     _front_matter(coconot, "\n".join(lines))
     train_file = _write(chats, "train_sft", [_chat(number) for number in range(40)])
     test_file = _write(chats, "test_sft", [_chat(number) for number in range(50, 60)])

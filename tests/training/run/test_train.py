@@ -361,49 +361,6 @@ def test_manifest_names_the_loss(loss: dict[str, Any], told: str) -> None:
     assert describe_loss(LossConfig.model_validate(loss)) == told
 
 
-def test_auto_is_resolved_recorded_and_kept(config: TrainConfig, tmp_path: Path) -> None:
-    rows = tmp_path / "many.jsonl"
-    lines = [
-        {**row, "prompt": f"{number}: {row['prompt']}", "pair": None}
-        for number in range(12)
-        for row in small_rows()
-    ]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    auto = tiny_config(
-        rows,
-        loss={"decision": {"q": "auto", "gamma": "auto"}},
-        optimisation={"epochs": 0.5, "batch_size": 16},
-    )
-
-    out = train(auto, tmp_path / "out")
-
-    choice = json.loads((out / "loss_choice.json").read_text())
-    resolved = LossConfig.model_validate({"decision": {"q": choice["q"], "gamma": choice["gamma"]}})
-    manifest, _ = load_checkpoint(out)
-    assert manifest.recipe is not None
-    assert manifest.recipe.loss == describe_loss(resolved)
-    assert manifest.recipe.config_sha256 == auto.sha256()
-    assert len(choice["trials"]) >= 7
-    assert all(trial["score"] is not None for trial in choice["trials"])
-    assert not (out / "search").exists()
-
-
-def test_auto_whose_rows_of_one_kind_are_all_too_long_is_one_line(
-    write_rows: WriteRows, tmp_path: Path
-) -> None:
-    rows: Rows = [
-        {**row, "prompt": f"{number} {row['prompt']}"}
-        | ({"response": "No. " * 80} if row["category"] else {})
-        for number in range(7)
-        for row in small_rows()
-    ]
-    config = tiny_config(write_rows(rows), loss={"decision": {"q": "auto"}})
-    data = config.data.model_copy(update={"too_long": "drop"})
-
-    with pytest.raises(ConfigError, match="all that were set aside are too long"):
-        train(config.model_copy(update={"data": data}), tmp_path / "out")
-
-
 def test_memory_that_does_not_suffice_is_told_with_what_to_change() -> None:
     with (
         pytest.raises(ConfigError, match=r"out of memory: lower optimisation\.batch_size"),
