@@ -59,9 +59,7 @@ def _prompts(each: int = 30) -> list[dict[str, Any]]:
 
 def _job(toy: Path, tmp_path: Path, url: str, rows: list[dict[str, Any]] | None = None) -> Job:
     data = tmp_path / "prompts.jsonl"
-    data.write_text(
-        "".join(json.dumps(row) + "\n" for row in (_prompts() if rows is None else rows))
-    )
+    data.write_text("\n".join(map(json.dumps, _prompts() if rows is None else rows)))
     return Job(toy, Prompts((Source(path=str(data)),)), url=url, out=tmp_path / "out")
 
 
@@ -350,10 +348,9 @@ def test_limit_draws_by_seed(toy: Path, tmp_path: Path, server: ScoreServer) -> 
     assert first.margins.tolist() != other.margins.tolist()
 
 
-@pytest.mark.parametrize("name", ["../x", "Default"])
-def test_name_that_is_no_file_name_is_refused(toy: Path, tmp_path: Path, name: str) -> None:
+def test_name_that_is_no_file_name_is_refused(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--name"):
-        calibrate(replace(_job(toy, tmp_path, ""), name=name), QUIET)
+        calibrate(replace(_job(toy, tmp_path, ""), name="../x"), QUIET)
 
 
 def test_place_that_cannot_be_written_is_named(toy: Path, tmp_path: Path) -> None:
