@@ -111,8 +111,8 @@ def train_once(training: Training, setup: Setup) -> dict[str, Any]:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from training.model.start import start_of
-    from training.run.assembly import Watch, assemble
-    from training.run.trainer import Rhythm
+    from training.run.assembly import assemble
+    from training.run.trainer import Rhythm, Watch
 
     torch.set_num_threads(1)
     q, gamma, rate, seed, measured = training

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
@@ -15,35 +15,16 @@ from training.config.loss import LossConfig
 from training.config.recipe import OptimisationConfig, TrainConfig
 from training.data.batches import Collator, as_dataset
 from training.data.encoding import Example
-from training.measure.monitor import DecisionMonitor
 from training.measure.sequences import padding_id
 from training.model.fused_head import supports
 from training.model.lora import add_adapters
 from training.model.start import Start
-from training.run.resume import ResumePoints
-from training.run.trainer import ControlTokenTrainer, Rhythm
+from training.run.trainer import ControlTokenTrainer, Rhythm, Watch
 
 FUSED_FROM_VOCABULARY = 16_384
 TENSORBOARD_FOLDER = "tensorboard"
 # Of logits, relative and absolute.
 PACKING_TOLERANCE = 1e-3
-
-
-class Watch(NamedTuple):
-    """What a run does besides learning.
-
-    Attributes:
-        points: Where resume points and best weights go.
-        monitor: Measures the model; None measures nothing.
-        best: Which of its metrics chooses the weights that are kept.
-        report_to: Where the log goes besides the checkpoint's folder.
-    """
-
-    rhythm: Rhythm
-    points: ResumePoints | None = None
-    monitor: DecisionMonitor | None = None
-    best: str = "last"
-    report_to: tuple[str, ...] = ()
 
 
 SILENT = Watch(Rhythm(log=0.0))
@@ -80,10 +61,7 @@ def assemble(
             manifest=start.manifest,
             seed=config.seed,
             fused=_wants_fused_head(chosen, start, model),
-            rhythm=watch.rhythm,
-            points=watch.points,
-            monitor=watch.monitor,
-            best=watch.best,
+            watch=watch,
             model=model,
             args=arguments,
             train_dataset=dataset,

@@ -189,8 +189,8 @@ def _trainer(
     *,
     resumed: bool,
 ) -> "ControlTokenTrainer":
-    from training.run.assembly import Watch, assemble
-    from training.run.trainer import Rhythm
+    from training.run.assembly import assemble
+    from training.run.trainer import Rhythm, Watch
 
     config = run.config
     weights = decision_weights(mixture.rows, config.data, config.loss)

@@ -42,6 +42,23 @@ class Rhythm(NamedTuple):
     evaluate_first: bool = False
 
 
+class Watch(NamedTuple):
+    """What a run does besides learning.
+
+    Attributes:
+        points: Where resume points and best weights go; needed for either.
+        monitor: Measures the model; None measures nothing.
+        best: Which of its metrics chooses the weights that are kept; `last` chooses none.
+        report_to: Where the log goes besides the checkpoint's folder.
+    """
+
+    rhythm: Rhythm
+    points: ResumePoints | None = None
+    monitor: DecisionMonitor | None = None
+    best: str = "last"
+    report_to: tuple[str, ...] = ()
+
+
 class ControlTokenTrainer(SFTTrainer):
     """Trains on rows that carry a loss weight for each token.
 
@@ -53,9 +70,6 @@ class ControlTokenTrainer(SFTTrainer):
     Args:
         loss: Which flexible loss each token gets; `auto` must have been resolved.
         fused: Whether the loss is computed in chunks, without logits of the whole vocabulary.
-        rhythm: What happens how often.
-        points: Where resume points and best weights go; needed for either.
-        best: Which of its metrics chooses the best weights; `last` chooses none.
         **options: What `SFTTrainer` takes. `train_dataset` comes from `as_dataset`, `data_collator`
             is a `Collator`.
     """
@@ -69,10 +83,7 @@ class ControlTokenTrainer(SFTTrainer):
         manifest: Manifest,
         seed: int,
         fused: bool = False,
-        rhythm: Rhythm | None = None,
-        points: ResumePoints | None = None,
-        monitor: DecisionMonitor | None = None,
-        best: str = "last",
+        watch: Watch,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -82,11 +93,9 @@ class ControlTokenTrainer(SFTTrainer):
         self._losses = TokenLosses(loss, manifest.control_ids, [*manifest.names, RESPOND])
         self._order_seed = seed
         self._fused = FusedHead(self.model) if fused else None
-        self._points = points
-        self._monitor = monitor
-        self._best = best
+        self._watch = watch
         self._tally = torch.zeros(4, dtype=torch.float64)
-        self.add_callback(_Conductor(rhythm or Rhythm(), evaluates=monitor is not None))
+        self.add_callback(_Conductor(watch.rhythm, evaluates=watch.monitor is not None))
 
     def compute_loss(
         self,
@@ -190,20 +199,21 @@ class ControlTokenTrainer(SFTTrainer):
         Returns:
             The monitor's metrics, each with the prefix `eval_`.
         """
-        assert self._monitor is not None
+        monitor, best = self._watch.monitor, self._watch.best
+        assert monitor is not None
         with _undisturbed():
-            metrics = self._monitor.measure(self.model).metrics
+            metrics = monitor.measure(self.model).metrics
         told = {f"{EVALUATION_PREFIX}{name}": value for name, value in metrics.items()}
         self.log(dict(told))
-        if self._best != "last" and self.state.global_step > 0:
-            self._keep_if_best(metrics[self._best])
+        if best != "last" and self.state.global_step > 0:
+            self._keep_if_best(metrics[best])
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
         return told
 
     def _keep_if_best(self, value: float) -> None:
         known = self.state.best_metric
         better = known is None or (
-            value < known if self._best in LOWER_IS_BETTER else value > known
+            value < known if self._watch.best in LOWER_IS_BETTER else value > known
         )
         if not better:
             return
@@ -229,12 +239,13 @@ class ControlTokenTrainer(SFTTrainer):
         return step
 
     def _known_points(self) -> ResumePoints:
-        if self._points is None:
-            raise ValueError("resume points and best weights need a place: pass points")
-        return self._points
+        if self._watch.points is None:
+            raise ValueError("resume points and best weights need a place: pass watch.points")
+        return self._watch.points
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._points.scratch if self._points else self.args.output_dir)
+        points = self._watch.points
+        return str(points.scratch if points else self.args.output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         points = self._known_points()

@@ -20,7 +20,7 @@ from training.data.batches import (
 )
 from training.data.encoding import Example
 from training.run.assembly import check_packing
-from training.run.trainer import ControlTokenTrainer, Rhythm, token_log_probs
+from training.run.trainer import ControlTokenTrainer, Rhythm, Watch, token_log_probs
 
 
 def _model() -> Any:
@@ -147,7 +147,7 @@ def _trained(
         loss=loss or LossConfig(),
         manifest=manifest,
         seed=0,
-        rhythm=options.pop("rhythm", Rhythm(log=0.01)),
+        watch=Watch(options.pop("rhythm", Rhythm(log=0.01))),
         model=tiny_model(len(tokenizer)),
         args=_arguments(folder, **changes),
         train_dataset=as_dataset(_with_decisions(examples, manifest)),
