@@ -142,7 +142,7 @@ def _series(z: Tensor) -> Tensor:
 
 
 def _within_range(log_p: Tensor, q: Tensor) -> Tensor:
-    """Holds log_p (and so the loss) constant where the loss would leave the dtype's range."""
+    """Keeps log_p (and so the loss) constant where the loss would leave the dtype's range."""
     q = q.detach()
     size = torch.where(q < 0.0, -q, 1.0)
     # The loss is p^q/|q| there, its second derivative |q|·p^q.

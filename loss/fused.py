@@ -58,7 +58,7 @@ class TrainedRows(NamedTuple):
 def weighted_rows(token_weights: Tensor) -> Tensor:
     """Returns the index, `[M]` int64, of the weights `[N]` that are not 0.
 
-    On a GPU this waits for all that was asked of it before: call it before a model's forward.
+    On a GPU this waits for all work queued before: call it before a model's forward.
     """
     return token_weights.nonzero().squeeze(-1)
 

@@ -256,10 +256,10 @@ class RheostatClient:
         if response.is_success:
             return content
         found = content.get("error") if isinstance(content, dict) else None
-        told: dict[str, Any] = found if isinstance(found, dict) else {}
-        message = told.get("message", response.reason_phrase)
+        details: dict[str, Any] = found if isinstance(found, dict) else {}
+        message = details.get("message", response.reason_phrase)
         full = f"{self._http.base_url}: the server answers {response.status_code}: {message}"
-        if place := INPUT.match(str(told.get("param"))):
+        if place := INPUT.match(str(details.get("param"))):
             raise _WrongInputError(full, int(place[1]))
         raise EvaluationError(full)
 

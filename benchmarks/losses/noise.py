@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the flexible loss's search came to.
+    """The flexible loss's search: its winner and what it took.
 
     Attributes:
         cost: In whole trainings.
@@ -183,7 +183,7 @@ def _choose_static(posed: Problem, job: Job) -> list[list[Candidate]]:
 
 
 def _search(posed: Problem, job: Job) -> list[Found]:
-    """Returns for each seed what successive halving came to; all seeds in step."""
+    """Returns for each seed the result of successive halving; all seeds in step."""
     left = [list(SEARCH) for _ in job.seeds]
     spent = [0.0] * len(left)
     for budget, keep in zip(BUDGETS, (*KEEP, None), strict=True):

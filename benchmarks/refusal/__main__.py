@@ -28,7 +28,7 @@ from rich.progress import Progress
 from benchmarks.losses.label_noise import Interval, Pace, interval, paces
 from benchmarks.refusal.training import PARTS, Search, Setup, Training, search_once, train_once
 
-TOLD = {
+COLUMNS = {
     "auc": "AUC",
     "refused_at_5": "refused at 5 % false",
     "calibration_error": "calibration error",
@@ -181,8 +181,8 @@ class Row(NamedTuple):
 
     Attributes:
         members: How often each (q, gamma) was trained.
-        final: Of each of `TOLD`.
-        gain: The difference of each of `TOLD`.
+        final: Of each of `COLUMNS`.
+        gain: The difference of each of `COLUMNS`.
         pace: Of the mean curves.
     """
 
@@ -208,23 +208,23 @@ def summary(settings: dict[str, Setting], results: Sequence[Result]) -> list[Row
 
 def _row(loss: str, setting: Setting, own: Sequence[Result], plain: Sequence[Result]) -> Row:
     pairs = list(zip(own, plain, strict=True))
-    trained = [f"({_told(r.training.q)}, {r.training.gamma:g})" for r in own]
+    trained = [f"({_written(r.training.q)}, {r.training.gamma:g})" for r in own]
     curves = np.array([[_fine(ce.history), _fine(r.history)] for r, ce in pairs])
     return Row(
         loss,
         setting,
         len(own),
         {member: trained.count(member) for member in sorted(set(trained))},
-        {name: interval(np.array([r.final[name] for r in own])) for name in TOLD},
+        {name: interval(np.array([r.final[name] for r in own])) for name in COLUMNS},
         {
             name: interval(np.array([r.final[name] - ce.final[name] for r, ce in pairs]))
-            for name in TOLD
+            for name in COLUMNS
         },
         paces(curves)[1],
     )
 
 
-def _told(q: float | str) -> str:
+def _written(q: float | str) -> str:
     if not isinstance(q, str):
         return f"{q:g}"
     return "{start:g} to {end:g} over {over:g}".format(**json.loads(q))
@@ -239,17 +239,17 @@ def _fine(history: Sequence[dict[str, Any]]) -> Any:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """Returns the two tables: what came out, and the differences to cross-entropy."""
-    finals = ["| loss | learning rate | seeds | " + " | ".join(TOLD.values()) + " |"]
-    finals.append("|---" * (3 + len(TOLD)) + "|")
-    gains = ["| loss | " + " | ".join(TOLD.values()) + " | steps, share of its own | members |"]
-    gains.append("|---" * (3 + len(TOLD)) + "|")
+    finals = ["| loss | learning rate | seeds | " + " | ".join(COLUMNS.values()) + " |"]
+    finals.append("|---" * (3 + len(COLUMNS)) + "|")
+    gains = ["| loss | " + " | ".join(COLUMNS.values()) + " | steps, share of its own | members |"]
+    gains.append("|---" * (3 + len(COLUMNS)) + "|")
     for row in rows:
-        shares = " | ".join(_plus_minus(row.final[name]) for name in TOLD)
+        shares = " | ".join(_plus_minus(row.final[name]) for name in COLUMNS)
         finals.append(f"| {row.loss} | {row.setting.learning_rate:g} | {row.seeds} | {shares} |")
         if row.loss != CROSS_ENTROPY:
-            told = " | ".join(_plus_minus(row.gain[name], sign="+") for name in TOLD)
+            cells = " | ".join(_plus_minus(row.gain[name], sign="+") for name in COLUMNS)
             members = ", ".join(f"{member} {times} times" for member, times in row.members.items())
-            gains.append(f"| {row.loss} | {told} | {_pace(row.pace)} | {members} |")
+            gains.append(f"| {row.loss} | {cells} | {_pace(row.pace)} | {members} |")
     return "\n".join([*finals, "", *gains]) + "\n"
 
 

@@ -74,9 +74,9 @@ class Setup(NamedTuple):
 
     def key(self) -> str:
         """Returns what tells the results of one experiment from another's, data included."""
-        told = json.dumps(_read(self.recipe) | {"epochs": self.epochs}, sort_keys=True).encode()
+        written = json.dumps(_read(self.recipe) | {"epochs": self.epochs}, sort_keys=True).encode()
         parts = [(self.folder / name).read_bytes() for name in PARTS.values()]
-        return hashlib.sha256(b"\0".join([told, *parts])).hexdigest()
+        return hashlib.sha256(b"\0".join([written, *parts])).hexdigest()
 
 
 def recipe(
@@ -148,8 +148,8 @@ def search_once(asked: Search, setup: Setup) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         found = search(config, start_of(config, rows), rows, Path(made))
     q, gamma = found.best
-    told = q if isinstance(q, float) else q.model_dump_json()
-    return {"q": told, "gamma": gamma, "reason": found.reason, "cost_in_trainings": found.cost}
+    written = q if isinstance(q, float) else q.model_dump_json()
+    return {"q": written, "gamma": gamma, "reason": found.reason, "cost_in_trainings": found.cost}
 
 
 def _config(setup: Setup, *values: Any) -> Any:

@@ -81,10 +81,10 @@ class Measured(NamedTuple):
         if self.kept:
             return f"{self.path}: is there already, of the same data and checkpoint"
         speed = 60 * self.scored / max(self.seconds, 1e-9)
-        told = f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
+        done = f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
         if not self.repeated:
-            return told
-        return f"{told}; {self.repeated} repeat an earlier one, and count as often as they occur"
+            return done
+        return f"{done}; {self.repeated} repeat an earlier one, and count as often as they occur"
 
 
 def calibrate(job: Job, console: Console) -> Measured:

@@ -101,8 +101,8 @@ def _check_contradictions(rows: Sequence[Row]) -> None:
         other = first.setdefault(row.prompt, row)
         if other.category != row.category:
             raise ConfigError(
-                f"{row.origin}: the prompt stands at {other.origin} too, where it is "
-                f"{_called(other)}, and here {_called(row)}; a prompt has one category"
+                f"{row.origin}: the prompt is {_called(row)} here and {_called(other)} at "
+                f"{other.origin}; a prompt has one category"
             )
 
 

@@ -193,7 +193,7 @@ class _Encoder:
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            # Longer than the model is made for: `fit` sees to that.
+            # `fit` handles rows that are longer than the model is made for.
             verbose=False,
         )["input_ids"]
         for row, turns, ids in zip(rows, rendered, encoded, strict=True):

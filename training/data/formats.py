@@ -44,7 +44,7 @@ def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
     if not found:
         raise ConfigError(f"{name}: is empty; its first line must name the columns")
     if repeated := sorted({column for column in found if found.count(column) > 1}):
-        raise ConfigError(f"{name}: the column {repeated[0]!r} stands there twice")
+        raise ConfigError(f"{name}: the column {repeated[0]!r} is a duplicate")
     needed = {field: to for field, to in source.columns.items() if to is not None}
     if source.format == "rows" and not {"messages", needed.get("messages")} & set(found):
         needed = {"prompt": "prompt", "response": "response", "category": "category", **needed}

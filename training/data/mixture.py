@@ -15,8 +15,8 @@ from training.data.encoding import DecisionWeights
 from training.data.rows import Message, Record, Refused, Row, checked, complaint, with_one_category
 from training.data.sources import Reading, draw, read, take
 
-CONFLICTS_TOLD = 5
-PAIRS_TOLD = 10
+MAX_CONFLICTS = 5
+MAX_PAIRS = 10
 PROMPT_CHARACTERS = 80
 
 PromptKey = tuple[tuple[str, str], ...]
@@ -131,7 +131,7 @@ def gather(
         sources=tuple(counts),
         deduplicated=data.deduplicate,
         conflicts=len(conflicts),
-        conflict_examples=tuple(conflicts[:CONFLICTS_TOLD]),
+        conflict_examples=tuple(conflicts[:MAX_CONFLICTS]),
         near_misses=Counter(row.near_miss for row in rows if row.near_miss is not None),
         pairs=len({_pair_key(row) for row in rows if row.pair is not None}),
         without_response=sum(row.response is None for row in rows),
@@ -252,10 +252,10 @@ def _check_pairs(rows: Sequence[Row]) -> None:
     lines = [
         f"{pair[0].origin}: pair {pair[0].pair!r} has no "
         f"{'refused' if pair[0].category is None else 'answered'} row of this prompt"
-        for pair in torn[:PAIRS_TOLD]
+        for pair in torn[:MAX_PAIRS]
     ]
-    if len(torn) > PAIRS_TOLD:
-        lines.append(f"and {len(torn) - PAIRS_TOLD} more pairs")
+    if len(torn) > MAX_PAIRS:
+        lines.append(f"and {len(torn) - MAX_PAIRS} more pairs")
     lines.append(
         "a pair is one prompt, once refused and once answered; for a prompt that only looks like "
         "one to refuse use near_miss"
@@ -265,18 +265,18 @@ def _check_pairs(rows: Sequence[Row]) -> None:
 
 def _conflicts(rows: Sequence[Row]) -> list[str]:
     decided: dict[PromptKey, Row] = {}
-    told: dict[PromptKey, str] = {}
+    conflicts: dict[PromptKey, str] = {}
     for row in rows:
         if row.pair is not None:
             continue
         key = prompt_key(row)
         first = decided.setdefault(key, row)
-        if first.category != row.category and key not in told:
-            told[key] = (
+        if first.category != row.category and key not in conflicts:
+            conflicts[key] = (
                 f"{first.origin} says {first.category or RESPOND}, {row.origin} says "
                 f"{row.category or RESPOND}: {_short(row.prompt[-1].content)!r}"
             )
-    return list(told.values())
+    return list(conflicts.values())
 
 
 def _short(text: str) -> str:

@@ -12,8 +12,8 @@ from models.errors import ConfigError
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Mark = Annotated[str, Field(coerce_numbers_to_str=True)]
 
-REASONS_TOLD = 10
-PLACES_TOLD = 8
+MAX_REASONS = 10
+MAX_PLACES = 8
 
 HINTS = {
     "category": " (null where the response answers)",
@@ -237,9 +237,9 @@ def complaint(refused: Iterable[Refused]) -> str:
     for record, reason in refused:
         by_reason.setdefault((record.file, reason), []).append(record)
     lines = [_line(reason, records) for (_, reason), records in by_reason.items()]
-    hidden = len(lines) - REASONS_TOLD
+    hidden = len(lines) - MAX_REASONS
     if hidden > 0:
-        lines[REASONS_TOLD:] = [f"and {hidden} more rows or groups of rows are wrong"]
+        lines[MAX_REASONS:] = [f"and {hidden} more rows or groups of rows are wrong"]
     return "\n".join(lines)
 
 
@@ -251,9 +251,9 @@ def _line(reason: str, records: Sequence[Record]) -> str:
 
 
 def _places(records: Sequence[Record]) -> str:
-    told = ", ".join(str(record.number) for record in records[:PLACES_TOLD])
-    hidden = len(records) - PLACES_TOLD
-    return told if hidden <= 0 else f"{told} and {hidden} more"
+    shown = ", ".join(str(record.number) for record in records[:MAX_PLACES])
+    hidden = len(records) - MAX_PLACES
+    return shown if hidden <= 0 else f"{shown} and {hidden} more"
 
 
 def checked(

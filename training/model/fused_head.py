@@ -134,7 +134,7 @@ class FusedHead:
         return FusedLoss(loss_sum, computed[0].log_probs.view(targets.shape))
 
     def _check(self, computed: list[FusedLoss], returned: Tensor) -> None:
-        """Holds against models that `supports` did not know: by values, once, since it waits."""
+        """Checks by values what `supports` cannot know; once, since a GPU waits for it."""
         if len(computed) != 1:
             raise ConfigError(
                 f"no fused head for {_name(self._model)}: its forward called the output layer "

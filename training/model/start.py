@@ -154,7 +154,7 @@ def _load(folder: Path, dtype: str) -> Any:
 
 
 def _check_whole(folder: Path, found: Mapping[str, Any]) -> None:
-    """Holds that every weight was there: transformers fills in random ones for the others."""
+    """Checks that every weight was found: transformers fills in random ones for the others."""
     kinds = {
         "missing": sorted(found["missing_keys"]),
         "of another shape": sorted(name for name, *_ in found["mismatched_keys"]),

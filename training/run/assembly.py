@@ -55,7 +55,7 @@ def assemble(
     arguments = _arguments(config, folder, watch)
     steps = _steps(len(dataset), chosen, arguments.world_size)
     arguments.max_steps = max(1, round(steps * share)) if share < 1 else steps
-    with _wandb_told():
+    with _wandb_errors_explained():
         trainer = ControlTokenTrainer(
             loss=loss,
             manifest=start.manifest,
@@ -87,7 +87,7 @@ def _model(config: TrainConfig, start: Start) -> Any:
 
 
 def check_packing(model: Any) -> None:
-    """Holds a model to what packing needs: positions that start again start another row.
+    """Checks what packing needs: that positions which start again start another row.
 
     Attention does that in transformers; recurrent layers, sliding caches or a model that takes no
     positions may not, and would then learn to continue what another row said.
@@ -183,7 +183,7 @@ def _reporters(folder: Path, watch: Watch, arguments: SFTConfig) -> list[Trainer
 
 
 @contextmanager
-def _wandb_told() -> Iterator[None]:
+def _wandb_errors_explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -196,7 +196,7 @@ def _wandb_told() -> Iterator[None]:
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def memory_errors_explained() -> Iterator[None]:
     """Turns running out of memory into one line that says what to change."""
     try:
         yield

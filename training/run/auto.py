@@ -110,7 +110,7 @@ class Trial(NamedTuple):
 
 
 class LossChoice(NamedTuple):
-    """What `auto` came to.
+    """What `auto` chose, and from which trainings.
 
     Attributes:
         trials: All trainings, round by round, in the order of the candidates.
@@ -198,7 +198,7 @@ def _fit_and_score(
     whole one: its learning rate warms up and falls.
     """
     from training.measure.monitor import DecisionMonitor
-    from training.run.assembly import SILENT, assemble, memory_told
+    from training.run.assembly import SILENT, assemble, memory_errors_explained
 
     longest, too_long = config.optimisation.max_length, config.data.too_long
     tokens = (start.tokenizer, start.manifest)
@@ -216,7 +216,7 @@ def _fit_and_score(
     def score(q: float | QSchedule, gamma: float, share: float) -> float:
         loss = with_choice(config.loss, Candidate(q, gamma))
         trainer = assemble(config, start, examples, loss, folder, SILENT, share=share)
-        with memory_told():
+        with memory_errors_explained():
             trainer.train()
         return monitor.measure(trainer.model).metrics[SCORE]
 

@@ -14,7 +14,7 @@ from training.data.batches import as_dataset
 from training.data.encoding import Example
 from training.measure.monitor import DecisionMonitor
 from training.model.start import Start
-from training.run.assembly import SILENT, assemble, memory_told
+from training.run.assembly import SILENT, assemble, memory_errors_explained
 from training.run.auto import STANDARD, is_auto, with_choice
 
 # The first steps also import, allocate and warm up: on a tiny model they are twenty times as slow.
@@ -83,7 +83,7 @@ def timed(
         ConfigError: The model or a step does not fit into this machine's memory.
     """
     loss = with_choice(config.loss, STANDARD) if is_auto(config.loss) else config.loss
-    with TemporaryDirectory() as folder, memory_told():
+    with TemporaryDirectory() as folder, memory_errors_explained():
         trainer = assemble(config, start, examples, loss, Path(folder), SILENT)
         trainer.args.include_num_input_tokens_seen = "all"
         for talkative in (ProgressCallback, PrinterCallback):

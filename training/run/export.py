@@ -44,7 +44,7 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
 
 
 def _check_finite(weights: Mapping[str, Any]) -> None:
-    """Holds that a training without measurements on the way has not diverged unseen."""
+    """Rejects the weights of a training that diverged without being measured."""
     for name, weight in weights.items():
         if not bool(weight.isfinite().all()):
             raise EvaluationError(

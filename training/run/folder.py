@@ -71,7 +71,7 @@ def _acquire(path: Path, out: Path) -> int:
 
 
 def _is_still_named(path: Path, descriptor: int) -> bool:
-    """Tells whether the file was not unlinked between opening and locking it."""
+    """Returns whether the file was not unlinked between opening and locking it."""
     try:
         return path.stat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
@@ -79,10 +79,10 @@ def _is_still_named(path: Path, descriptor: int) -> bool:
 
 
 def keeps(out: Path, recipe: Recipe, *, force: bool, replace_stale: bool) -> bool:
-    """Tells whether what lies at `out` is what the run would make.
+    """Returns whether the checkpoint at `out` is what the run would make.
 
     Raises:
-        ConfigError: Something else lies there that may not be replaced.
+        ConfigError: Something else is there that may not be replaced.
     """
     if not os.path.lexists(out):
         return False

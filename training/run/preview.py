@@ -101,8 +101,8 @@ def dry_run(config: TrainConfig, console: Console) -> None:
         described = words.described()
         monitor = held_out_monitor(config, held_out, words.tokenizer, words.manifest, described)
         if monitor.left_out:
-            told = f"Not measured, because they are too long: {monitor.left_out:,} rows"
-            console.print(Text(told, WARNING))
+            line = f"Not measured, because they are too long: {monitor.left_out:,} rows"
+            console.print(Text(line, WARNING))
     _print_plan(config, words, examples, monitor, console)
 
 
@@ -178,8 +178,8 @@ def _evaluation_remarks(
         yield Text("Measured on the way: nothing, so the last weights are kept")
         return
     counts = Counter(row.category or RESPOND for row in rows)
-    told = ", ".join(f"{name} {n:,}" for name, n in counts.items())
-    yield Text(f"Measured on the way: {len(rows):,} rows ({told})")
+    counted = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    yield Text(f"Measured on the way: {len(rows):,} rows ({counted})")
     if unmeasured := _without_rows(config, counts):
         yield Text(f"  No row at all: {', '.join(unmeasured)}", WARNING)
     trained = {prompt_key(row) for row in mixture.rows}

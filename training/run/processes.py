@@ -26,7 +26,7 @@ class Processes:
         import torch
         from accelerate import PartialState
 
-        # Without being told so, it takes several processes on CPUs for one each.
+        # Without `cpu`, accelerate takes several processes on CPUs for one each.
         self._state = PartialState(cpu=not torch.accelerator.is_available())
         self.count = self._state.num_processes
         self.index = self._state.process_index
@@ -57,7 +57,7 @@ class Processes:
                 result = (act(), None)
             except RheostatError as error:
                 result = (None, error)
-        return self._told(result)
+        return self._broadcast(result)
 
     def together(self, act: Callable[[], Outcome]) -> Outcome:
         """Lets every process act, and one of them speak where it goes wrong.
@@ -83,15 +83,15 @@ class Processes:
             raise wrong
         sys.exit(1)
 
-    def _told(self, result: tuple[Outcome | None, RheostatError | None]) -> Outcome:
+    def _broadcast(self, result: tuple[Outcome | None, RheostatError | None]) -> Outcome:
         from accelerate.utils import broadcast_object_list
 
         error_seen = result[1] is not None
-        told: list[object] = [None if error_seen else result[0], error_seen]
-        broadcast_object_list(told)
+        shared: list[object] = [None if error_seen else result[0], error_seen]
+        broadcast_object_list(shared)
         if result[1] is not None:
             raise result[1]
-        if told[1]:
+        if shared[1]:
             sys.exit(1)
-        outcome: Outcome = told[0]  # type: ignore[assignment]
+        outcome: Outcome = shared[0]  # type: ignore[assignment]
         return outcome

@@ -53,14 +53,14 @@ def describe_loss(loss: LossConfig) -> str:
     settings = (loss.decision.q, loss.decision.gamma, loss.text.q, loss.text.gamma)
     if all(isinstance(setting, float) and setting == 0 for setting in settings):
         return CROSS_ENTROPY
-    decision_q, decision_gamma, text_q, text_gamma = map(_told, settings)
+    decision_q, decision_gamma, text_q, text_gamma = map(_described, settings)
     return (
         f"flexible(decision q={decision_q} gamma={decision_gamma}, "
         f"text q={text_q} gamma={text_gamma})"
     )
 
 
-def _told(setting: Setting) -> str:
+def _described(setting: Setting) -> str:
     if isinstance(setting, (QSchedule, GammaSchedule)):
         return f"{setting.start:g} to {setting.end:g} over {setting.over:g}"
     if isinstance(setting, dict):

@@ -105,13 +105,13 @@ def _finish(run: _Run, identity: Identity, out: Path) -> None:
 
 
 def _train_into(run: _Run) -> None:
-    from training.run.assembly import memory_told
+    from training.run.assembly import memory_errors_explained
 
     config, seconds = run.config, dict[str, float]()
     evaluation = config.evaluation
     with _timed(seconds, "data_s"):
         mixture, held_out = run.processes.together(lambda: _read(run.config))
-        _tell_what_is_odd(run, mixture)
+        _report_oddities(run, mixture)
     with _timed(seconds, "model_s"):
         start = run.processes.together(lambda: start_of(config, mixture.rows))
         run.processes.on_main(lambda: _write_contract(run, start, config.loss))
@@ -120,13 +120,13 @@ def _train_into(run: _Run) -> None:
     with _timed(seconds, "loss_s"):
         loss = _resolved_loss(run, start, mixture)
         run.processes.on_main(lambda: _write_contract(run, start, loss))
-    with _timed(seconds, "trainer_s"), memory_told():
+    with _timed(seconds, "trainer_s"), memory_errors_explained():
         point = run.processes.on_main(run.points.open)
         trainer = _trainer(run, start, mixture, loss, monitor, resumed=point is not None)
         before = None
         if monitor is not None and evaluation is not None and evaluation.at_start:
             before = monitor.text_loss(trainer.model, control_tokens=False)
-    with _timed(seconds, "training_s"), memory_told():
+    with _timed(seconds, "training_s"), memory_errors_explained():
         if point is not None:
             run.say(f"{run.folder}: goes on after step {point.name.rpartition('-')[2]}")
         trainer.train(resume_from_checkpoint=None if point is None else str(point))
@@ -147,7 +147,7 @@ def _write_contract(run: _Run, start: Start, loss: LossConfig) -> None:
     load_checkpoint(run.folder)
 
 
-def _tell_what_is_odd(run: _Run, mixture: Mixture) -> None:
+def _report_oddities(run: _Run, mixture: Mixture) -> None:
     for source in mixture.sources:
         if source.left_out:
             run.say(f"{source.name}: {source.left_out} rows are left out: {source.why}")

@@ -179,13 +179,13 @@ class ControlTokenTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the two parts of the loss to a line of the log."""
         if "loss" in logs:
-            logs.update(self._told_tally())
+            logs.update(self._mean_losses())
         if "train_loss" in logs:
             # Trainer's own knows only what this process did, not what it resumed from.
             logs["train_loss"] = _mean_loss(self.state)
         super().log(logs, start_time)
 
-    def _told_tally(self) -> dict[str, float]:
+    def _mean_losses(self) -> dict[str, float]:
         tally = self.accelerator.reduce(self._tally.to(self.args.device), reduction="sum").tolist()
         self._tally = torch.zeros_like(self._tally)
         parts = {"decision_loss": tally[:2], "text_loss": tally[2:]}
@@ -203,12 +203,12 @@ class ControlTokenTrainer(SFTTrainer):
         assert monitor is not None
         with _undisturbed():
             metrics = monitor.measure(self.model).metrics
-        told = {f"{EVALUATION_PREFIX}{name}": value for name, value in metrics.items()}
-        self.log(dict(told))
+        logs = {f"{EVALUATION_PREFIX}{name}": value for name, value in metrics.items()}
+        self.log(dict(logs))
         if best != "last" and self.state.global_step > 0:
             self._keep_if_best(metrics[best])
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, told)
-        return told
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
     def _keep_if_best(self, value: float) -> None:
         known = self.state.best_metric

@@ -96,8 +96,8 @@ def test_prompt_of_two_categories_names_both_places(tmp_path: Path) -> None:
     path = _rows(tmp_path / "ours.jsonl", ("safety 3?", None))
     with pytest.raises(
         ConfigError,
-        match=r"ours.jsonl:41: the prompt stands at .*ours.jsonl:4 too, where it is of the "
-        r"category 'safety', and here to be answered",
+        match=r"ours.jsonl:41: the prompt is to be answered here and of the category 'safety' at "
+        r".*ours.jsonl:4; a prompt has one category",
     ):
         read_prompts(Prompts(named_sources(path)), NAMES)
 

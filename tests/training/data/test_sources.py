@@ -166,7 +166,7 @@ def test_bad_rows_can_be_left_out_and_are_counted(write: Write) -> None:
         ("rows.txt", "a", "is of an unknown kind; the ending must be one of .jsonl"),
         ("rows.csv", "", "is empty; its first line must name the columns"),
         ("rows.csv", "prompt;category;response\n", "columns are separated by commas in a .csv"),
-        ("rows.csv", "prompt,prompt\n", "the column 'prompt' stands there twice"),
+        ("rows.csv", "prompt,prompt\n", "the column 'prompt' is a duplicate"),
         ("rows.csv", 'prompt,category,response\na,safety,"b"c\n', "is no CSV"),
         ("rows.csv", "prompt,category,response\n", "holds no rows"),
         ("rows.json", "{}", "must hold a list of objects"),

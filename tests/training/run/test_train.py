@@ -16,7 +16,7 @@ from tests.training.conftest import Rows, WriteRows, small_rows
 from tests.training.recipes import log_of, tiny_config, weights_of
 from training.config.loss import LossConfig
 from training.config.recipe import TrainConfig
-from training.run.assembly import memory_told
+from training.run.assembly import memory_errors_explained
 from training.run.record import describe_loss
 from training.run.train import train
 
@@ -364,13 +364,13 @@ def test_manifest_names_the_loss(loss: dict[str, Any], told: str) -> None:
 def test_memory_that_does_not_suffice_is_told_with_what_to_change() -> None:
     with (
         pytest.raises(ConfigError, match=r"out of memory: lower optimisation\.batch_size"),
-        memory_told(),
+        memory_errors_explained(),
     ):
         torch.empty(2**55, dtype=torch.float64)
 
 
 def test_other_failures_keep_their_own_words() -> None:
-    with pytest.raises(RuntimeError, match="another"), memory_told():
+    with pytest.raises(RuntimeError, match="another"), memory_errors_explained():
         raise RuntimeError("another")
 
 
