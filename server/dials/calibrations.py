@@ -16,6 +16,7 @@ from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
 from models.solver import Solution, Target, bias_alone, curve, solve, warm_up
 
+DEFAULT_CALIBRATION = "default"
 MOST_SOLUTIONS = 4096
 HOW_TO = "`rheostat calibrate --model DIR --data FILE` makes one, and a restart loads it"
 

@@ -68,6 +68,13 @@ class Bounds:
         """Returns all biases, each within its bounds."""
         return tuple(self.hold(c, bias).bias for c, bias in enumerate(biases))
 
+    def describe(self, category: int, side: Side) -> str:
+        """Returns the most that a request may ask in one direction, in words."""
+        bound = self.floors[category] if side == "floor" else self.ceilings[category]
+        less = "less" if side == "floor" else "more"
+        shown = {math.inf: "always", -math.inf: "never"}.get(bound, f"a bias of {bound:.6g}")
+        return f"no {less} than its {side}, {shown}"
+
     def resting(self, category: int) -> float:
         """Returns the bias of a category that nobody sets: as trained, or the nearest to it."""
         return self.hold(category, 0.0).bias

@@ -1,10 +1,8 @@
 """The ``refusal`` object of a request."""
 
 import contextlib
-import marshal
 import math
 import reprlib
-from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,10 +23,6 @@ WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
 POLICY_HEADER = "x-refusal-policy"
-_MOST_KEPT = 1024
-_LONGEST_KEPT = 1024
-# So that equal values are written alike.
-_WITHOUT_REFERENCES = 2
 
 
 def _finite_number(value: Any, what: str) -> float:
@@ -165,10 +159,6 @@ class RefusalOptions(DialOptions):
     policy: str | None = None
 
     def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
         return hash((frozenset(self.categories.items()), self.decision, self.calibration))
 
     @property
@@ -211,24 +201,11 @@ def _number_or_text(text: str) -> float | str:
 
 
 def parse_options(value: Any) -> RefusalOptions:
-    """Validates a ``refusal`` object; what was sent lately is not validated again.
+    """Validates a ``refusal`` object.
 
     Raises:
         RequestError: With the path of the field that is wrong.
     """
-    try:
-        written = marshal.dumps(value, _WITHOUT_REFERENCES)
-    except ValueError:  # it nests deeper than the writer goes
-        return _validated(value)
-    return _read_lately(written) if len(written) <= _LONGEST_KEPT else _validated(value)
-
-
-@lru_cache(_MOST_KEPT)
-def _read_lately(written: bytes) -> RefusalOptions:
-    return _validated(marshal.loads(written))
-
-
-def _validated(value: Any) -> RefusalOptions:
     try:
         return RefusalOptions.model_validate(value)
     except ValidationError as error:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from models.errors import ConfigError, RequestError
 from models.manifest import Manifest
 from models.solver import Target
-from server.dials.board import DEFAULT_CALIBRATION, DialBoard
-from server.dials.calibrations import Calibrations, Question
+from server.dials.board import DialBoard
+from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations, Question
 from server.dials.floors import Bounds, Side
 from server.dials.protocol import FIELD, DialOptions
 from server.policies.book import ActivePolicy, Caller, PolicyBook

@@ -12,8 +12,7 @@ from starlette.responses import Response
 from models.errors import RequestError
 from models.hashes import Hashes
 from models.manifest import Manifest
-from server.dials.board import DEFAULT_CALIBRATION
-from server.dials.calibrations import Calibrations
+from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations
 from server.policies.book import CallerSource, caller_of
 from server.web.bodies import encode
 from server.web.errors import error_response, failure

@@ -1,0 +1,147 @@
+"""A request's dials laid over the operator's: what is to be solved, and by which rule."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from models.controls import Rule
+from models.errors import NotAllowedError, RequestError, shortened
+from models.solver import Target
+from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations, Question
+from server.dials.floors import Bounds, Side
+from server.dials.protocol import FIELD, DialOptions, RefusalOptions
+
+# Which categories were moved to a bound, by index.
+Sides = Mapping[int, Side]
+
+
+class Wanted(NamedTuple):
+    """What one request wants, its plain biases within the bounds already.
+
+    Attributes:
+        rule: How the token is chosen.
+        question: For the calibration.
+        asked: The dials as they were asked for, in manifest order.
+        sides: Plain biases that were moved to a bound.
+        solves: Whether the biases need the calibration; else only a forecast could.
+        moves: Whether the request itself moves dials; else all of it is the policy's.
+        replaced: The rule that was asked for, where the policy's floors demand greedy.
+    """
+
+    rule: Rule
+    question: Question
+    asked: tuple[Target | None, ...]
+    sides: Sides
+    solves: bool
+    moves: bool
+    replaced: str | None
+
+
+class Overlay:
+    """Lays requests' dials over the operator's.
+
+    Args:
+        names: The checkpoint's categories, in manifest order.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        defaults: DialOptions,
+        calibrations: Calibrations,
+        bounds: Bounds,
+    ) -> None:
+        self._names = tuple(names)
+        self._defaults = defaults
+        self._calibrations = calibrations
+        self._bounds = bounds
+
+    def wanted(self, options: RefusalOptions) -> Wanted:
+        """Returns what a request wants.
+
+        Raises:
+            RequestError: A category or a calibration is unknown, or rates or bounds are to be
+                decided by another rule than greedy.
+            NotAllowedError: It asks for another rule beside floors, and the policy does not clamp.
+        """
+        named = {**self._defaults.categories, **options.categories}
+        self._check_categories(named)
+        asked = tuple(named.get(name) for name in self._names)
+        total = options.false_refusal_rate
+        if total is None:
+            total = self._defaults.false_refusal_rate
+        calibration = self._calibration(options)
+        solves = total is not None or any(t is not None and t.bias is None for t in asked)
+        if solves:
+            self._calibrations.require(calibration, param=self._param(options, named))
+        rule, replaced = self._rule(options)
+        if solves and rule is not Rule.GREEDY:
+            raise RequestError(
+                f"{FIELD}.decision: rates and false refusal rates hold under greedy only: leave "
+                "the decision out, or ask for sensitivities or biases",
+                param=f"{FIELD}.decision",
+            )
+        targets, sides = self._bounded(asked, rests=total is None)
+        question = Question(calibration, targets, total)
+        return Wanted(rule, question, asked, sides, solves, options.moves_dials, replaced)
+
+    def _check_categories(self, asked: Iterable[str]) -> None:
+        for name in asked:
+            if name not in self._names:
+                path = path_of(shortened(name))
+                raise RequestError(
+                    f"{path}: this checkpoint has no such category; it has "
+                    f"{', '.join(self._names)}",
+                    param=path,
+                )
+
+    def _calibration(self, options: RefusalOptions) -> str:
+        name = options.calibration or self._defaults.calibration
+        if name is not None:
+            self._calibrations.require(name, param=f"{FIELD}.calibration")
+        return name or DEFAULT_CALIBRATION
+
+    def _param(self, options: RefusalOptions, asked: Mapping[str, Target]) -> str:
+        if options.calibration or self._defaults.calibration:
+            return f"{FIELD}.calibration"
+        rates = [name for name, target in asked.items() if target.bias is None]
+        return path_of(rates[0]) if rates else f"{FIELD}.false_refusal_rate"
+
+    def _rule(self, options: RefusalOptions) -> tuple[Rule, str | None]:
+        asked = options.decision or self._defaults.decision or "greedy"
+        # Only under greedy does a bias promise that what it refuses stays refused whatever the
+        # temperature, the draw and the other dials are.
+        if asked == "greedy" or not self._bounds.has_floor:
+            return Rule[asked.upper()], None
+        if self._bounds.refuses:
+            raise NotAllowedError(
+                f"{FIELD}.decision: the policy has floors, which hold under greedy only",
+                param=f"{FIELD}.decision",
+            )
+        return Rule.GREEDY, asked
+
+    def _bounded(
+        self, asked: Sequence[Target | None], *, rests: bool
+    ) -> tuple[tuple[Target | None, ...], Sides]:
+        """Moves plain biases to their bounds, and those that nobody sets to where they rest.
+
+        Args:
+            asked: In manifest order.
+            rests: Whether what nobody sets stays as trained; else a total bound moves it.
+        """
+        targets: list[Target | None] = []
+        sides: dict[int, Side] = {}
+        for c, target in enumerate(asked):
+            if target is None and rests and self._bounds.resting(c) != 0:
+                target = Target(bias=self._bounds.resting(c))
+            elif target is not None and target.bias is not None:
+                bias, side = self._bounds.hold(c, target.bias)
+                if side is not None:
+                    sides[c] = side
+                    target = Target(bias=bias)
+            targets.append(target)
+        return tuple(targets), sides
+
+
+def path_of(category: str) -> str:
+    """Returns the path of a category's dial in a request."""
+    return f"{FIELD}.categories.{category}"
