@@ -1,7 +1,7 @@
 # Two commands on a fresh machine are the whole set-up: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,train,wandb,dev
+EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
 .PHONY: setup demo test lint bench fuzz screenshots

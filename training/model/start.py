@@ -5,12 +5,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from models.checkpoint import load_tokenizer, resolve_checkpoint
+from models.checkpoint import load_tokenizer
 from models.errors import CheckpointError, ConfigError
 from models.manifest import Manifest
 from models.tokens import RESPOND, add_control_tokens, grow_embeddings, refusal_token
 from training.config.recipe import CheckpointModel, ScratchModel, TrainConfig
 from training.data.rows import Row
+from training.model.gguf import model_folder
 from training.model.scratch import LEAST_VOCABULARY, new_model, train_tokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _from_scratch(config: TrainConfig, model: ScratchModel, rows: Sequence[Row])
 
 
 def _from_checkpoint(config: TrainConfig, source: CheckpointModel) -> Start:
-    folder = resolve_checkpoint(source.checkpoint, source.revision)
+    folder = model_folder(source)
     tokenizer = tokenizer_of(source, folder)
     manifest = add_control_tokens(tokenizer, config.token_categories)
     stored = _stored_dtype(folder)

@@ -14,7 +14,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from models.checkpoint import resolve_checkpoint
 from models.errors import CheckpointError, ConfigError
 from models.manifest import Manifest
 from models.tokens import add_control_tokens
@@ -23,6 +22,7 @@ from training.data.encoding import DecisionWeights, Example, encode_rows, fit
 from training.data.mixture import Mixture, decision_weights, gather, prompt_key
 from training.data.rows import Row
 from training.measure.held_out import held_out_monitor, held_out_rows
+from training.model.gguf import is_gguf, model_folder
 from training.model.start import Start, model_config, start_of, tokenizer_of
 from training.run.auto import BUDGETS, CANDIDATES, KEEP, inner_split, is_auto
 
@@ -234,10 +234,10 @@ def _without_weights(config: TrainConfig, model: CheckpointModel, folder: Path, 
 
 def _fetched(model: CheckpointModel) -> Path:
     # A path that is not there is a mistake; a name on the hub may just be out of reach.
-    if not HUB_NAME.fullmatch(model.checkpoint):
-        return resolve_checkpoint(model.checkpoint, model.revision)
+    if is_gguf(model.checkpoint) or not HUB_NAME.fullmatch(model.checkpoint):
+        return model_folder(model)
     try:
-        return resolve_checkpoint(model.checkpoint, model.revision, with_weights=False)
+        return model_folder(model, with_weights=False)
     except CheckpointError as error:
         raise _UnreachableError(error.message) from error
 
