@@ -48,23 +48,16 @@ class Words(NamedTuple):
     """What makes text into tokens.
 
     Attributes:
+        config: The model's configuration.
         start: What the training begins with; None where the weights are not here.
-        folder: Where an existing model's configuration lies; None for a new model.
         why_not: Why there is no start.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     manifest: Manifest
+    config: Any
     start: Start | None
-    folder: Path | None
     why_not: str = ""
-
-    def described(self) -> Any:
-        """Returns the model's configuration."""
-        if self.start is not None:
-            return self.start.config
-        assert self.folder is not None
-        return model_config(self.folder)
 
 
 def dry_run(config: TrainConfig, console: Console) -> None:
@@ -98,8 +91,7 @@ def dry_run(config: TrainConfig, console: Console) -> None:
         console.print(Text(f"Left out, because they are too long: {left_out:,} rows", WARNING))
     monitor = None
     if held_out is not None:
-        described = words.described()
-        monitor = held_out_monitor(config, held_out, words.tokenizer, words.manifest, described)
+        monitor = held_out_monitor(config, held_out, words.tokenizer, words.manifest, words.config)
         if monitor.left_out:
             line = f"Not measured, because they are too long: {monitor.left_out:,} rows"
             console.print(Text(line, WARNING))
@@ -211,7 +203,7 @@ class _UnreachableError(CheckpointError):
 def _words(config: TrainConfig, rows: Sequence[Row]) -> Words:
     if isinstance(config.model, ScratchModel):
         start = start_of(config, rows)
-        return Words(start.tokenizer, start.manifest, start, None)
+        return Words(start.tokenizer, start.manifest, start.config, start)
     folder = Path(config.model.checkpoint)
     if not folder.is_dir():
         folder = _fetched(config.model)
@@ -223,13 +215,13 @@ def _words(config: TrainConfig, rows: Sequence[Row]) -> Words:
     except ConfigError as error:
         # Where it is not the weights that are wrong, this ends the same way.
         return _without_weights(config, config.model, folder, error.message)
-    return Words(start.tokenizer, start.manifest, start, folder)
+    return Words(start.tokenizer, start.manifest, start.config, start)
 
 
 def _without_weights(config: TrainConfig, model: CheckpointModel, folder: Path, why: str) -> Words:
     tokenizer = tokenizer_of(model, folder)
     manifest = add_control_tokens(tokenizer, config.token_categories)
-    return Words(tokenizer, manifest, None, folder, why)
+    return Words(tokenizer, manifest, model_config(folder), None, why)
 
 
 def _fetched(model: CheckpointModel) -> Path:
