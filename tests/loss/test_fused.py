@@ -240,20 +240,6 @@ def test_a_matrix_tied_to_the_embeddings_gets_both_gradients() -> None:
     torch.testing.assert_close(gradient(fused=True), gradient(fused=False), rtol=1e-12, atol=1e-12)
 
 
-def test_two_uses_in_one_graph_add_up() -> None:
-    problem, other = Problem(), Problem()
-    other.hidden, other.weight = problem.hidden, problem.weight
-    other.targets = problem.targets.flip(0)
-
-    found = problem.fused().loss_sum * 0.5 + other.fused(0.0, 0.0).loss_sum
-    wanted = problem.plain().loss_sum * 0.5 + other.plain(0.0, 0.0).loss_sum
-
-    leaves = (problem.hidden, problem.weight)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves)
-    )
-
-
 def test_a_retained_graph_gives_the_same_gradient_again() -> None:
     problem = Problem()
     loss_sum = problem.fused(chunk_tokens=3).loss_sum

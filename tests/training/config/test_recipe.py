@@ -109,6 +109,7 @@ def test_number_that_nothing_can_be_done_with_is_one_line(
         ("", "categories: {Not Good: bad}", "categories.Not Good: string should match"),
         ("", "categories: {answer: bad}", "categories: answer is what the answers are called"),
         ("", "lora: {target_modules: []}", "lora.target_modules"),
+        ("", "lora: {r: 8}", "lora adapts an existing model: give model.checkpoint"),
         ("", "optimisation: {gradient_accumulation_steps: 1000000}", "optimisation.gradient_accu"),
         ("", "evaluation: {data: [{path: a, weight: 1.0e+9}]}", "evaluation.data.0.weight"),
     ],

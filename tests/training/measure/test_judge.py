@@ -49,10 +49,3 @@ def test_rows_without_response_teach_the_judge_nothing(write_rows: WriteRows) ->
     judge = Judge(read_rows(write_rows([*rows, *silent]), NAMES))
 
     assert judge.accuracy == Judge(read_rows(write_rows(rows), NAMES)).accuracy
-
-
-def test_rows_without_any_response_cannot_teach_a_judge(write_rows: WriteRows) -> None:
-    rows = [{**row, "response": None} for row in small_rows()]
-
-    with pytest.raises(EvaluationError, match="only one kind"):
-        Judge(read_rows(write_rows(rows), NAMES))

@@ -78,19 +78,6 @@ def test_what_the_rows_cannot_tell_is_left_out(truth: list[str | None], absent: 
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_metrics_do_not_depend_on_the_order_of_the_rows() -> None:
-    rng = np.random.default_rng(0)
-    margins = rng.integers(-3, 3, size=(200, 2)).astype(float)
-    truth = rng.choice(["a", "b", "-"], size=200)
-    order = rng.permutation(200)
-
-    def measured(rows: NDArray[np.int64]) -> dict[str, float]:
-        named = [None if word == "-" else str(word) for word in truth[rows]]
-        return decision_metrics(margins[rows], named, NAMES)
-
-    assert measured(order) == pytest.approx(measured(np.arange(200)))
-
-
 @pytest.mark.parametrize(
     ("margins", "truth", "reason"),
     [

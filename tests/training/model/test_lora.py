@@ -127,8 +127,3 @@ def test_weights_are_exported_as_the_base_stored_them(
 
         assert {weight.dtype for weight in weights_of(out).values()} == {torch.bfloat16}
         assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
-
-
-def test_adapters_need_an_existing_model(write_rows: WriteRows) -> None:
-    with pytest.raises(ValueError, match="lora adapts an existing model"):
-        tiny_config(write_rows(small_rows()), lora={"r": 8})
