@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from models.calibration import (
     BENIGN,
@@ -181,7 +181,8 @@ def _score(
     job: Job, rows: Sequence[Row], info: CalibrationInfo, console: Console
 ) -> tuple[list[Scores], float]:
     found: dict[int, Scores] = {}
-    with _server(job, console) as url, _bar(console) as bar:
+    bar = Progress(console=console, disable=not console.is_terminal)
+    with _server(job, console) as url, bar:
         started = monotonic()
         task = bar.add_task("scoring", total=len(rows))
 
@@ -249,14 +250,3 @@ def _server(job: Job, console: Console) -> Iterator[str]:
             )
         yield url
     log.unlink(missing_ok=True)
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

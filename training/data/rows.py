@@ -111,17 +111,21 @@ class _Turn(BaseModel):
     category: str | None = None
 
 
-class _PromptRow(BaseModel):
-    # Other fields say where a row comes from and are not ours to check. `category` and `response`
-    # have no default: misspelt, they would turn every refusal into an answer or into no text.
+class _MarkedRow(BaseModel):
+    # Other fields say where a row comes from and are not ours to check.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    prompt: Text
-    category: str | None
-    response: Text | None
     answer: Mark | None = None
     pair: Mark | None = None
     near_miss: str | None = None
+
+
+class _PromptRow(_MarkedRow):
+    # `category` and `response` have no default: misspelt, they would turn every refusal into an
+    # answer or into no text.
+    prompt: Text
+    category: str | None
+    response: Text | None
 
     def turns(self) -> tuple[Message, ...]:
         asked = Message(role="user", content=self.prompt)
@@ -129,14 +133,9 @@ class _PromptRow(BaseModel):
         return asked, reply
 
 
-class _ConversationRow(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
+class _ConversationRow(_MarkedRow):
     messages: Annotated[tuple[_Turn, ...], Field(min_length=2)]
     category: str | None = None
-    answer: Mark | None = None
-    pair: Mark | None = None
-    near_miss: str | None = None
 
     def turns(self) -> tuple[Message, ...]:
         last = self.messages[-1]
@@ -150,13 +149,11 @@ class _ConversationRow(BaseModel):
             category = self.category
         if any(turn.content is None for turn in self.messages[:-1]):
             raise BadRowError("messages: only the last message may have no content")
-        return (
-            *(
-                Message(role=turn.role, content=turn.content or "", category=turn.category)
-                for turn in self.messages[:-1]
-            ),
-            Message(role=last.role, content=last.content or "", category=category),
+        *earlier, reply = (
+            Message(role=turn.role, content=turn.content or "", category=turn.category)
+            for turn in self.messages
         )
+        return *earlier, reply.model_copy(update={"category": category})
 
 
 def parse_row(values: Mapping[str, Any], origin: str, categories: Collection[str]) -> Row:

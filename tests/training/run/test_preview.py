@@ -9,21 +9,13 @@ from rich.console import Console
 from models.errors import CheckpointError, ConfigError
 from models.tokens import add_control_tokens
 from tests.training.conftest import Rows, WriteRows, small_rows
+from tests.training.recipes import MODEL
 from training.config.recipe import OptimisationConfig, TrainConfig
 from training.data.encoding import Example
 from training.model.scratch import train_tokenizer
 from training.model.start import start_of
 from training.run.estimate import work
 from training.run.preview import dry_run, rendered
-
-MODEL = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "layers": 2,
-    "heads": 2,
-    "intermediate_size": 128,
-    "max_length": 64,
-}
 
 
 def _values(path: Path, **changes: Any) -> dict[str, Any]:
