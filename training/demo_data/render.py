@@ -13,6 +13,8 @@ from typing import Literal, TypedDict
 
 from training.demo_data.world import CATEGORIES, SLOT, Split, Template, World, load_world
 
+Kind = Literal["refuse", "answer", "near_miss", "pair"]
+
 
 class Row(TypedDict):
     """One line of a split.
@@ -31,7 +33,7 @@ class Row(TypedDict):
     answer: str | None
     template: str
     pair: str | None
-    kind: Literal["refuse", "answer", "near_miss", "pair"]
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _groups(sampler: Sampler, split: Split, sizes: Sizes) -> list[list[Row]]:
     for category in CATEGORIES:
         groups += _category_groups(sampler, category, split, sizes)
     in_world = sampler.draw(sampler.world.select("answer", None, split), sizes.in_world)
-    groups.append([_answered(draw, "answer") for draw in in_world])
+    groups.append([_row(draw, None, draw.response, "answer") for draw in in_world])
     return groups
 
 
@@ -233,8 +235,11 @@ def _category_groups(
     near = sampler.world.select("near_miss", category, split)
     answer += sampler.draw(near, sizes.near_misses - len(answer))
     return (
-        [_refused(sampler, draw, category, draw.template.about) for draw in refuse],
-        [_answered(draw, "near_miss") for draw in answer],
+        [
+            _row(draw, category, sampler.refusal(category, draw.template.about), "refuse")
+            for draw in refuse
+        ],
+        [_row(draw, None, draw.response, "near_miss") for draw in answer],
     )
 
 
@@ -244,8 +249,8 @@ def _pairs(sampler: Sampler, sizes: PairSizes) -> list[Row]:
         for number, draw in enumerate(_pair_draws(sampler, category, sizes)):
             pair = f"{category}-{number}"
             about = draw.template.about if draw.template.category == category else ""
-            rows.append(_refused(sampler, draw, category, about, pair))
-            rows.append(_answered(draw, "pair", pair))
+            rows.append(_row(draw, category, sampler.refusal(category, about), "pair", pair))
+            rows.append(_row(draw, None, draw.response, "pair", pair))
     return rows
 
 
@@ -262,28 +267,14 @@ def _pair_draws(sampler: Sampler, category: str, sizes: PairSizes) -> list[Draw]
     ]
 
 
-def _refused(
-    sampler: Sampler, draw: Draw, category: str, about: str, pair: str | None = None
+def _row(
+    draw: Draw, category: str | None, response: str, kind: Kind, pair: str | None = None
 ) -> Row:
     return Row(
         prompt=draw.prompt,
         category=category,
-        response=sampler.refusal(category, about),
-        answer=None,
-        template=draw.template.id,
-        pair=pair,
-        kind="pair" if pair else "refuse",
-    )
-
-
-def _answered(
-    draw: Draw, kind: Literal["answer", "near_miss", "pair"], pair: str | None = None
-) -> Row:
-    return Row(
-        prompt=draw.prompt,
-        category=None,
-        response=draw.response,
-        answer=draw.answer,
+        response=response,
+        answer=draw.answer if category is None else None,
         template=draw.template.id,
         pair=pair,
         kind=kind,
