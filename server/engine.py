@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.anthropic.protocol import (
@@ -39,6 +40,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import (
     GracefulHTTPError,
@@ -80,13 +82,16 @@ from server.telemetry.recorder import MarginRecorder
 from server.telemetry.trace import DecisionTrace
 from server.web.connection import connection_options
 from server.web.errors import Failure, failure, failure_of
-from server.web.first_error import stop_at_first_error
-from server.web.gate import Gate
 from server.web.guard import Guard, build_guard
 from server.web.middleware import GENERATING, RefusalMiddleware
 from server.web.routes import build_router
 from server.web.score import ScoreRoute, build_score_router
-from server.web.validation import answer_failed, answer_invalid, first_problem
+from server.web.validation import (
+    answer_failed,
+    answer_invalid,
+    first_problem,
+    stop_at_first_error,
+)
 
 CPU_KVCACHE_GIB = "2"
 YOUNG_OBJECTS = 20_000
@@ -442,16 +447,15 @@ def _turn_ids(config: Any, tokenizer: Any) -> list[int]:
     return sorted(turn_opening_ids(tokenizer) - ends)
 
 
-def _put_gate(
-    app: Any, settings: Settings, policies: Policies, trace: DecisionTrace | None
-) -> None:
+def put_layer(app: Any, layer: Middleware) -> None:
+    """Puts our layer among vLLM's middleware."""
     # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
-    app.user_middleware[:] = [
-        m for m in app.user_middleware if m.cls is not AuthenticationMiddleware
-    ]
-    app.user_middleware.insert(
-        0, Middleware(Gate, settings=settings, callers=policies, trace=trace)
-    )
+    # What adds headers to answers stands outside, so that pages can read our errors as well. All
+    # others of vLLM's, and those of --middleware, see admitted requests only.
+    theirs = [m for m in app.user_middleware if m.cls is not AuthenticationMiddleware]
+    outside = [m for m in theirs if m.cls in (CORSMiddleware, XRequestIdMiddleware)]
+    inside = [m for m in theirs if m not in outside]
+    app.user_middleware[:] = [*outside, layer, *inside]
 
 
 def _make_quick(app: Any) -> None:
@@ -515,13 +519,12 @@ async def _serve_http(
             engine,
             policies.served.calibrations,
             lambda: checkpoint_hashes(directory),
-            policies,
         )
     )
     if settings.page:
         app.include_router(build_page_router())
-    # Appended, not added: the innermost place, behind vLLM's authentication.
-    app.user_middleware.append(
+    put_layer(
+        app,
         Middleware(
             RefusalMiddleware,
             manifest=manifest,
@@ -529,13 +532,12 @@ async def _serve_http(
             callers=policies,
             guard=guard,
             trace=trace,
-        )
+        ),
     )
-    _put_gate(app, settings, policies, trace)
     app.middleware_stack = None  # build_app has built it already; the next call builds it anew
     await init_app_state(engine, app.state, args, tasks)
     scorer = _VllmScorer(engine, app.state, _default_temperature(engine.model_config))
-    route = ScoreRoute(manifest, policies, scorer, settings.max_body_bytes, guard, trace)
+    route = ScoreRoute(manifest, scorer, guard, trace)
     app.include_router(build_score_router(route))
     _make_quick(app)
     uvicorn_options = connection_options(settings)

@@ -8,11 +8,10 @@ from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from starlette.datastructures import Headers
-from starlette.types import Scope
 
 from models.controls import Controls, Rule, sensitivity_of_bias
 from models.errors import ExpiredKeyError, NotAllowedError, UnknownCallerError
-from server.context import CALLER, DEFAULT_POLICY
+from server.context import DEFAULT_POLICY
 from server.dials.board import DialBoard, Resolution
 from server.dials.protocol import FIELD, RefusalOptions
 from server.policies.credentials import StoredKey, hash_key, now, presented_keys
@@ -56,6 +55,11 @@ class ActivePolicy:
                 f"{FIELD}.report: the policy allows no reports", param=f"{FIELD}.report"
             )
         return self.board.reports(options)
+
+    def check_raw_prompts(self) -> None:
+        """Raises a NotAllowedError where prompts may not be sent past the chat template."""
+        if not self.raw_prompts:
+            raise NotAllowedError("the policy allows no raw prompts: send messages", param="prompt")
 
     def describe(self) -> dict[str, Any]:
         """Returns what a tenant may know of a policy of its own, as JSON."""
@@ -135,16 +139,6 @@ class CallerSource(Protocol):
         Raises:
             UnknownCallerError: Nobody that may call.
         """
-
-
-def caller_of(scope: Scope, callers: CallerSource) -> Caller:
-    """Returns who sends a request: whom the gate found, or where there was none, anew.
-
-    Raises:
-        UnknownCallerError: Nobody that may call.
-    """
-    found: Caller | None = scope.get(CALLER)
-    return callers.caller(Headers(scope=scope)) if found is None else found
 
 
 @dataclass(frozen=True)

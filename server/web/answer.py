@@ -1,15 +1,19 @@
-"""The way of vLLM's answer to the client: shaped, and rejected where it only seems to begin."""
+"""The way of an answer to the client: errors get the API's shape, refusals are said."""
 
 import json
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
+from models.errors import RequestError
 from server.apis.shaping import Shaper
 from server.context import DecisionContext
 from server.web.bodies import encode
-from server.web.errors import Failure, failure_in
-from server.web.events import SEPARATOR, shape_events
+from server.web.errors import SEPARATOR, Failure, failure_in, failure_of, read_failure
+
+Headers = Iterable[tuple[bytes, bytes]]
+_WRITTEN_ANEW = frozenset({b"content-type", b"content-length", b"connection"})
 
 
 class Answer:
@@ -25,21 +29,24 @@ class Answer:
 
     Attributes:
         status: HTTP's; 500 until it is known, for what ends without an answer.
+        failure: What the client was told instead of an answer.
+        refused: Whether the failure is ours, and vLLM's app was not asked.
     """
 
     def __init__(self, send: Send, path: str) -> None:
         self._send = send
         self._path = path
+        # Takes each part of the body that follows.
+        self._take = send
+        self._held: Message | None = None
+        self._buffer = b""
         self._context: DecisionContext | None = None
         self._shaper: Shaper | None = None
         self._mark = b""
-        self._held_start: Message | None = None
-        self._streams = False
-        self._shapes = False
-        self._ended = False
-        self._buffer = b""
         self._events_sent = 0
         self.status = 500
+        self.failure: Failure | None = None
+        self.refused = False
 
     def shape(self, context: DecisionContext, shaper: Shaper, mark: bytes) -> None:
         """Shapes what comes from here on.
@@ -53,93 +60,117 @@ class Answer:
         self._shaper = shaper
         self._mark = mark
 
+    async def refuse(self, error: RequestError) -> None:
+        """Answers with an error of ours, before anything else was asked for an answer."""
+        self.refused = True
+        headers = (error.headers or {}).items()
+        await self._fail(
+            failure_of(error), [(name.encode(), value.encode()) for name, value in headers]
+        )
+
     async def end_failed(self) -> bool:
         """Ends a stream whose handler failed; returns whether the engine had rejected the request.
 
         What else went wrong is a fault that the server should log.
         """
-        failure = self._context.failure if self._context is not None else None
-        if failure is not None and self._streams and not self._ended:
-            if self._held_start is not None:
-                await self._fail(failure)
+        failure = self._rejection
+        if failure is not None and self._take == self._stream:
+            if self._held is not None:
+                await self._fail(failure, self._held["headers"])
             else:
                 event = failure.event(self._path, self._events_sent) + SEPARATOR
-                await self._end(event)
+                self._take = _drop
+                await self._send({"type": "http.response.body", "body": self._unmarked(event)})
         return failure is not None and failure.status < 500
 
     async def __call__(self, message: Message) -> None:
         """Takes one message of the answer."""
-        if self._ended:
-            return
         if message["type"] == "http.response.start":
-            await self._start(message)
-        elif self._streams:
-            await self._events(message)
-        elif self._held_start is not None:
-            await self._whole(message)
+            await self._begin(message)
         else:
-            await self._send(message)
+            await self._take(message)
+
+    @property
+    def _rejection(self) -> Failure | None:
+        return None if self._context is None else self._context.failure
+
+    async def _begin(self, message: Message) -> None:
+        if message["status"] >= 400:
+            self._held, self._take = message, self._error
+            return
+        if self._shaper is None:
+            await self._start(message)
+            return
+        media_type = next((v for k, v in message["headers"] if k == b"content-type"), b"")
+        if media_type.startswith(b"text/event-stream"):
+            self._held, self._take = message, self._stream
+            return
+        if message["status"] == 200:
+            message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
+            if self._shaper.needed and media_type.startswith(b"application/json"):
+                self._held, self._take = message, self._shaped
+                return
+        if self._mark:
+            self._held, self._take = message, self._whole
+        else:
+            await self._start(message)
 
     async def _start(self, message: Message) -> None:
-        if self._context is None or self._shaper is None:
-            await self._send_start(message)
-            return
-        if message["status"] >= 400 and self._context.failure is not None:
-            # What vLLM makes of it on the way has lost its status, its path or its code.
-            await self._fail(self._context.failure)
-            return
-        content_type = Headers(raw=message["headers"]).get("content-type", "")
-        self._streams = content_type.startswith("text/event-stream")
-        if message["status"] == 200 and not self._streams:
-            message = {**message, "headers": [*message["headers"], *self._shaper.headers()]}
-            self._shapes = self._shaper.needed and content_type.startswith("application/json")
-        if self._streams or self._shapes or self._mark:
-            self._held_start = message
-        else:
-            await self._send_start(message)
-
-    async def _send_start(self, message: Message) -> None:
-        self._held_start = None
+        self._held = None
         self.status = message["status"]
         await self._send(message)
 
-    async def _fail(self, failure: Failure) -> None:
-        body = self._unmarked(encode(failure.body()))
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await self._send_start(
-            {"type": "http.response.start", "status": failure.status, "headers": headers}
+    async def _fail(self, failure: Failure, headers: Headers) -> None:
+        self.failure = failure = failure.on(self._path)
+        body = self._unmarked(encode(failure.body(self._path)))
+        kept = [header for header in headers if header[0] not in _WRITTEN_ANEW]
+        kept += failure.headers(body)
+        await self._start(
+            {"type": "http.response.start", "status": failure.status, "headers": kept}
         )
-        await self._end(body)
+        self._take = _drop
+        await self._send({"type": "http.response.body", "body": body})
 
-    async def _end(self, body: bytes) -> None:
-        self._ended = True
-        await self._send({"type": "http.response.body", "body": self._unmarked(body)})
+    async def _error(self, message: Message) -> None:
+        self._buffer += message.get("body", b"")
+        if not message.get("more_body", False):
+            assert self._held is not None
+            # What vLLM makes of a rejection on the way has lost its status, its path or its code.
+            body = self._unmarked(self._buffer)
+            failure = self._rejection or read_failure(self._held["status"], body)
+            await self._fail(failure, self._held["headers"])
+
+    async def _shaped(self, message: Message) -> None:
+        assert self._shaper is not None
+        self._buffer += message.get("body", b"")
+        if not message.get("more_body", False):
+            await self._end_whole(encode(self._shaper.shape_answer(json.loads(self._buffer))))
 
     async def _whole(self, message: Message) -> None:
         self._buffer += message.get("body", b"")
-        if message.get("more_body", False):
-            return
-        start = self._held_start
+        if not message.get("more_body", False):
+            await self._end_whole(self._buffer)
+
+    async def _end_whole(self, body: bytes) -> None:
+        start = self._held
         assert start is not None
-        body = self._buffer
-        if self._shapes and self._shaper is not None:
-            body = encode(self._shaper.shape_answer(json.loads(body)))
         body = self._unmarked(body)
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["content-length"] = str(len(body))
-        await self._send_start({**start, "headers": headers.raw})
+        headers = [header for header in start["headers"] if header[0] != b"content-length"]
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self._start({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     def _unmarked(self, body: bytes) -> bytes:
         return body.replace(self._mark, b"") if self._mark else body
 
-    async def _events(self, message: Message) -> None:
+    async def _stream(self, message: Message) -> None:
+        assert self._shaper is not None
         self._buffer += message.get("body", b"")
         more = message.get("more_body", False)
-        if self._held_start is not None and not await self._begins(self._held_start, more):
+        if self._held is not None and not await self._begins(self._held, more):
             return
         events, end, self._buffer = self._buffer.rpartition(SEPARATOR)
-        if events and self._shaper is not None and self._shaper.needed:
+        if events and self._shaper.needed:
             events = shape_events(events, self._shaper.shape_event)
             end = end if events else b""
         if (failure := failure_in(events)) is not None:
@@ -153,21 +184,47 @@ class Answer:
 
     async def _begins(self, start: Message, more: bool) -> bool:
         """Returns whether a held stream begins now; where it fails instead, the answer is sent."""
-        context = self._context
-        assert context is not None
-        failure = context.failure or failure_in(self._buffer)
+        assert self._context is not None
+        failure = self._context.failure or failure_in(self._buffer)
         if failure is not None:
-            await self._fail(failure)
+            await self._fail(failure, start["headers"])
             return False
-        begins = context.started or not more or self._buffer.startswith(b":")
+        begins = self._context.started or not more or self._buffer.startswith(b":")
         if begins:
-            await self._send_start(start)
+            await self._start(start)
         return begins
 
     def _with_failure(self, events: bytes, failure: Failure) -> bytes:
-        assert self._context is not None
-        told = self._context.failure or failure
+        told = self._rejection or failure
         return SEPARATOR.join(
             told.event(self._path, self._events_sent + place) if failure_in(event) else event
             for place, event in enumerate(events.split(SEPARATOR))
         )
+
+
+async def _drop(_: Message) -> None:
+    """Takes what follows an answer that is complete."""
+
+
+def shape_events(events: bytes, shape: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> bytes:
+    """Returns whole events, each shaped.
+
+    Args:
+        events: Any number of them, the separators between them included and the last one not.
+        shape: Gives what stands for an event's object: any number of objects.
+    """
+    shaped = [_shape_event(event, shape) for event in events.split(SEPARATOR)]
+    return SEPARATOR.join(filter(None, shaped))
+
+
+def _shape_event(event: bytes, shape: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> bytes:
+    head, _, data = event.partition(b"data: ")
+    if not data.startswith(b"{"):  # the end mark, a comment that keeps the connection alive
+        return event
+    objects = shape(json.loads(data))
+    return SEPARATOR.join(_written(one, named=bool(head)) for one in objects)
+
+
+def _written(event: dict[str, Any], *, named: bool) -> bytes:
+    name = f"event: {event['type']}\n".encode() if named else b""
+    return name + b"data: " + encode(event)

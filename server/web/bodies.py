@@ -1,4 +1,4 @@
-"""Request bodies: read within bounds, parsed once, answered with OpenAI's error body."""
+"""Request bodies: read within bounds, with the dials of the headers in them, and handed on."""
 
 import asyncio
 import json
@@ -47,21 +47,6 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
             raise RequestError(f"the body is larger than {limit_bytes} bytes", status=413)
         more = message.get("more_body", False)
     return b"".join(parts)
-
-
-def parse_body(raw: bytes) -> dict[str, Any] | None:
-    """Returns a body's JSON object, or None where vLLM itself says what is wrong with it.
-
-    Raises:
-        RequestError: It nests deeper than the parser goes.
-    """
-    try:
-        body = json.loads(raw)
-    except RecursionError as error:
-        raise RequestError("the body nests too deeply", status=400) from error
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
 
 
 def flag(body: dict[str, Any], name: str) -> bool:

@@ -171,10 +171,10 @@ class BoundedConnection(HttpToolsProtocol):
 
 
 class _Announced:
-    """Announces every end of a connection with ``Connection: close``.
+    """Announces with ``Connection: close`` that an answer came before its request's end.
 
-    It ends after a status of 5xx, and after an answer that came before the request's end. What the
-    client still sends is read for a while then, so that the answer reaches it.
+    What the client still sends is read for a while then, so that the answer reaches it. Answers of
+    5xx, after which the connection ends too, say so themselves (server/web/errors.py).
 
     Args:
         app: Answers the request.
@@ -187,26 +187,31 @@ class _Announced:
         self._lingers = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def announce(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._announce(message["status"])
-            elif self._lingers and not message.get("more_body", False):
-                await send({**message, "more_body": True})
-                await self._linger(receive)
-                message = {"type": "http.response.body"}
-            await send(message)
-
+        if self._cycle.more_body:
+            send = self._announcing(receive, send)
         try:
-            await self._app(scope, receive, announce)
+            await self._app(scope, receive, send)
         except Exception as error:
             if not self._cycle.response_complete:
                 raise
             # uvicorn would close a connection that was promised to stay.
             self._cycle.logger.error("Exception in ASGI application\n", exc_info=error)
 
-    def _announce(self, status: int) -> None:
+    def _announcing(self, receive: Receive, send: Send) -> Send:
+        async def announce(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._announce()
+            elif self._lingers and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await self._linger(receive)
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        return announce
+
+    def _announce(self) -> None:
         cycle = self._cycle
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR or cycle.more_body:
+        if cycle.more_body:
             cycle.keep_alive = False  # uvicorn writes the header
         # A client that waits for `100 Continue` has not sent its body.
         self._lingers = cycle.more_body and not cycle.waiting_for_100_continue

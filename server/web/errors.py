@@ -2,18 +2,16 @@
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
-from starlette.types import Message, Send
 
 from models.errors import ContextLengthError, RequestError, ServiceError, shortened
 from server.web.bodies import encode
-from server.web.events import SEPARATOR
 
 MOST_MESSAGE = 600
+# Stands behind each server-sent event.
+SEPARATOR = b"\n\n"
 RESPONSES = "/v1/responses"
 ANTHROPIC = "/v1/messages"
 
@@ -82,7 +80,22 @@ class Failure(NamedTuple):
     def response(self, headers: dict[str, str] | None = None, path: str = "") -> Response:
         """Returns the answer in the shape of the API that a path belongs to."""
         body = encode(self.body(path))
-        return Response(body, self.status, headers, media_type="application/json")
+        response = Response(body, self.status, headers)
+        response.raw_headers = [
+            *(header for header in response.raw_headers if header[0] != b"content-length"),
+            *self.headers(body),
+        ]
+        return response
+
+    def headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
+        """Returns the headers of the answer; after a fault of the server's no request follows.
+
+        uvicorn closes a connection after an exception without having said so, and a pooling client
+        would lose its next request.
+        """
+        length = b"%d" % len(body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        return [*headers, (b"connection", b"close")] if self.status >= 500 else headers
 
     def _openai(self) -> dict[str, Any]:
         default = "server_error" if self.status >= 500 else "invalid_request_error"
@@ -152,47 +165,6 @@ def failure_in(events: bytes) -> Failure | None:
 def _may_tell_error(events: bytes) -> bool:
     # Quotes within a text are escaped, so no text of a model holds the first.
     return b'data: {"error"' in events or b"event: error" in events
-
-
-class ErrorShape:
-    """Passes an answer on; an error gets the body of the route's API.
-
-    Args:
-        send: Where it goes.
-        path: The route.
-        failed: Is told of every error.
-    """
-
-    def __init__(
-        self, send: Send, path: str = "", failed: Callable[[Failure], None] | None = None
-    ) -> None:
-        self._send = send
-        self._path = path
-        self._failed = failed
-        self._start: Message | None = None
-        self._body = b""
-
-    async def __call__(self, message: Message) -> None:
-        """Takes one message of the answer."""
-        if message["type"] == "http.response.start" and message["status"] >= 400:
-            self._start = message
-        elif self._start is None or message["type"] != "http.response.body":
-            await self._send(message)
-        else:
-            self._body += message.get("body", b"")
-            if not message.get("more_body", False):
-                await self._end(self._start)
-
-    async def _end(self, start: Message) -> None:
-        told = read_failure(start["status"], self._body).on(self._path)
-        if self._failed is not None:
-            self._failed(told)
-        body = encode(told.body(self._path))
-        headers = MutableHeaders(raw=list(start.get("headers", [])))
-        headers["content-type"] = "application/json"
-        headers["content-length"] = str(len(body))
-        await self._send({**start, "headers": headers.raw})
-        await self._send({"type": "http.response.body", "body": body})
 
 
 def _parsed(body: bytes) -> Any:

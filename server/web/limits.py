@@ -1,4 +1,4 @@
-"""What a request's head and its JSON may hold at most, before anything is made of them."""
+"""What a request's head and its JSON may hold, before anything is made of them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -6,13 +6,68 @@ from typing import Any
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from models.controls import EXTRA_ARGS_KEY
 from models.errors import RequestError
 from server.settings import PREFIX, Settings
 from server.web.bodies import flag
-from server.web.fields import COPIED
 
+_BETWEEN_INSTANCES = (
+    "it is what vLLM's own instances of a disaggregated installation tell each other, and may hold "
+    "a prompt past the chat template"
+)
+_NOT_STORED = "responses are not stored here: send the earlier items in `input`"
+# Arguments of the renderer, not variables of a template: they cut, fill or end the prompt. And the
+# texts of special tokens, which the renderer hands to every template.
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt",
+        "bos_token",
+        "chat_template",
+        "cls_token",
+        "continue_final_message",
+        "conversation",
+        "eos_token",
+        "mask_token",
+        "max_length",
+        "messages",
+        "pad_token",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
+        "sep_token",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+        "unk_token",
+    }
+)
+ENGINE_ARGUMENTS = frozenset({EXTRA_ARGS_KEY, "kv_transfer_params", "ec_transfer_params"})
+# Read by vLLM; its answer tells of all tenants' traffic.
+LOAD_HEADER = b"endpoint-load-metrics-format"
+# Names that are copied into answers, events, traces and logs, with the headers that mean the same.
+COPIED = (
+    "model",
+    "request_id",
+    "session_id",
+    "user",
+    "cache_salt",
+    "prompt_cache_key",
+    "safety_identifier",
+)
+COPIED_HEADERS = (
+    "X-Request-Id",
+    "X-Session-ID",
+    "X-Amzn-SageMaker-Adapter-Identifier",
+    "X-Amzn-SageMaker-Session-Id",
+)
+_COPIED_HEADERS = {name.lower().encode(): name for name in COPIED_HEADERS}
+MOST_NAME_CHARACTERS = 128
 # What vLLM reads once, however many choices and prompts there are.
 _READ_ONCE = frozenset(
     {
@@ -79,8 +134,15 @@ def read_json(raw: bytes, settings: Settings) -> dict[str, Any]:
 
 
 def write_json(body: Mapping[str, Any]) -> bytes:
-    """Returns what vLLM reads of a body, so that its parser never sees what ours did not."""
-    return msgspec.json.encode(body)
+    """Returns what vLLM reads of a body, so that its parser never sees what ours did not.
+
+    Raises:
+        RequestError: It nests deeper than the writer goes.
+    """
+    try:
+        return msgspec.json.encode(body)
+    except RecursionError as error:
+        raise RequestError("the body nests too deeply", status=HTTPStatus.BAD_REQUEST) from error
 
 
 def _check_values(raw: bytes, settings: Settings) -> None:
@@ -113,6 +175,16 @@ def prompts_in(body: dict[str, Any]) -> int:
     return max(1, _conversations(body.get("messages")), _prompts(body.get("prompt")))
 
 
+def number(body: dict[str, Any], name: str) -> int:
+    """Returns a field as vLLM's models read it: "2" and 2.0 are 2, what they refuse is 0."""
+    if name not in body:
+        return 0
+    try:
+        return _INT.validate_python(body[name])
+    except ValidationError:
+        return 0
+
+
 def _check_counts(body: dict[str, Any], settings: Settings) -> None:
     for name, conversation in _all_conversations(body):
         entries = _entries(conversation, settings.max_messages)
@@ -123,7 +195,7 @@ def _check_counts(body: dict[str, Any], settings: Settings) -> None:
     for name in _WORDS:
         if name in body:
             _check_words(name, body[name], settings)
-    widest = max(1, _number(body.get("n")), _number(body.get("best_of")))
+    widest = max(1, number(body, "n"), number(body, "best_of"))
     choices = widest * prompts_in(body)
     if "n" in body or "best_of" in body or "prompt" in body:
         _hold("n times the number of prompts", choices, "max_choices", settings, "n")
@@ -156,7 +228,7 @@ def _check_beams(body: dict[str, Any], beams: int, settings: Settings) -> None:
     # for the beams that are left.
     if body.get("logprobs") is None or body["logprobs"] is False:
         return
-    named = max(_number(body.get("max_tokens")), _number(body.get("max_completion_tokens")))
+    named = max(number(body, "max_tokens"), number(body, "max_completion_tokens"))
     tokens = named or settings.max_logprobs  # as many as the context holds
     found = beams * tokens * (2 * beams + 1)
     what = "log-probabilities of beams, n * max_tokens * (2 * n + 1)"
@@ -211,14 +283,6 @@ def _prompts(value: Any) -> int:
     return _length(value) if _length(value) and not isinstance(value[0], int) else 0
 
 
-def _number(value: Any) -> int:
-    # As vLLM's models read it: "2" and 2.0 are 2. What they refuse is no number here.
-    try:
-        return _INT.validate_python(value)
-    except ValidationError:
-        return 0
-
-
 _COUNTS: tuple[tuple[str, str, Callable[[Any], int]], ...] = (
     ("messages", "max_inputs", _conversations),
     ("prompt", "max_inputs", _prompts),
@@ -250,3 +314,75 @@ def _beyond(
         param=param,
         status=status,
     )
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _asked(value: Any) -> bool:
+    return value not in (None, False)
+
+
+REFUSED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "kv_transfer_params": (_BETWEEN_INSTANCES, _given),
+    "ec_transfer_params": (_BETWEEN_INSTANCES, _given),
+    "prompt_embeds": ("the control tokens in embeddings cannot be seen: send text", _given),
+    "previous_response_id": (_NOT_STORED, _given),
+    "previous_input_messages": (_NOT_STORED, _given),
+    "background": (_NOT_STORED, _asked),
+    "chat_template": (
+        "the checkpoint's own template is the one that its decision was trained with",
+        _given,
+    ),
+}
+RESERVED: Mapping[str, tuple[str, frozenset[str]]] = {
+    "chat_template_kwargs": ("an argument of the renderer", TEMPLATE_ARGUMENTS),
+    "vllm_xargs": ("an argument of the engine's own", ENGINE_ARGUMENTS),
+}
+
+
+def refuse_fields(body: Mapping[str, Any]) -> None:
+    """Refuses a body that holds one of them, or too long a name, whatever its route.
+
+    Raises:
+        RequestError: With the field's path and the reason.
+    """
+    for name, (reason, counts) in REFUSED.items():
+        if name in body and counts(body[name]):
+            raise _refused(name, reason)
+    for name in COPIED:
+        value = body.get(name)
+        if isinstance(value, str) and len(value) > MOST_NAME_CHARACTERS:
+            raise _too_long(name, len(value))
+    for name, (what, keys) in RESERVED.items():
+        given = body.get(name)
+        reserved = sorted(keys.intersection(given)) if isinstance(given, dict) else []
+        if reserved:
+            raise _refused(f"{name}.{reserved[0]}", f"it is {what}, and no request may set it")
+
+
+def refuse_headers(headers: Headers) -> None:
+    """Refuses headers that no tenant's request may bring, or too long a name in one.
+
+    Raises:
+        RequestError: With the header and the reason.
+    """
+    for name, value in headers.raw:
+        if name == LOAD_HEADER:
+            raise _refused(
+                LOAD_HEADER.decode(),
+                "the load is that of all callers; the operator reads it from /metrics",
+            )
+        if len(value) > MOST_NAME_CHARACTERS and name in _COPIED_HEADERS:
+            raise _too_long(_COPIED_HEADERS[name], len(value))
+
+
+def _too_long(name: str, characters: int) -> RequestError:
+    return _refused(
+        name, f"it has {characters} characters, and at most {MOST_NAME_CHARACTERS} here"
+    )
+
+
+def _refused(path: str, reason: str) -> RequestError:
+    return RequestError(f"{path}: {reason}", param=path, status=HTTPStatus.BAD_REQUEST)

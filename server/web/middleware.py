@@ -1,39 +1,28 @@
-"""Pure ASGI: reads the ``refusal`` object before vLLM's handler, shapes the answer after it."""
+"""The one layer of ours around vLLM's app, pure ASGI: what comes in, and what goes out."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.errors import NotAllowedError, RequestError
 from models.manifest import Manifest
 from server.apis.shaping import Shaper
-from server.apis.turns import open_turns
+from server.apis.turns import RESPONSES, open_turns
 from server.apis.verdicts import Verdicts
-from server.context import BODY, DECISION_CONTEXT, DecisionContext
+from server.context import BODY, CALLER, DECISION_CONTEXT, DecisionContext
 from server.dials.protocol import FIELD, RefusalOptions, parse_options
-from server.policies.book import ActivePolicy, CallerSource, caller_of
+from server.policies.book import ActivePolicy, CallerSource
 from server.policies.credentials import now
 from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Traced
-from server.web.access import route_path
 from server.web.answer import Answer
-from server.web.bodies import (
-    aside,
-    encode,
-    flag,
-    parse_body,
-    read_body,
-    replay_body,
-    with_header_dials,
-    with_length,
-)
-from server.web.errors import RESPONSES, error_response
+from server.web.bodies import aside, flag, replay_body, with_header_dials, with_length
+from server.web.gate import Arrival, Gate
 from server.web.guard import Guard
-from server.web.limits import prompts_in, write_json
-from server.web.score import SCORE
+from server.web.limits import number, prompts_in, write_json
+from server.web.score import CLIENT_GONE, SCORE
 
 INVOCATIONS = "/invocations"
 GENERATING = frozenset(
@@ -46,6 +35,9 @@ GENERATING = frozenset(
         INVOCATIONS,
     }
 )
+COUNTED = GENERATING | {SCORE}
+# The label of requests that reach no route.
+NO_ROUTE = "none"
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 # No chat template makes the prompt of these; all others end where the decision step begins.
 RAW_PROMPTS = frozenset({"/v1/completions"})
@@ -54,11 +46,28 @@ RENDERS = {
     f"{path}/render": path for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 }
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-_INT = TypeAdapter(int)
+
+
+class Prepared(NamedTuple):
+    """One request that the engine may answer.
+
+    Attributes:
+        raw: The body that vLLM reads.
+        options: The request's own dials.
+        context: What the engine is told.
+    """
+
+    raw: bytes
+    options: RefusalOptions
+    context: DecisionContext
 
 
 class RefusalMiddleware:
-    """Resolves a request's controls and hands them to the engine through a context variable."""
+    """The one layer around vLLM's app.
+
+    What may not come in is answered here. Of a request that generates, the dials go down to the
+    engine through a context variable, and its answer is shaped on the way up.
+    """
 
     def __init__(
         self,
@@ -74,107 +83,102 @@ class RefusalMiddleware:
         self._manifest = manifest
         self._settings = settings
         self._guard = guard
-        self._callers = callers
+        self._gate = Gate(settings, callers, frozenset(RENDERS))
         self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request; everything but a POST to a generating route goes through."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        """Serves one request or lifespan; the server takes no websockets."""
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        path = route_path(scope)
-        if path in GENERATING or path == SCORE:
-            await self._count(path, scope, receive, send)
-        elif path in RENDERS:
-            await self._render(RENDERS[path], scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    async def _render(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival = Arrival(scope)
+        answer = Answer(send, arrival.path)
         try:
-            raw = await read_body(receive, self._settings.max_body_bytes)
-            body = parse_body(raw)
-            if body is not None:
-                turns = open_turns(body, path, self._manifest)
-                if turns.body is not body:
-                    raw = encode(turns.body)
-                    scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
-        except RequestError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, replay_body(raw, receive), send)
-
-    async def _count(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = Answer(send, path)
-        try:
-            if path == SCORE:  # it reads its body itself
-                await self._app(scope, receive, answer)
-            else:
-                await self._steer(path, scope, receive, answer)
+            await self._serve(arrival, receive, answer)
         finally:
-            metrics.count_request(path, answer.status)
+            self._record(arrival, answer)
 
-    async def _steer(self, path: str, scope: Scope, receive: Receive, send: Answer) -> None:
+    async def _serve(self, arrival: Arrival, receive: Receive, answer: Answer) -> None:
         received = now() if self._trace is not None else None
+        prepared: Prepared | None = None
         try:
-            caller = caller_of(scope, self._callers)
-            raw = await read_body(receive, self._settings.max_body_bytes)
-            body = scope[BODY] if BODY in scope else parse_body(raw)
-            if body is None:
-                await self._app(scope, replay_body(raw, receive), send)
-                return
-            body = with_header_dials(body, Headers(scope=scope))
-            options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
-            policy = caller.policy(options.policy)
-            changed, context = await aside(len(raw), self.prepare, body, path, options, policy)
-            if changed is not body:
-                raw = write_json(changed)
-                scope = {**scope, "headers": with_length(scope["headers"], len(raw))}
+            await self._gate.admit(arrival, receive)
+            if arrival.body is not None and arrival.path in GENERATING:
+                prepared = await self._prepared(arrival, arrival.body)
+            raw = self._unsteered(arrival) if prepared is None else prepared.raw
         except RequestError as error:
             error.message = error.message.replace(self._guard.mark, "")
-            await error_response(error)(scope, receive, send)
+            await answer.refuse(error)
             return
-        verdicts = Verdicts(self._manifest, context, choices_per_prompt=_choices_per_prompt(body))
-        send.shape(
+        scope = {**arrival.scope, CALLER: arrival.caller, BODY: arrival.body}
+        if raw is not None:
+            scope["headers"] = with_length(scope["headers"], len(raw)) if raw else scope["headers"]
+            receive = replay_body(raw, receive)
+        if prepared is None:
+            await self._app(scope, receive, answer)
+            return
+        try:
+            await self._steer(prepared, scope, receive, answer)
+        finally:
+            if self._trace is not None and received is not None:
+                self._trace.add(Traced(received, _tenant(arrival), arrival.path, *prepared[1:]))
+
+    async def _prepared(self, arrival: Arrival, body: dict[str, Any]) -> Prepared:
+        assert arrival.caller is not None
+        body = with_header_dials(body, Headers(scope=arrival.scope))
+        options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
+        policy = arrival.caller.policy(options.policy)
+        size = len(arrival.raw or b"")
+        return await aside(size, self._prepare, body, arrival.path, options, policy)
+
+    def _unsteered(self, arrival: Arrival) -> bytes | None:
+        if arrival.body is None:
+            return arrival.raw
+        if arrival.path in RENDERS:
+            turns = open_turns(arrival.body, RENDERS[arrival.path], self._manifest)
+            return write_json(turns.body)
+        return write_json(arrival.body)
+
+    async def _steer(
+        self, prepared: Prepared, scope: Scope, receive: Receive, answer: Answer
+    ) -> None:
+        context, body = prepared.context, scope[BODY]
+        verdicts = Verdicts(self._manifest, context, choices_per_prompt=max(1, number(body, "n")))
+        answer.shape(
             context,
             Shaper(verdicts, echo=flag(body, "echo")),
             self._guard.mark.encode() if context.marked else b"",
         )
         token = DECISION_CONTEXT.set(context)
         try:
-            await self._app(scope, replay_body(raw, receive), send)
+            await self._app(scope, receive, answer)
         except RuntimeError as error:
             # What starlette makes of an error that it has an answer for, but no place any more.
-            if error.__cause__ is None or not await send.end_failed():
+            if error.__cause__ is None or not await answer.end_failed():
                 raise
         finally:
             DECISION_CONTEXT.reset(token)
-            if self._trace is not None and received is not None:
-                self._trace.add(Traced(received, caller.tenant, path, options, context))
 
-    def prepare(
+    def _record(self, arrival: Arrival, answer: Answer) -> None:
+        label = NO_ROUTE if arrival.route is None else arrival.route.path
+        if answer.refused or arrival.path in COUNTED:
+            metrics.count_request(label, answer.status)
+        failure = answer.failure
+        # A client that has gone was denied nothing.
+        if self._trace is None or failure is None or failure.status >= CLIENT_GONE:
+            return
+        request_id = Headers(scope=arrival.scope).get("x-request-id")
+        self._trace.denials.add(failure, label, _tenant(arrival), request_id)
+
+    def _prepare(
         self, body: dict[str, Any], path: str, options: RefusalOptions, policy: ActivePolicy
-    ) -> tuple[dict[str, Any], DecisionContext]:
-        """Takes our field out of a body and writes the history's control tokens into it.
-
-        Args:
-            body: The client's JSON object; not changed.
-            path: The route that it was sent to.
-            options: What our field says.
-            policy: What the request follows.
-
-        Returns:
-            What vLLM is to read (the same object when nothing changed), and the context.
-
-        Raises:
-            RequestError: The ``refusal`` object, a history category or a combination of fields is
-                wrong, or the policy does not allow it.
-        """
+    ) -> Prepared:
+        # Takes our field out of a body and writes the history's control tokens into it.
         report = policy.reports(options)
         unread = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
         opens_turn = not (path in RAW_PROMPTS or (path == INVOCATIONS and "prompt" in body))
-        if not (opens_turn or policy.raw_prompts):
-            raise NotAllowedError("the policy allows no raw prompts: send messages", param="prompt")
+        if not opens_turn:
+            policy.check_raw_prompts()
         guarded = self._guard.guarded(unread, refuse=policy.control_text == "refuse")
         turns = open_turns(guarded, path, self._manifest)
         if turns.continues and not policy.prefill:
@@ -205,16 +209,11 @@ class RefusalMiddleware:
             raise RequestError(
                 "use_beam_search takes one prompt a request", param="prompt", status=400
             )
-        return turns.body, context
+        return Prepared(write_json(turns.body), options, context)
 
 
-def _choices_per_prompt(body: dict[str, Any]) -> int:
-    if "n" not in body:
-        return 1
-    try:
-        return max(1, _INT.validate_python(body["n"]))
-    except ValidationError:
-        return 1
+def _tenant(arrival: Arrival) -> str | None:
+    return None if arrival.caller is None else arrival.caller.tenant
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -12,8 +12,9 @@ from starlette.responses import Response
 from models.errors import RequestError
 from models.hashes import Hashes
 from models.manifest import Manifest
+from server.context import CALLER
 from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations
-from server.policies.book import CallerSource, caller_of
+from server.policies.book import Caller
 from server.web.bodies import encode
 from server.web.errors import error_response, failure
 
@@ -30,7 +31,6 @@ def build_router(
     engine: Health,
     calibrations: Calibrations,
     served: Callable[[], Hashes],
-    callers: CallerSource,
 ) -> APIRouter:
     """Builds the router of one served checkpoint.
 
@@ -39,7 +39,6 @@ def build_router(
         engine: Says whether it can answer.
         calibrations: The checkpoint's.
         served: Returns its hashes; may read all weights the first time.
-        callers: Knows who calls.
     """
     router = APIRouter()
 
@@ -74,10 +73,7 @@ def build_router(
     @router.get("/v1/refusal/policies")
     async def policies(request: Request) -> Response:
         """Lists what the caller may choose from, the default first, with its bounds."""
-        try:
-            caller = caller_of(request.scope, callers)
-        except RequestError as error:
-            return error_response(error)
+        caller: Caller = request.scope[CALLER]
         answer = {
             "object": "list",
             "tenant": caller.tenant,

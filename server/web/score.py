@@ -17,15 +17,15 @@ from starlette.types import Receive
 from models.errors import RequestError
 from models.manifest import Manifest
 from server.apis.chat import annotate
-from server.context import BODY, Decision, DecisionContext
+from server.context import BODY, CALLER, Decision, DecisionContext
 from server.dials.board import Resolution
 from server.dials.protocol import FIELD, RefusalOptions, parse_options
 from server.dials.reports import build_report
-from server.policies.book import CallerSource, caller_of
+from server.policies.book import ActivePolicy, Caller
 from server.policies.credentials import now
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Scored
-from server.web.bodies import encode, parse_body, read_body, with_header_dials
+from server.web.bodies import encode, with_header_dials
 from server.web.errors import error_response
 from server.web.guard import Guard
 from server.web.validation import NOT_JSON, first_problem
@@ -125,9 +125,7 @@ class ScoreRoute:
 
     Args:
         manifest: The served checkpoint's.
-        callers: Knows who calls, and so the policy.
         scorer: Renders and decides.
-        max_body_bytes: Largest body that is read.
         guard: Keeps text from being read as special tokens.
         trace: Gets a line of each request.
     """
@@ -135,32 +133,27 @@ class ScoreRoute:
     def __init__(
         self,
         manifest: Manifest,
-        callers: CallerSource,
         scorer: Scorer,
-        max_body_bytes: int,
         guard: Guard,
         trace: DecisionTrace | None = None,
     ) -> None:
         self._trace = trace
         self._manifest = manifest
-        self._callers = callers
         self._scorer = scorer
-        self._max_body_bytes = max_body_bytes
         self._guard = guard
 
     async def __call__(self, request: Request) -> Response:
         """Answers one request; a client that goes takes its prompts out of the engine."""
         received = now()
+        caller: Caller = request.scope[CALLER]
         try:
-            caller = caller_of(request.scope, self._callers)
-            raw = await read_body(request.receive, self._max_body_bytes)
             _check_media_type(request.headers.get("content-type", ""))
-            body = request.scope[BODY] if BODY in request.scope else parse_body(raw)
+            body = request.scope[BODY]
             wanted = parse_score(body and with_header_dials(body, request.headers))
             policy = caller.policy(wanted.refusal.policy)
             policy.reports(wanted.refusal.model_copy(update={"report": True}))
             dials = policy.board.resolve(wanted.refusal, explain=True)
-            answer = await _unless_gone(request.receive, self._score(wanted, dials))
+            answer = await _unless_gone(request.receive, self._score(wanted, policy, dials))
         except RequestError as error:
             error.message = error.message.replace(self._guard.mark, "")  # vLLM may quote the input
             return error_response(error)
@@ -172,8 +165,10 @@ class ScoreRoute:
             self._trace.add(Scored(*told, len(wanted.inputs), refused))
         return Response(encode(answer), media_type="application/json")
 
-    async def _score(self, wanted: ScoreRequest, dials: Resolution) -> dict[str, Any]:
-        prepared = await asyncio.to_thread(self._prepare_all, wanted.inputs)
+    async def _score(
+        self, wanted: ScoreRequest, policy: ActivePolicy, dials: Resolution
+    ) -> dict[str, Any]:
+        prepared = await asyncio.to_thread(self._prepare_all, wanted.inputs, policy)
         # All are rendered before one is decided: a wrong input costs the engine nothing.
         rendered: list[Any] = []
         for start in range(0, len(prepared), AT_ONCE):
@@ -183,21 +178,27 @@ class ScoreRoute:
         decisions: list[Decision] = []
         for part in _parts([self._scorer.tokens(prompt) for prompt in rendered]):
             work = [
-                self._scorer.decide(prompt, _context(dials, body, count))
+                self._scorer.decide(prompt, _context(policy, dials, body, count))
                 for prompt, (body, count) in zip(rendered[part], prepared[part], strict=True)
             ]
             decisions += await _each(work, first=part.start)
         metrics.SCORED.inc(len(decisions))
         return await asyncio.to_thread(self._answer, wanted.model, dials, decisions)
 
-    def _prepare_all(self, inputs: Sequence[ScoreInput]) -> list[tuple[dict[str, Any], int]]:
-        return [self._prepare(place, entry) for place, entry in enumerate(inputs)]
+    def _prepare_all(
+        self, inputs: Sequence[ScoreInput], policy: ActivePolicy
+    ) -> list[tuple[dict[str, Any], int]]:
+        return [self._prepare(place, entry, policy) for place, entry in enumerate(inputs)]
 
-    def _prepare(self, place: int, entry: ScoreInput) -> tuple[dict[str, Any], int]:
+    def _prepare(
+        self, place: int, entry: ScoreInput, policy: ActivePolicy
+    ) -> tuple[dict[str, Any], int]:
         try:
+            refuse = policy.control_text == "refuse"
             if entry.messages is None:
-                return self._guard.guarded({"prompt": entry.prompt}), 0
-            body = self._guard.guarded({"messages": entry.messages})
+                policy.check_raw_prompts()
+                return self._guard.guarded({"prompt": entry.prompt}, refuse=refuse), 0
+            body = self._guard.guarded({"messages": entry.messages}, refuse=refuse)
             messages, count = annotate(body["messages"], self._manifest)
         except RequestError as error:
             raise _at(place, error) from error
@@ -296,9 +297,17 @@ async def _each(work: Sequence[Awaitable[T]], *, first: int = 0) -> list[T]:
     return done
 
 
-def _context(dials: Resolution, body: dict[str, Any], history: int) -> DecisionContext:
-    opens_turn = "messages" in body
-    return DecisionContext(dials, report=True, history=(history,), opens_turn=opens_turn)
+def _context(
+    policy: ActivePolicy, dials: Resolution, body: dict[str, Any], history: int
+) -> DecisionContext:
+    return DecisionContext(
+        dials,
+        report=True,
+        history=(history,),
+        opens_turn="messages" in body,
+        grammars=policy.grammars,
+        has_floor=policy.board.bounds.has_floor,
+    )
 
 
 def _at(place: int, error: RequestError) -> RequestError:

@@ -1,4 +1,4 @@
-"""An app behind the gate that fails in every way, and what its client should see of each."""
+"""An app behind our layer that fails in every way, and what its client should see of each."""
 
 import asyncio
 import itertools
@@ -16,8 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from server.policies.book import PolicyBook
 from server.settings import Settings
-from server.web.gate import Gate
+from server.web.middleware import RefusalMiddleware
+from server.web.validation import answer_failed
 from tests.server.boards import board
+from tests.server.guards import GUARD
+from tests.server.manifests import MANIFEST
 
 CHAT = "/v1/chat/completions"
 KEY = {"authorization": "Bearer tenant"}
@@ -96,11 +99,17 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def failing_app(body_timeout_s: float = 30) -> Starlette:
-    """Returns the app, built as vLLM's is: starlette's own middleware outside of the gate."""
+    """Returns the app, built as vLLM's is: starlette's own middleware outside of ours."""
     settings = Settings(max_body_bytes=MOST_BODY_BYTES, body_timeout_s=body_timeout_s)
     callers = PolicyBook.for_everybody(board(), ["tenant"])
-    gate = Middleware(Gate, settings=settings, callers=callers)
-    return Starlette(routes=[Route(CHAT, _Endpoint())], middleware=[gate])
+    layer = Middleware(
+        RefusalMiddleware, manifest=MANIFEST, settings=settings, guard=GUARD, callers=callers
+    )
+    return Starlette(
+        routes=[Route(CHAT, _Endpoint())],
+        middleware=[layer],
+        exception_handlers={Exception: answer_failed},
+    )
 
 
 class _Endpoint:

@@ -33,6 +33,11 @@ def steering_app(
     )
 
 
+def scope_of(path: str) -> Scope:
+    """Returns the scope of a POST without headers."""
+    return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": []}
+
+
 class FakeServer:
     """Stands where vLLM's server does: records what it got and answers what it is told to.
 

@@ -4,8 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
+from vllm.entrypoints.serve.elastic_ep.middleware import ScalingMiddleware
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -15,8 +20,9 @@ from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
 from server.dials.board import Resolution
-from server.engine import SteeredLLM, parse_flags
+from server.engine import SteeredLLM, parse_flags, put_layer
 from server.web.guard import build_guard
+from server.web.middleware import RefusalMiddleware
 from tests.toy import byte_tokenizer
 
 
@@ -153,3 +159,15 @@ def test_grammars_are_followed_by_the_library_that_bounds_its_steps() -> None:
 def test_flags_of_vllm_are_kept() -> None:
     args = parse_flags(["--model", "somewhere", "--port", "7", "--tensor-parallel-size", "2"])
     assert (args.model, args.port, args.tensor_parallel_size) == ("somewhere", 7, 2)
+
+
+def test_only_what_adds_headers_stands_outside_of_our_layer() -> None:
+    theirs: list[Any] = [
+        *(ScalingMiddleware, XRequestIdMiddleware, AuthenticationMiddleware, CORSMiddleware)
+    ]
+    app = SimpleNamespace(user_middleware=[Middleware(cls) for cls in theirs])
+    layer: Any = SimpleNamespace(cls=RefusalMiddleware)
+    put_layer(app, layer)
+    assert [m.cls for m in app.user_middleware] == [
+        *(XRequestIdMiddleware, CORSMiddleware, RefusalMiddleware, ScalingMiddleware)
+    ]

@@ -8,9 +8,8 @@ from starlette.datastructures import Headers
 
 from models.controls import Controls, Rule
 from models.errors import ExpiredKeyError, NotAllowedError, UnknownCallerError
-from server.context import CALLER
 from server.dials.protocol import parse_options
-from server.policies.book import Caller, PolicyBook, caller_of
+from server.policies.book import Caller, PolicyBook
 from server.policies.credentials import hash_key
 from tests.server.boards import board
 from tests.server.policybooks import ACME_KEY, SECRET, SHOP_KEY, TWO_TENANTS, book, headers
@@ -130,13 +129,6 @@ def test_server_without_a_policy_file_serves_everybody_or_whoever_has_a_key() ->
     assert keyed.caller(both).policy().name == "default"
     with pytest.raises(UnknownCallerError):
         keyed.caller(headers(authorization="Bearer three"))
-
-
-def test_caller_that_the_gate_found_is_not_looked_for_again(policies: PolicyBook) -> None:
-    caller = policies.caller(headers(x_api_key=SHOP_KEY))
-    raw = [(b"x-api-key", ACME_KEY.encode())]
-    assert caller_of({"headers": raw, CALLER: caller}, policies) is caller
-    assert caller_of({"headers": raw}, policies).tenant == "acme"
 
 
 # keys that expire

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.controls import Rule
 from server.apis.verdicts import Verdicts
-from server.context import CALLER, DECISION_CONTEXT, Decision, DecisionContext
+from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.policies.book import PolicyBook
 from server.settings import Settings
 from server.telemetry.trace import DecisionTrace
@@ -68,17 +68,6 @@ class FakeScorer:
         return Decision(0 if context.controls.bias[0] >= 1 else None, (-1.0, -1.0), 0.5)
 
 
-class FoundByGate:
-    """Stands in front with the caller of a key, as the gate does."""
-
-    def __init__(self, app: ASGIApp, policies: PolicyBook, key: str) -> None:
-        self._app = app
-        self._caller = policies.caller(headers(x_api_key=key))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, CALLER: self._caller}, receive, send)
-
-
 def call(app: ASGIApp, method: str, path: str, body: Any = None, **sent: str) -> httpx.Response:
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app)
@@ -89,10 +78,10 @@ def call(app: ASGIApp, method: str, path: str, body: Any = None, **sent: str) ->
 
 
 def refusal_middleware(
-    server: FakeServer, policies: PolicyBook, trace: DecisionTrace | None = None
+    app: ASGIApp, policies: PolicyBook, trace: DecisionTrace | None = None
 ) -> RefusalMiddleware:
     return RefusalMiddleware(
-        server,
+        app,
         manifest=MANIFEST,
         settings=Settings(),
         callers=policies,
@@ -178,14 +167,6 @@ def test_what_is_not_allowed_reaches_no_engine(
     if status != 200:
         assert context is None
         assert answer.json()["error"]["param"] == param
-
-
-def test_caller_of_the_gate_is_believed(policies: PolicyBook) -> None:
-    server = FakeServer()
-    inner = refusal_middleware(server, policies)
-    call(FoundByGate(inner, policies, SHOP_KEY), "POST", CHAT, BODY, x_api_key=ACME_KEY)
-    assert server.context is not None
-    assert server.context.policy == "kiosk"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +288,8 @@ def test_every_decision_of_a_request_is_traced(policies: PolicyBook, tmp_path: P
             pass
 
     asyncio.run(write())
-    (line,) = map(json.loads, path.read_text().splitlines())
+    line, denied = map(json.loads, path.read_text().splitlines())
+    assert (denied["tenant"], denied["decision"], denied["status"]) == ("acme", "denied", 403)
     assert (line["tenant"], line["policy"], line["request_id"]) == ("acme", "desk", "chatcmpl-7")
     assert line["asked"] == {"decision": "paper", "categories": {"safety": {"bias": "never"}}}
     assert line["effective"]["decision"] == Rule.GREEDY.name.lower()
@@ -319,13 +301,11 @@ def test_every_decision_of_a_request_is_traced(policies: PolicyBook, tmp_path: P
 # the score route
 
 
-def score(policies: PolicyBook, refusal: Any, **sent: str) -> httpx.Response:
+def score(policies: PolicyBook, refusal: Any, inputs: Any = None, **sent: str) -> httpx.Response:
     app = FastAPI()
-    app.include_router(
-        build_score_router(ScoreRoute(MANIFEST, policies, FakeScorer(), 2**20, GUARD))
-    )
-    body = {"inputs": [{"prompt": "x"}], "refusal": refusal}
-    return call(app, "POST", SCORE, body, **sent)
+    app.include_router(build_score_router(ScoreRoute(MANIFEST, FakeScorer(), GUARD)))
+    body = {"inputs": [inputs or {"messages": BODY["messages"]}], "refusal": refusal}
+    return call(refusal_middleware(app, policies), "POST", SCORE, body, **sent)
 
 
 def test_scores_are_decided_between_the_bounds_and_say_so(policies: PolicyBook) -> None:
@@ -352,6 +332,31 @@ def test_scores_are_refused_where_answers_are(
     assert score(policies, refusal, **sent).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("field", "inputs", "status", "param"),
+    [
+        ("raw_prompts: false", {"prompt": "x"}, 403, "inputs.0.prompt"),
+        ("raw_prompts: false", None, 200, None),
+        ("control_text: refuse", {"prompt": "[respond]"}, 400, "inputs.0.prompt"),
+        (
+            "control_text: refuse",
+            {"messages": [{"role": "user", "content": "[respond]"}]},
+            400,
+            "inputs.0.messages.0.content",
+        ),
+        ("control_text: plain", {"prompt": "[respond]"}, 200, None),
+    ],
+)
+def test_scores_are_of_prompts_that_the_policy_would_answer(
+    tmp_path: Path, field: str, inputs: Any, status: int, param: str | None
+) -> None:
+    policies = book(tmp_path, f"policies: {{p: {{{field}}}}}\nanonymous: p\n")
+    answer = score(policies, {}, inputs)
+    assert answer.status_code == status
+    if status != 200:
+        assert answer.json()["error"]["param"] == param
+
+
 def test_policy_without_reports_gives_no_scores(tmp_path: Path) -> None:
     silent = book(tmp_path, "policies: {p: {report: false}}\nanonymous: p\n")
     assert score(silent, {}).status_code == 403
@@ -362,12 +367,11 @@ def test_policy_without_reports_gives_no_scores(tmp_path: Path) -> None:
 
 def test_list_of_policies_is_the_callers_own(policies: PolicyBook) -> None:
     app = FastAPI()
-    app.include_router(
-        build_router(MANIFEST, FakeServer(), calibrations(), lambda: HASHES, policies)
-    )
+    app.include_router(build_router(MANIFEST, FakeServer(), calibrations(), lambda: HASHES))
+    layer = refusal_middleware(app, policies)
     path = "/v1/refusal/policies"
-    body = call(app, "GET", path, x_api_key=ACME_KEY).json()
+    body = call(layer, "GET", path, x_api_key=ACME_KEY).json()
     assert (body["object"], body["tenant"]) == ("list", "acme")
     assert [policy["name"] for policy in body["data"]] == ["desk", "lab"]
     assert "kiosk" not in json.dumps(body)
-    assert call(app, "GET", path).status_code == 401
+    assert call(layer, "GET", path).status_code == 401

@@ -17,7 +17,7 @@ from server.dials.protocol import RefusalOptions, parse_options
 from server.settings import Settings
 from server.telemetry.trace import MOST_WAITING, STANDARD_OUTPUT, DecisionTrace, Scored, Traced
 from server.web.errors import failure
-from server.web.fields import MOST_NAME_CHARACTERS
+from server.web.limits import MOST_NAME_CHARACTERS
 from tests.server.manifests import MANIFEST
 
 NAMES = MANIFEST.names

@@ -1,6 +1,5 @@
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,31 +12,35 @@ from models.errors import (
     RequestError,
     UnknownCallerError,
 )
-from server.web.errors import ErrorShape, Failure, error_response, failure, failure_in
+from server.web.answer import Answer
+from server.web.errors import Failure, error_response, failure, failure_in
 
 
 def through(
-    status: int,
-    *parts: bytes,
-    headers: Any = (),
-    path: str = "",
-    failed: Callable[[Failure], None] | None = None,
-) -> list[Message]:
+    status: int, *parts: bytes, headers: Any = (), path: str = ""
+) -> tuple[list[Message], Answer]:
+    """Returns what becomes of an answer of vLLM's, message by message."""
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    async def answer() -> None:
-        shape = ErrorShape(send, path, failed)
+    answer = Answer(send, path)
+
+    async def pass_on() -> None:
         start = {"type": "http.response.start", "status": status, "headers": list(headers)}
-        await shape(start)
+        await answer(start)
         for place, part in enumerate(parts):
             more = place < len(parts) - 1
-            await shape({"type": "http.response.body", "body": part, "more_body": more})
+            await answer({"type": "http.response.body", "body": part, "more_body": more})
 
-    asyncio.run(answer())
-    return sent
+    asyncio.run(pass_on())
+    return sent, answer
+
+
+def body_of(status: int, raw: bytes, path: str = "") -> Any:
+    (_, sent), _ = through(status, raw, path=path)
+    return json.loads(sent["body"])
 
 
 @pytest.mark.parametrize(
@@ -60,15 +63,17 @@ def through(
 )
 def test_every_error_has_openais_body(status: int, body: bytes, message: str) -> None:
     old = [(b"content-type", b"text/plain"), (b"content-length", b"1"), (b"x-kept", b"1")]
-    start, sent = through(status, body[:3], body[3:], headers=old)
+    (start, sent), _ = through(status, body[:3], body[3:], headers=old)
     error = json.loads(sent["body"])["error"]
     assert list(error) == ["message", "type", "param", "code"]
     assert (error["message"], error["param"]) == (message, None)
     assert start["status"] == status
+    closing = {b"connection": b"close"} if status >= 500 else {}
     assert dict(start["headers"]) == {
         b"content-type": b"application/json",
         b"content-length": str(len(sent["body"])).encode(),
         b"x-kept": b"1",
+        **closing,
     }
 
 
@@ -94,13 +99,11 @@ def test_type_and_code_follow_from_the_status(
     status: int, openai: str, anthropic: str, code: str
 ) -> None:
     raw = json.dumps({"error": {"message": "m", "type": "t", "param": "n", "code": status}})
-    _, sent = through(status, raw.encode())
     error = {"message": "m", "type": openai, "param": "n", "code": code}
-    assert json.loads(sent["body"]) == {"error": error}
+    assert body_of(status, raw.encode()) == {"error": error}
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
-        _, sent = through(status, raw.encode(), path=path)
         error = {"type": anthropic, "message": "m"}
-        assert json.loads(sent["body"]) == {"type": "error", "error": error}
+        assert body_of(status, raw.encode(), path) == {"type": "error", "error": error}
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,7 @@ def test_type_and_code_follow_from_the_status(
 )
 def test_code_of_an_error_of_ours_reaches_the_client(error: RequestError, code: str) -> None:
     response = error_response(error)
-    _, sent = through(response.status_code, bytes(response.body))
-    assert json.loads(sent["body"])["error"]["code"] == code
+    assert body_of(response.status_code, bytes(response.body))["error"]["code"] == code
 
 
 @pytest.mark.parametrize(
@@ -179,15 +181,13 @@ def test_error_among_events_is_found(
     assert (None if told is None else told[:3]) == found
 
 
-def test_whoever_asks_is_told_of_errors_and_of_nothing_else() -> None:
-    seen: list[Failure] = []
-    through(200, b'{"error": {"message": "m"}}', failed=seen.append)
-    assert seen == []
-    through(404, b'{"error": {"message": "m", "param": "model"}}', failed=seen.append)
-    assert seen == [Failure(404, "m", "model", "model_not_found")]
+def test_answer_knows_what_it_told_of_errors_and_of_nothing_else() -> None:
+    assert through(200, b'{"error": {"message": "m"}}')[1].failure is None
+    _, answer = through(404, b'{"error": {"message": "m", "param": "model"}}')
+    assert answer.failure == Failure(404, "m", "model", "model_not_found")
 
 
 def test_answers_pass_as_they_come() -> None:
-    sent = through(200, b'{"detail":', b'"x"}')
+    sent, _ = through(200, b'{"detail":', b'"x"}')
     assert [message.get("body") for message in sent] == [None, b'{"detail":', b'"x"}']
     assert sent[1]["more_body"] is True

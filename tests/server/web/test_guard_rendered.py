@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from models.errors import RequestError
-from server.web.fields import REFUSED
+from server.web.limits import REFUSED
 from server.web.places import SCHEMAS, WORDS
 from tests.server.rendering import PART_TYPES, REJECTIONS, REQUESTS, Rendering
 from tests.server.schema_bodies import Maker, Slots, filled, slots_of

@@ -16,6 +16,7 @@ from models.controls import Controls, Rule
 from server.apis.turns import MESSAGES, READS_CHAT, RESPONSES
 from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.dials.protocol import parse_options
+from server.policies.credentials import hash_key
 from server.settings import Settings
 from server.web.middleware import GENERATING, RAW_PROMPTS
 from tests.server.guards import MARK
@@ -26,9 +27,19 @@ from tests.server.middlewares import (
     USER,
     FakeServer,
     assert_refused,
+    scope_of,
     send_to,
     steering_app,
 )
+
+
+def steered(path: str, body: Any, **options: Any) -> DecisionContext:
+    """Returns the context of a request that is answered."""
+    server = FakeServer()
+    answer = send_to(server, path, body, **options)
+    assert answer.status_code == 200, answer.text
+    assert server.context is not None
+    return server.context
 
 
 def test_refusal_object_becomes_the_steering_and_leaves_the_body() -> None:
@@ -54,11 +65,9 @@ def test_header_form_is_the_refusal_object() -> None:
 
 
 def test_several_headers_are_one() -> None:
-    server = FakeServer()
     headers = [("X-Refusal", "safety=always"), ("X-Refusal", "humanizing=bias:-2")]
-    assert send_to(server, CHAT, {"messages": [USER]}, headers=headers).status_code == 200
-    assert server.context is not None
-    assert server.context.controls.bias == (math.inf, -2.0)
+    context = steered(CHAT, {"messages": [USER]}, headers=headers)
+    assert context.controls.bias == (math.inf, -2.0)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +169,14 @@ def test_messages_that_vllm_would_drop_allow_no_control_token(path: str) -> None
 def test_mark_of_the_guard_is_in_no_answer() -> None:
     typed = [{"role": "user", "content": "[respond]"}]
     echoed = f'{{"instructions": "[{MARK}respond]"}}'.encode()
-    for status in (200, 400):
-        server = FakeServer(parts=(echoed,), status=status)
-        answer = send_to(server, CHAT, {"messages": typed})
-        assert MARK in server.raw.decode()
-        assert answer.json() == {"instructions": "[respond]"}
-        assert int(answer.headers["content-length"]) == len(answer.content)
+    server = FakeServer(parts=(echoed,))
+    answer = send_to(server, CHAT, {"messages": typed})
+    assert MARK in server.raw.decode()
+    assert answer.json() == {"instructions": "[respond]"}
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    server = FakeServer(parts=(f"{'x' * 590}{MARK}".encode(),), status=400)
+    error = send_to(server, CHAT, {"messages": typed}).json()["error"]
+    assert error["message"] == "x" * 590
     events = (b"data: " + echoed[:20], echoed[20:] + b"\n\n", b"data: [DONE]\n\n")
     server = FakeServer(parts=events, media_type="text/event-stream")
     answer = send_to(server, CHAT, {"messages": typed, "stream": True})
@@ -180,15 +191,11 @@ def test_mark_of_the_guard_is_in_no_error_of_ours() -> None:
 
 @pytest.mark.parametrize("path", sorted(GENERATING - RAW_PROMPTS))
 def test_conversations_open_a_turn_and_raw_prompts_do_not(path: str) -> None:
-    server = FakeServer()
-    send_to(server, path, {"messages": [USER]})
-    assert server.context is not None
-    assert server.context.opens_turn
+    context = steered(path, {"messages": [USER]})
+    assert context.opens_turn
     for raw in ("/v1/completions", "/invocations"):
-        server = FakeServer()
-        send_to(server, raw, {"prompt": "x"})
-        assert server.context is not None
-        assert not server.context.opens_turn
+        context = steered(raw, {"prompt": "x"})
+        assert not context.opens_turn
 
 
 def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
@@ -246,35 +253,31 @@ def test_every_generating_route_is_steered(path: str) -> None:
 
 def test_request_without_controls_gets_the_defaults() -> None:
     defaults = parse_options({"decision": "paper", "report": True, "categories": {"safety": 1}})
-    server = FakeServer()
-    send_to(server, CHAT, {"messages": [USER]}, settings=Settings(defaults=defaults))
-    assert server.context is not None
-    assert server.context.controls.rule is Rule.PAPER
-    assert server.context.controls.bias == (float("inf"), 0.0)
-    assert server.context.report is True
+    context = steered(CHAT, {"messages": [USER]}, settings=Settings(defaults=defaults))
+    assert context.controls.rule is Rule.PAPER
+    assert context.controls.bias == (float("inf"), 0.0)
+    assert context.report is True
 
 
 def test_report_of_the_request_wins_over_the_default() -> None:
     defaults = parse_options({"report": True})
-    server = FakeServer()
     body = {"messages": [USER], "refusal": {"report": False}}
-    send_to(server, CHAT, body, settings=Settings(defaults=defaults))
-    assert server.context is not None
-    assert server.context.report is False
+    context = steered(CHAT, body, settings=Settings(defaults=defaults))
+    assert context.report is False
 
 
-@pytest.mark.parametrize("value", [True, 1, "true", "yes", "on", 1.0])
-@pytest.mark.parametrize("other", [False, 0, "false", None, "nonsense", [], 2])
-def test_flags_are_read_as_vllm_reads_them(value: Any, other: Any) -> None:
-    for flag, expected in ((value, True), (other, False)):
-        server = FakeServer()
-        send_to(server, COMPLETIONS, {"prompt": "x", "use_beam_search": flag})
-        assert server.context is not None
-        assert server.context.beam_search is expected
-        server = FakeServer()
-        send_to(server, CHAT, {"messages": [ANSWERED], "continue_final_message": flag})
-        assert server.context is not None
-        assert server.context.continues is expected
+ON: list[Any] = [True, 1, "true", "yes", "on", 1.0]
+OFF: list[Any] = [False, 0, "false", None, "nonsense", [], 2]
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"), [*((flag, True) for flag in ON), *((flag, False) for flag in OFF)]
+)
+def test_flags_are_read_as_vllm_reads_them(flag: Any, expected: bool) -> None:
+    beams = steered(COMPLETIONS, {"prompt": "x", "use_beam_search": flag})
+    assert beams.beam_search is expected
+    continued = steered(CHAT, {"messages": [ANSWERED], "continue_final_message": flag})
+    assert continued.continues is expected
 
 
 @pytest.mark.parametrize(
@@ -289,24 +292,20 @@ def test_flags_are_read_as_vllm_reads_them(value: Any, other: Any) -> None:
 def test_engine_knows_how_many_prompts_share_its_bounds(
     path: str, body: dict[str, Any], prompts: int
 ) -> None:
-    server = FakeServer()
-    send_to(server, path, body)
-    assert server.context is not None
-    assert server.context.prompts == prompts
-    assert server.context.logprobs == 8192
-    assert server.context.piece_logprobs == 1024
+    context = steered(path, body)
+    assert context.prompts == prompts
+    assert context.logprobs == 8192
+    assert context.piece_logprobs == 1024
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING))
 def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
     # Else the decision would be looked for inside an earlier turn, or made once for several calls.
-    server = FakeServer()
     body = {"messages": [ANSWERED], "continue_final_message": True, "use_beam_search": True}
-    send_to(server, path, body)
-    assert server.context is not None
+    context = steered(path, body)
     chat = path in (CHAT, "/invocations")
-    assert server.context.continues is (chat or path == "/v1/chat/completions/batch")
-    assert server.context.beam_search is (chat or path == COMPLETIONS)
+    assert context.continues is (chat or path == "/v1/chat/completions/batch")
+    assert context.beam_search is (chat or path == COMPLETIONS)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +320,8 @@ def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
     ],
 )
 def test_continued_turn_is_an_assistants(messages: list[Any], continues: bool) -> None:
-    server = FakeServer()
-    send_to(server, CHAT, {"messages": messages, "continue_final_message": True})
-    assert server.context is not None
-    assert server.context.continues is continues
+    context = steered(CHAT, {"messages": messages, "continue_final_message": True})
+    assert context.continues is continues
 
 
 @pytest.mark.parametrize(
@@ -390,67 +387,32 @@ def test_requests_are_counted_by_route_and_status_even_when_the_server_raises() 
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 2]
 
 
-# what passes untouched
+# what generates nothing
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b'{ "messages" : [ {"role":"user","content":"caf\\u00e9"} ], "n":1.0 }',
-        b'{"messages": [], "temperature": NaN}',
-        b'{"messages": "x"}',
-        b"{}",
-        b"{nope",
-        b"",
-        b"[]",
-        b"5",
-        b"\xff\xfe\x00",
-        b'{"n": ' + b"1" * 5000 + b"}",
-    ],
-)
 @pytest.mark.parametrize("chunks", [0, 7])
-def test_body_passes_byte_for_byte_when_nothing_changes(raw: bytes, chunks: int) -> None:
+def test_body_is_written_anew_as_it_was_parsed(chunks: int) -> None:
+    raw = b'{ "messages" : [ {"role":"user","content":"caf\\u00e9"} ], "n":1.0, "n": 2 }'
     server = FakeServer()
     assert send_to(server, CHAT, raw, chunks=chunks).status_code == 200
-    assert server.calls == 1
-    assert server.raw == raw
+    assert server.raw == '{"messages":[{"role":"user","content":"café"}],"n":2}'.encode()
+    assert server.headers["content-length"] == str(len(server.raw))
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
+    ("method", "path", "raw"),
     [
-        ("GET", CHAT),
-        ("PUT", CHAT),
-        ("POST", "/v1/embeddings"),
-        ("POST", "/tokenize"),
-        ("POST", "/v1/completions/render"),
-        ("GET", "/v1/chat/completions/render"),
+        ("POST", CHAT, b""),
+        ("GET", "/v1/models", b""),
+        ("GET", "/healthz", b""),
+        ("POST", "/v1/messages/count_tokens", b'{"messages":[{"role":"assistant","content":"x"}]}'),
+        ("POST", "/v1/responses/r/cancel", b"{}"),
     ],
 )
-def test_everything_else_is_untouched(method: str, path: str) -> None:
+def test_what_generates_nothing_is_not_steered(method: str, path: str, raw: bytes) -> None:
     server = FakeServer(parts=[b"as it ", b"is"])
-    raw = b'{"refusal": 5, "messages": [{"role": "assistant", "content": "x"}]}'
     answer = send_to(server, path, raw, method=method)
-    assert server.raw == raw
-    assert server.context is None
-    assert answer.content == b"as it is"
-
-
-def test_lifespan_passes() -> None:
-    seen: list[str] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(scope["type"])
-
-    async def nothing() -> Message:
-        return {}
-
-    async def nowhere(message: Message) -> None:
-        raise AssertionError(message)
-
-    middleware = steering_app(app)
-    asyncio.run(middleware({"type": "lifespan"}, nothing, nowhere))
-    assert seen == ["lifespan"]
+    assert (server.raw, server.context, answer.content) == (raw, None, b"as it is")
 
 
 # what is refused before vLLM sees it
@@ -469,83 +431,50 @@ def test_refusal_that_is_no_object_is_refused(refusal: Any) -> None:
     assert_refused(send_to(server, CHAT, {"refusal": refusal}), server, 422, "refusal")
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b'{"refusal": {"categories": {"\\ud800": 0.5}}}',
-        b'{"refusal": {"categories": {"safety": {"\\ud800": 0.5}}}}',
-        b'{"refusal": {"categories": {"safety": "\\ud800"}}}',
-        b'{"refusal": {"categories": {"safety": 1' + b"0" * 400 + b"}}}",
-        b'{"refusal": {"categories": {"safety": ' + b"[" * 200 + b"]" * 200 + b"}}}",
-        b'{"refusal": {"\\ud800": 1}}',
-        b'{"messages": [{"role": "assistant", "refusal": "", "refusal_category": "\\ud800"}]}',
-    ],
-)
-def test_odd_values_are_refused_and_crash_nothing(raw: bytes) -> None:
-    server = FakeServer()
-    answer = send_to(server, CHAT, raw)
-    assert answer.status_code == 422
-    assert answer.json()["error"]["message"]
-    assert server.calls == 0
-
-
-def test_body_over_the_limit_is_413_and_read_no_further() -> None:
-    server = FakeServer()
-    settings = Settings(max_body_bytes=1024)
-    answer = send_to(server, CHAT, b"x" * 1025, settings=settings, chunks=100)
-    message = assert_refused(answer, server, 413, None, "request_too_large")
-    assert "1024 bytes" in message
-    assert send_to(server, CHAT, b"x" * 1024, settings=settings).status_code == 200
-
-
-def test_deep_nesting_is_400() -> None:
-    server = FakeServer()
-    raw = b'{"refusal": {}, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    assert_refused(send_to(server, CHAT, raw), server, 400, None)
-
-
 def test_no_depth_of_nesting_crashes() -> None:
     # Around the parser's limit the body may be read and yet be too deep to guard or write again.
     statuses = []
     limit = sys.getrecursionlimit()
+    settings = Settings(max_body_depth=2 * limit)
     for depth in (limit // 4, *range(limit - 120, limit + 5)):
         server = FakeServer()
         raw = b'{"refusal": {}, "x": ' + b"[" * depth + b"]" * depth + b"}"
-        statuses.append(send_to(server, CHAT, raw).status_code)
+        statuses.append(send_to(server, CHAT, raw, settings=settings).status_code)
         assert server.calls == (statuses[-1] == 200)
     assert set(statuses) == {200, 400}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "opened"),
-    [
-        (CHAT, {"messages": [USER, ANSWERED]}, {**ANSWERED, "content": "[respond]Hi"}),
-        (MESSAGES, {"messages": [USER, ANSWERED]}, {**ANSWERED, "content": "[respond]Hi"}),
-    ],
-)
-def test_rendered_prompts_hold_the_control_tokens_of_earlier_turns(
-    path: str, body: dict[str, Any], opened: dict[str, Any]
-) -> None:
+# what the operator renders
+
+
+def render(path: str, body: Any) -> tuple[httpx.Response, FakeServer]:
     server = FakeServer()
-    assert send_to(server, f"{path}/render", body).status_code == 200
-    assert server.body["messages"] == [USER, opened]
+    settings = Settings(operator_key_hash=hash_key("operator"))
+    headers = [("authorization", "Bearer operator")]
+    answer = send_to(server, f"{path}/render", body, settings=settings, headers=headers)
+    return answer, server
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+def test_rendered_prompts_hold_the_control_tokens_of_earlier_turns(path: str) -> None:
+    answer, server = render(path, {"messages": [USER, ANSWERED]})
+    assert answer.status_code == 200
+    assert server.body["messages"] == [USER, {**ANSWERED, "content": "[respond]Hi"}]
     assert server.context is None
 
 
 def test_empty_turn_that_vllm_cannot_render_is_opened() -> None:
-    server = FakeServer()
     empty = {"type": "message", "role": "assistant", "content": []}
-    send_to(server, f"{RESPONSES}/render", {"input": [empty]})
+    _, server = render(RESPONSES, {"input": [empty]})
     assert [part["text"] for part in server.body["input"][0]["content"]] == ["[respond]"]
 
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [({"input": [{**ANSWERED, "content": [{"type": "text"}]}]}, 400), (b"[" * 100_000, 400)],
+    [({"input": [{**ANSWERED, "content": [{"type": "text"}]}]}, 400), (b"[" * 1000, 400)],
 )
 def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -> None:
-    server = FakeServer()
-    answer = send_to(server, f"{RESPONSES}/render", body)
+    answer, server = render(RESPONSES, body)
     assert (answer.status_code, server.calls) == (status, 0)
 
 
@@ -560,17 +489,13 @@ def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -
     ],
 )
 def test_generating_routes_are_known_under_any_root_path(root_path: str, path: str) -> None:
-    server = FakeServer()
-    send_to(server, path, {"messages": [USER], "refusal": {}}, root_path=root_path)
-    assert server.context is not None
+    steered(path, {"messages": [USER], "refusal": {}}, root_path=root_path)
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING))
 def test_every_generating_route_takes_a_report(path: str) -> None:
-    server = FakeServer()
-    assert send_to(server, path, {"refusal": {"report": True}}).status_code == 200
-    assert server.context is not None
-    assert server.context.report is True
+    context = steered(path, {"refusal": {"report": True}})
+    assert context.report is True
 
 
 def test_disconnect_reaches_the_server_after_the_body() -> None:
@@ -591,9 +516,8 @@ def test_disconnect_reaches_the_server_after_the_body() -> None:
         raise AssertionError(message)
 
     middleware = steering_app(app)
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    asyncio.run(middleware(scope, receive, nowhere))
+    asyncio.run(middleware(scope_of(CHAT), receive, nowhere))
     assert got == [
-        {"type": "http.request", "body": b'{"messages": []}', "more_body": False},
+        {"type": "http.request", "body": b'{"messages":[]}', "more_body": False},
         {"type": "http.disconnect"},
     ]

@@ -18,6 +18,7 @@ from tests.server.middlewares import (
     USER,
     FakeServer,
     Parts,
+    scope_of,
     send_to,
     steering_app,
 )
@@ -64,11 +65,10 @@ def test_answer_without_a_decision_has_no_decision_headers() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 500])
-def test_error_of_vllm_passes_as_it_is(status: int) -> None:
-    raw = b'{ "error": {"message": "x"} }'
-    server = FakeServer(REFUSED, [raw], status=status)
+def test_error_of_vllm_says_no_decision(status: int) -> None:
+    server = FakeServer(REFUSED, [b'{ "error": {"message": "x"} }'], status=status)
     answer = send_to(server, CHAT, {"messages": [USER]})
-    assert (answer.status_code, answer.content) == (status, raw)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, "x")
     assert "x-refusal-decision" not in answer.headers
 
 
@@ -172,9 +172,7 @@ def test_events_are_sent_as_they_come_and_not_at_the_end() -> None:
     async def receive() -> Message:
         return {"type": "http.request", "body": b'{"messages": []}', "more_body": False}
 
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-    app = steering_app(server)
-    asyncio.run(app(scope, receive, collect))
+    asyncio.run(steering_app(server)(scope_of(CHAT), receive, collect))
     assert [body.count(b"data: ") for body, _ in sent] == [1, 1, 0]
     assert [more for _, more in sent] == [True, True, False]
 
@@ -248,7 +246,7 @@ def test_stream_that_the_engine_rejects_is_an_error_with_its_status(
     assert answer.status_code == 400
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["content-length"] == str(len(answer.content))
-    assert answer.json() == {"error": SHAPED}
+    assert answer.json() == TOO_LONG.body(path)
 
 
 def test_first_event_that_is_an_error_has_its_status_too() -> None:
@@ -262,7 +260,7 @@ def test_what_the_engine_rejects_is_told_as_it_said_it() -> None:
     raw = b'{"error": {"message": "m (parameter=messages)", "code": 422}}'
     server = FakeServer({}, [raw], status=422, failure=TOO_LONG)
     answer = send_to(server, MESSAGES, {})
-    assert (answer.status_code, answer.json()) == (400, {"error": SHAPED})
+    assert (answer.status_code, answer.json()) == (400, TOO_LONG.body(MESSAGES))
 
 
 class Connection:
@@ -295,8 +293,7 @@ class Connection:
         async def send(message: Message) -> None:
             self.sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-        asyncio.run(steering_app(self.server)(scope, receive, send))
+        asyncio.run(steering_app(self.server)(scope_of(path), receive, send))
         return self.sent
 
 
@@ -366,7 +363,7 @@ def test_stream_of_responses_that_fails_ends_with_its_error_event() -> None:
 def test_stream_of_responses_that_the_engine_rejects_does_not_begin() -> None:
     server = BreakingServer([RESPONSE_OPENING], "text/event-stream", TOO_LONG)
     answer = send_to(server, RESPONSES, {"input": "x", "stream": True})
-    assert (answer.status_code, answer.json()) == (400, {"error": SHAPED})
+    assert (answer.status_code, answer.json()) == (400, TOO_LONG.body(RESPONSES))
 
 
 def test_other_failures_of_a_server_are_no_concern_of_ours() -> None:

@@ -4,13 +4,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.settings import Settings
-from server.web.gate import Gate
 from server.web.routes import build_router
-from tests.server.boards import HASHES, calibrations, everybody
+from tests.server.boards import HASHES, calibrations
 from tests.server.manifests import MANIFEST
-
-EVERYBODY = everybody()
+from tests.server.middlewares import steering_app
 
 
 class FakeEngine:
@@ -26,15 +23,11 @@ class FakeEngine:
 
 def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
     app = FastAPI()
-    app.include_router(
-        build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES, EVERYBODY)
-    )
+    app.include_router(build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES))
 
     async def ask() -> httpx.Response:
-        gate = Gate(app, settings=Settings(), callers=EVERYBODY)
-        async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(gate), base_url="http://test"
-        ) as client:
+        transport = httpx.ASGITransport(steering_app(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.get(path)
 
     return asyncio.run(ask())

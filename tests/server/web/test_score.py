@@ -7,11 +7,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message
 
 from models.errors import RequestError
-from server.context import Decision, DecisionContext
+from server.context import BODY, CALLER, Decision, DecisionContext
 from server.telemetry.trace import DecisionTrace
 from server.web.score import (
     AT_ONCE,
@@ -24,6 +25,7 @@ from server.web.score import (
 from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
+from tests.server.middlewares import SETTINGS, steering_app
 
 USER = {"role": "user", "content": "Hello"}
 INPUT = {"messages": [USER]}
@@ -94,10 +96,10 @@ def score(
     headers: dict[str, str] | None = None,
     trace: DecisionTrace | None = None,
 ) -> httpx.Response:
-    callers = everybody(None, *names)
-    route = ScoreRoute(MANIFEST, callers, engine or FakeEngine(), 2**20, GUARD, trace)
-    app = FastAPI()
-    app.include_router(build_score_router(route))
+    route = ScoreRoute(MANIFEST, engine or FakeEngine(), GUARD, trace)
+    inside = FastAPI()
+    inside.include_router(build_score_router(route))
+    app = steering_app(inside, SETTINGS, *names)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app)
@@ -292,21 +294,23 @@ def test_input_that_cannot_be_decided_is_named() -> None:
 
 def test_client_that_goes_takes_its_prompts_out_of_the_engine() -> None:
     engine = FakeEngine(stuck=True)
-    route = ScoreRoute(MANIFEST, everybody(), engine, 2**20, GUARD)
-    body = json.dumps({"inputs": [INPUT] * 3}).encode()
+    route = ScoreRoute(MANIFEST, engine, GUARD)
 
     async def serve() -> int:
-        sent = [{"type": "http.request", "body": body, "more_body": False}]
-
         async def receive() -> Message:
-            if sent:
-                return sent.pop()
             while engine.decided < 3:
                 await asyncio.sleep(0)
             return {"type": "http.disconnect"}
 
         headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": SCORE, "headers": headers}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": SCORE,
+            "headers": headers,
+            CALLER: everybody().caller(Headers()),
+            BODY: {"inputs": [INPUT] * 3},
+        }
         answer = await route(Request(scope, receive))
         await asyncio.sleep(0)
         return answer.status_code
@@ -317,9 +321,7 @@ def test_client_that_goes_takes_its_prompts_out_of_the_engine() -> None:
 
 def test_body_is_in_the_openapi_document() -> None:
     app = FastAPI()
-    app.include_router(
-        build_score_router(ScoreRoute(MANIFEST, everybody(), FakeEngine(), 2**20, GUARD))
-    )
+    app.include_router(build_score_router(ScoreRoute(MANIFEST, FakeEngine(), GUARD)))
     operation = app.openapi()["paths"][SCORE]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["properties"]["inputs"]["maxItems"] == MOST_INPUTS

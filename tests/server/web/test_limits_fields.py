@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from transformers import PythonBackend
 
 from models.errors import RequestError
-from server.web.fields import (
+from server.web.limits import (
     COPIED,
     COPIED_HEADERS,
     ENGINE_ARGUMENTS,
@@ -92,4 +92,4 @@ def test_header_that_is_copied_has_a_bounded_length(name: str) -> None:
 
 def test_header_that_asks_for_the_load_is_refused() -> None:
     with pytest.raises(RequestError, match="the load is that of all callers"):
-        refuse_headers(Headers({LOAD_HEADER: "text"}))
+        refuse_headers(Headers({LOAD_HEADER.decode(): "text"}))

@@ -1,7 +1,7 @@
 import json
 from typing import Any
 
-from server.web.events import shape_events
+from server.web.answer import shape_events
 
 
 def doubled(event: dict[str, Any]) -> list[dict[str, Any]]:
