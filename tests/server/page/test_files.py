@@ -9,8 +9,7 @@ from fastapi import FastAPI
 
 from server.page.files import build_page_router, page_routes, read_page
 from server.settings import Settings
-from server.web.gate import Gate
-from tests.server.boards import everybody
+from tests.server.middlewares import steering_app
 from training.demo_data.render import render
 
 STATIC = Path(__file__).parents[3] / "server" / "page" / "static"
@@ -21,11 +20,11 @@ OWN = sorted(path for path in STATIC.glob("*") if path.is_file())
 def get(path: str, *, method: str = "GET", page: bool = True, **headers: str) -> httpx.Response:
     app = FastAPI()
     app.include_router(build_page_router())
-    gate = Gate(app, settings=Settings(page=page), callers=everybody())
+    layer = steering_app(app, Settings(page=page))
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(gate)
+        transport = httpx.ASGITransport(layer)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, headers=sent)
 
