@@ -4,23 +4,23 @@ Every route of vLLM's server that generates calls ``AsyncLLM.generate()``; here 
 This module and server/steering.py are the only ones that import vllm.
 """
 
-import gc
-import os
 import secrets
+import socket
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import uvloop
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from jinja2 import TemplateError
 from pydantic import ValidationError
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from vllm import envs
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
@@ -50,6 +50,7 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 from vllm.logger import configure_logging_from_args
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
@@ -64,37 +65,33 @@ from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
+from server.app import (
+    Service,
+    add_scores,
+    make_quick,
+    open_recorder,
+    open_trace,
+    put_layer,
+    surround,
+)
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, Decision, DecisionContext
 from server.dials.board import Resolution
-from server.flags import refuse_switched_on, refuse_unserved
-from server.generation.call import decision_of, outputs_of
-from server.generation.grammars import BOUNDED_BACKEND, LIMIT_KEY, check_dictation, check_grammar
+from server.flags import bound_grammars, fit_to_cpu, refuse_switched_on, refuse_unserved
+from server.generation.call import admit, decision_of, outputs_of
+from server.generation.grammars import LIMIT_KEY
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider, merged
-from server.generation.prompts import token_prompt
+from server.generation.scoring import Handlers, VllmScorer
 from server.generation.seam import Call, Outputs
-from server.huge_pages import collapse_memory
-from server.page.files import build_page_router
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
 from server.telemetry.recorder import MarginRecorder
-from server.telemetry.trace import DecisionTrace
 from server.web.connection import connection_options
 from server.web.errors import Failure, failure, failure_of
-from server.web.guard import Guard, build_guard
-from server.web.middleware import GENERATING, RefusalMiddleware
-from server.web.routes import build_router
-from server.web.score import ScoreRoute, build_score_router
-from server.web.validation import (
-    answer_failed,
-    answer_invalid,
-    first_problem,
-    stop_at_first_error,
-)
+from server.web.guard import build_guard
+from server.web.validation import stop_at_first_error
 
-CPU_KVCACHE_GIB = "2"
-YOUNG_OBJECTS = 20_000
 # The bodies of the routes that tenants may send to.
 _REQUESTS = (
     ChatCompletionRequest,
@@ -104,50 +101,58 @@ _REQUESTS = (
     AnthropicMessagesRequest,
     AnthropicCountTokensRequest,
 )
+# vLLM's middleware that stays around our layer, so that pages can read our errors as well.
+ADDS_HEADERS = (CORSMiddleware, XRequestIdMiddleware)
+_UVICORN_FLAGS = (
+    "enable_ssl_refresh",
+    "host",
+    "port",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_ca_certs",
+    "ssl_cert_reqs",
+    "ssl_ciphers",
+    "h11_max_incomplete_event_size",
+    "h11_max_header_count",
+)
 
 
 class SteeredLLM(AsyncLLM):
     """An ``AsyncLLM`` whose every answer opens with a decision that the caller never sees."""
 
-    manifest: Manifest
-    unsteered: Callable[[], Resolution]
-    recorder: MarginRecorder | None
+    client_error: type[Exception] = VLLMClientError
 
     def steer(
         self,
         manifest: Manifest,
-        unsteered: Callable[[], Resolution],
+        settings: Settings,
         mark: str,
-        max_grammar_bytes: int,
-        max_grammar_count: int,
+        unsteered: Callable[[], Resolution],
         recorder: MarginRecorder | None = None,
     ) -> None:
         """Tells the engine its control tokens, before the first request.
 
         Args:
-            manifest: The checkpoint's.
-            unsteered: Gives the dials of calls that come from no HTTP request.
-            mark: What the guard breaks special tokens with.
-            max_grammar_bytes: Longest grammar of a request, as text.
-            max_grammar_count: What its counts may come to.
+            manifest: The served checkpoint's.
+            settings: The operator's.
+            mark: Text of the token with which the guard breaks special tokens.
+            unsteered: Returns the dials of calls that come from no HTTP request.
             recorder: Counts the margins of a share of the requests.
         """
         self.manifest = manifest
+        self.settings = settings
         self.unsteered = unsteered
-        self.max_grammar_bytes = max_grammar_bytes
-        self.max_grammar_count = max_grammar_count
         self.recorder = recorder
         self.hider = Hider(manifest, mark)
         self.category_of = {c.id: i for i, c in enumerate(manifest.categories)}
         self.margin_board = MarginBoard(len(manifest.categories))
         # V1 gives a request's `logprob_token_ids` to its whole batch: tests/server/test_sampler.py
         self.margins_by_logprobs = self.vllm_config.use_v2_model_runner
-        defaults = self.vllm_config.model_config.get_diff_sampling_param()
-        self.repetition_penalty = float(defaults.get("repetition_penalty", 1.0))
+        self.defaults = self.vllm_config.model_config.get_diff_sampling_param()
+        self.repetition_penalty = float(self.defaults.get("repetition_penalty", 1.0))
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
-        told: Any = self.vllm_config.additional_config
-        self.turn_ids = frozenset(told[TURN_IDS_KEY])
+        self.turn_ids = frozenset(_additional(self.vllm_config)[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
 
     def generate(
@@ -165,15 +170,10 @@ class SteeredLLM(AsyncLLM):
                 is too long. While iterating: the prompt holds control tokens that the server did
                 not put there, or the sampling parameters touch them.
         """
-        if sampling_params.logprob_token_ids and not self.margins_by_logprobs:
-            raise VLLMValidationError(
-                "logprob_token_ids: vLLM's V1 model runner would give these tokens to every "
-                "request of its batch in place of their own; ask for top_logprobs",
-                parameter="logprob_token_ids",
-            )
         context = DECISION_CONTEXT.get() or DecisionContext(self.unsteered())
+        adapted = bool(options.get("lora_request"))
         try:
-            self._admit(context, sampling_params, adapted=bool(options.get("lora_request")))
+            admit(self, context, sampling_params, self.settings, adapted=adapted)
         except RequestError as error:
             context.failure = failure_of(error)
             raise self.vllm_error(error) from error
@@ -182,7 +182,7 @@ class SteeredLLM(AsyncLLM):
         return outputs_of(Call(self, context, number, sampling_params, request_id, options), prompt)
 
     async def decide(
-        self, prompt: Any, context: DecisionContext, temperature: float, lora_request: Any = None
+        self, prompt: object, context: DecisionContext, lora_request: LoRARequest | None = None
     ) -> Decision:
         """Returns the decision on one prompt, margins included where the context reports.
 
@@ -192,6 +192,8 @@ class SteeredLLM(AsyncLLM):
         """
         if lora_request is not None:
             context.adapt()
+        # Under the rule `sample`; where generation_config.json has none, it is OpenAI's.
+        temperature = float(self.defaults.get("temperature", 1.0))
         params = SamplingParams(temperature=temperature, max_tokens=1)
         request_id = f"score-{secrets.token_hex(16)}"
         call = Call(self, context, 0, params, request_id, {"lora_request": lora_request})
@@ -222,20 +224,6 @@ class SteeredLLM(AsyncLLM):
         delta = params.output_kind is RequestOutputKind.DELTA
         return merged(merge_async_iterators(*streams), len(streams), delta=delta)
 
-    def _admit(self, context: DecisionContext, params: SamplingParams, *, adapted: bool) -> None:
-        if adapted:
-            context.adapt()
-        if not context.grammars:
-            check_dictation(params)
-        if params.structured_outputs is not None:
-            check_grammar(
-                params.structured_outputs,
-                allowed=context.grammars,
-                most_bytes=self.max_grammar_bytes,
-                most_count=self.max_grammar_count,
-                choices=context.prompts * params.n,
-            )
-
     def vllm_error(self, error: RequestError) -> VLLMError:
         """Returns vLLM's error for one of ours; see server/generation/seam.py."""
         if error.status == HTTPStatus.FORBIDDEN:
@@ -243,9 +231,10 @@ class SteeredLLM(AsyncLLM):
         kind = VLLMValidationError if error.status == 400 else VLLMUnprocessableEntityError
         return kind(error.message, parameter=error.param)
 
-    def failure(self, error: Exception) -> Failure:
-        """Returns what the client is told of an error of vLLM's; see server/generation/seam.py."""
-        return _failure(create_error_response(error))
+    def failure(self, error: Exception | ErrorResponse) -> Failure:
+        """Returns what vLLM's routes answer to an error; see server/generation/seam.py."""
+        answer = error if isinstance(error, ErrorResponse) else create_error_response(error)
+        return failure(answer.error.code, answer.error.message, answer.error.param)
 
 
 def parse_flags(arguments: Sequence[str]) -> Namespace:
@@ -265,109 +254,20 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     refuse_switched_on(lambda name: getattr(envs, name))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    if args.gpu_memory_utilization == parser.get_default("gpu_memory_utilization"):
-        _bound_cpu_cache()
-    _prefill_whole(args)
-    _bound_grammars(args)
-    return args
-
-
-def _prefill_whole(args: Namespace) -> None:
-    # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two, and a CPU's
-    # generators cannot be rewound: the engine would end, and with it every client's requests.
-    if not current_platform.is_cpu():
-        return
-    if args.enable_chunked_prefill:
-        raise ConfigError(
-            "--enable-chunked-prefill: on a CPU a request with a seed would end vLLM's engine"
-        )
-    args.enable_chunked_prefill = False
-
-
-def _bound_grammars(args: Namespace) -> None:
-    # xgrammar, vLLM's first choice, may stand still for minutes in one step of a regex of 20
-    # characters. This one ends what takes too long, and leaves out the same properties. It does not
-    # know the tags that vLLM would make of a forced call: then it gets the tools' JSON schemas.
-    wanted = args.structured_outputs_config
-    if wanted.backend in ("auto", BOUNDED_BACKEND):
-        wanted.backend = BOUNDED_BACKEND
-        wanted.disable_additional_properties = True
-        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
-
-
-def _bound_cpu_cache() -> None:
-    # vLLM would take 92 % of the machine's memory, and not start where so much is not free.
     if current_platform.is_cpu():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KVCACHE_GIB)
-
-
-class _VllmScorer:
-    """Renders score inputs as vLLM's own routes do, so that ids and decisions are theirs.
-
-    Args:
-        engine: Decides.
-        state: The app's, where vLLM keeps its handlers.
-        temperature: Of the decisions under ``sample``.
-    """
-
-    def __init__(self, engine: SteeredLLM, state: Any, temperature: float) -> None:
-        self._engine = engine
-        self._chat = state.openai_serving_chat
-        self._completion = state.openai_serving_completion
-        self._temperature = temperature
-
-    async def render(self, model: str | None, body: dict[str, Any]) -> tuple[Any, Any]:
-        """Returns the rendered prompt and the adapter that ``model`` names, if any."""
-        try:
-            request, rendered = await self._rendered(model, body)
-            lora_request = self._chat._maybe_get_adapters(request)
-        except ValidationError as error:
-            raise first_problem(error.errors(), body) from error
-        except (VLLMClientError, ValueError, TypeError, TemplateError) as error:
-            raise _request_error(create_error_response(error)) from error
-        if isinstance(rendered, ErrorResponse):
-            raise _request_error(rendered)
-        return rendered[0], lora_request
-
-    def tokens(self, rendered: tuple[Any, Any]) -> int:
-        """Returns the length of what ``render`` returned."""
-        return len(token_prompt(rendered[0])["prompt_token_ids"])
-
-    async def decide(self, rendered: tuple[Any, Any], context: DecisionContext) -> Decision:
-        """Returns the decision on what ``render`` returned."""
-        prompt, lora_request = rendered
-        try:
-            return await self._engine.decide(prompt, context, self._temperature, lora_request)
-        except (VLLMClientError, ValueError) as error:
-            raise _request_error(create_error_response(error)) from error
-
-    async def _rendered(self, model: str | None, body: dict[str, Any]) -> tuple[Any, Any]:
-        if "prompt" in body:
-            text = CompletionRequest.model_validate({"model": model, **body})
-            return text, await self._completion.render_completion_request(text)
-        chat = ChatCompletionRequest.model_validate({"model": model, **body})
-        answer = await self._chat.render_chat_request(chat)
-        return chat, answer if isinstance(answer, ErrorResponse) else answer[1]
-
-
-def _request_error(response: ErrorResponse) -> RequestError:
-    told = _failure(response)
-    return RequestError(told.message, param=told.param, status=told.status, code=told.code)
-
-
-def _failure(response: ErrorResponse) -> Failure:
-    error = response.error
-    return failure(error.code, error.message, error.param)
+        fit_to_cpu(args, parser.get_default)
+    bound_grammars(args)
+    return args
 
 
 def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Policies) -> None:
     """Starts the engine and answers HTTP until SIGTERM or SIGINT, on vLLM's own event loop.
 
     Args:
-        args: What ``parse_flags`` returned.
+        args: Returned by ``parse_flags``.
         manifest: The checkpoint's, already verified.
-        settings: The operator's settings.
-        policies: What requests follow.
+        settings: The operator's.
+        policies: The policies in force.
     """
     uvloop.run(_serve(args, manifest, settings, policies))
 
@@ -383,44 +283,28 @@ async def _serve(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
     policies.fit(api_keys=_api_keys(args))
-    recorder = _open_recorder(Path(args.model), manifest, settings)
-    trace = _open_trace(manifest, settings)
-    interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
-    config.model_config.logits_processors = [f"server.steering:{interface}"]
+    recorder = open_recorder(Path(args.model), manifest, settings)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
-    config.additional_config = {
-        **config.additional_config,
-        LIMIT_KEY: settings.max_grammar_s,
-        TURN_IDS_KEY: _turn_ids(config, tokenizer),
-    }
-    _price_grammars(config)
-    # Before the engine is made: its renderer encodes with copies of this tokenizer.
-    guard = build_guard(tokenizer, manifest, config.model_config.max_model_len)
-    engine = SteeredLLM(
-        config,
-        executor_class=Executor.get_class(config),
-        log_stats=not args.disable_log_stats,
-        log_requests=args.enable_log_requests,
-        aggregate_engine_logging=args.aggregate_engine_logging,
-        usage_context=UsageContext.OPENAI_API_SERVER,
+    _steer_workers(config, settings, tokenizer)
+    service = Service(
+        manifest,
+        settings,
+        policies,
+        # Before the engine is made: its renderer encodes with copies of this tokenizer.
+        build_guard(tokenizer, manifest, config.model_config.max_model_len),
+        open_trace(manifest, settings, _REQUESTS),
     )
+    engine = _engine(config, args)
     try:
-        engine.steer(
-            manifest,
-            policies.strictest,
-            guard.mark,
-            settings.max_grammar_bytes,
-            settings.max_grammar_count,
-            recorder,
-        )
+        engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
         await engine.reset_mm_cache()
         async with AsyncExitStack() as running:
             if recorder:
                 await running.enter_async_context(recorder.flushing())
-            if trace:
-                await running.enter_async_context(trace.writing())
+            if service.trace:
+                await running.enter_async_context(service.trace.writing())
             await running.enter_async_context(policies.watching())
-            shutdown = await _serve_http(engine, args, sock, settings, policies, guard, trace)
+            shutdown = await _serve_http(await _app(engine, args, service), args, sock, settings)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
         engine.margin_board.close()
@@ -430,43 +314,40 @@ async def _serve(
         sock.close()
 
 
-def _price_grammars(config: Any) -> None:
+def _steer_workers(config: VllmConfig, settings: Settings, tokenizer: Any) -> None:
+    """Has vLLM's engine process load server/steering.py, and tells that what it needs."""
+    interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
+    config.model_config.logits_processors = [f"server.steering:{interface}"]
+    config.additional_config = {
+        **_additional(config),
+        LIMIT_KEY: settings.max_grammar_s,
+        TURN_IDS_KEY: sorted(turn_opening_ids(tokenizer) - _ending_ids(config.model_config)),
+    }
     kind = "Async" if config.scheduler_config.async_scheduling else ""
     config.scheduler_config.scheduler_cls = f"server.steering.Steered{kind}Scheduler"
 
 
-def _turn_ids(config: Any, tokenizer: Any) -> list[int]:
-    # What ends an answer is never masked, whatever it opens.
-    model = config.model_config
-    ends: set[int | None] = set()
-    for told in (
-        model.try_get_generation_config().get("eos_token_id"),
-        getattr(model.hf_text_config, "eos_token_id", None),
-    ):
-        ends.update(told if isinstance(told, list) else [told])
-    return sorted(turn_opening_ids(tokenizer) - ends)
+def _additional(config: VllmConfig) -> dict[str, Any]:
+    assert isinstance(config.additional_config, dict)  # vLLM's flag takes nothing else
+    return config.additional_config
 
 
-def put_layer(app: Any, layer: Middleware) -> None:
-    """Puts our layer among vLLM's middleware."""
-    # vLLM's own check would want its key on the operator's routes too, and leaves /invocations out.
-    # What adds headers to answers stands outside, so that pages can read our errors as well. All
-    # others of vLLM's, and those of --middleware, see admitted requests only.
-    theirs = [m for m in app.user_middleware if m.cls is not AuthenticationMiddleware]
-    outside = [m for m in theirs if m.cls in (CORSMiddleware, XRequestIdMiddleware)]
-    inside = [m for m in theirs if m not in outside]
-    app.user_middleware[:] = [*outside, layer, *inside]
+def _ending_ids(model: ModelConfig) -> set[int | None]:
+    # What ends an answer is never masked, even if it opens a turn.
+    ends = model.try_get_generation_config().get("eos_token_id")
+    more = getattr(model.hf_text_config, "eos_token_id", None)
+    return {end for ids in (ends, more) for end in (ids if isinstance(ids, list) else [ids])}
 
 
-def _make_quick(app: Any) -> None:
-    # The router, and the middleware that labels vLLM's HTTP metrics, try one route after the other;
-    # vLLM reads variables of the environment several times a request; and the collector looks for
-    # cycles after so few new objects that most of them are requests still being answered. What was
-    # made by now stays for good.
-    app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in GENERATING)
-    envs.enable_envs_cache()
-    gc.set_threshold(YOUNG_OBJECTS)
-    collapse_memory()
+def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
+    return SteeredLLM(
+        config,
+        executor_class=Executor.get_class(config),
+        log_stats=not args.disable_log_stats,
+        log_requests=args.enable_log_requests,
+        aggregate_engine_logging=args.aggregate_engine_logging,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+    )
 
 
 def _api_keys(args: Namespace) -> list[str]:
@@ -474,89 +355,49 @@ def _api_keys(args: Namespace) -> list[str]:
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
-def _default_temperature(config: Any) -> float:
-    # Where generation_config.json names none, vLLM's routes take OpenAI's.
-    return float(config.get_diff_sampling_param().get("temperature", 1.0))
-
-
-def _open_trace(manifest: Manifest, settings: Settings) -> DecisionTrace | None:
-    if settings.trace_file is None:
-        return None
-    fields = {name for model in _REQUESTS for name in model.model_fields}
-    return DecisionTrace(settings.trace_file, manifest.names, fields)
-
-
-def _open_recorder(
-    directory: Path, manifest: Manifest, settings: Settings
-) -> MarginRecorder | None:
-    if settings.record_file is None:
-        return None
-    weights = checkpoint_hashes(directory).weights
-    return MarginRecorder(settings.record_file, settings.record_share, manifest.names, weights)
+async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI:
+    tasks = await engine.get_supported_tasks()
+    stop_at_first_error(*_REQUESTS)
+    if not args.log_error_stack:
+        drop_client_mistakes((VLLMClientError, ValidationError, TemplateError, ErrorResponse))
+    app = build_app(args, tasks, engine.model_config)
+    hashes = partial(checkpoint_hashes, Path(args.model))
+    surround(app, service, engine, hashes)
+    put_layer(
+        app,
+        service,
+        # It would want its key on the operator's routes too, and leaves /invocations out.
+        replaced=AuthenticationMiddleware,
+        outside=ADDS_HEADERS,
+    )
+    await init_app_state(engine, app.state, args, tasks)
+    handlers = Handlers(
+        app.state.openai_serving_chat,
+        ChatCompletionRequest,
+        app.state.openai_serving_completion,
+        CompletionRequest,
+    )
+    add_scores(app, service, VllmScorer(engine, handlers))
+    make_quick(app)
+    # vLLM reads variables of the environment several times a request.
+    envs.enable_envs_cache()
+    return app
 
 
 async def _serve_http(
-    engine: SteeredLLM,
-    args: Namespace,
-    sock: Any,
-    settings: Settings,
-    policies: Policies,
-    guard: Guard,
-    trace: DecisionTrace | None,
-) -> Any:
-    manifest = engine.manifest
-    tasks = await engine.get_supported_tasks()
-    stop_at_first_error(*_REQUESTS)
-    app = build_app(args, tasks, engine.model_config)
-    app.add_exception_handler(RequestValidationError, answer_invalid)
-    app.add_exception_handler(Exception, answer_failed)
-    if not args.log_error_stack:
-        drop_client_mistakes((VLLMClientError, ValidationError, TemplateError, ErrorResponse))
-    directory = Path(args.model)
-    app.include_router(
-        build_router(
-            manifest,
-            engine,
-            policies.served.calibrations,
-            lambda: checkpoint_hashes(directory),
-        )
-    )
-    if settings.page:
-        app.include_router(build_page_router())
-    put_layer(
-        app,
-        Middleware(
-            RefusalMiddleware,
-            manifest=manifest,
-            settings=settings,
-            callers=policies,
-            guard=guard,
-            trace=trace,
-        ),
-    )
-    app.middleware_stack = None  # build_app has built it already; the next call builds it anew
-    await init_app_state(engine, app.state, args, tasks)
-    scorer = _VllmScorer(engine, app.state, _default_temperature(engine.model_config))
-    route = ScoreRoute(manifest, scorer, guard, trace)
-    app.include_router(build_score_router(route))
-    _make_quick(app)
-    uvicorn_options = connection_options(settings)
+    app: FastAPI, args: Namespace, sock: socket.socket, settings: Settings
+) -> Coroutine[Any, Any, None]:
+    """Serves until a signal; returns the rest of the shutdown."""
+    options = connection_options(settings)
     if (log_config := get_uvicorn_log_config(args)) is not None:
-        uvicorn_options["log_config"] = log_config
-    return await serve_http(
+        options["log_config"] = log_config
+    passed_on = {name: getattr(args, name) for name in _UVICORN_FLAGS}
+    shutdown: Coroutine[Any, Any, None] = await serve_http(
         app,
         sock=sock,
-        enable_ssl_refresh=args.enable_ssl_refresh,
-        host=args.host,
-        port=args.port,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
-        ssl_ciphers=args.ssl_ciphers,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        h11_max_header_count=args.h11_max_header_count,
-        **uvicorn_options,
+        **passed_on,
+        **options,
     )
+    return shutdown

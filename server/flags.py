@@ -1,10 +1,14 @@
-"""vLLM's flags and switches that this server does not pass on."""
+"""vLLM's flags and switches: those that are refused, and other defaults for some."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 from models.errors import ConfigError
+from server.generation.grammars import BOUNDED_BACKEND
+
+CPU_KVCACHE_GIB = "2"
 
 UNSERVED = {
     "headless": "this is one HTTP server with its engine; run vLLM's own for engines without one",
@@ -58,3 +62,41 @@ def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
     for name, reason in SWITCHES.items():
         if value_of(name):
             raise ConfigError(f"{name} must not be set: {reason}")
+
+
+def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any]) -> None:
+    """Changes defaults, in place, that do not work on a CPU.
+
+    Args:
+        args: As parsed.
+        default_of: Gives a flag's default.
+
+    Raises:
+        ConfigError: A flag asks for what ends vLLM's engine there.
+    """
+    if args.gpu_memory_utilization == default_of("gpu_memory_utilization"):
+        # vLLM would take 92 % of the machine's memory, and not start where so much is not free.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KVCACHE_GIB)
+    # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two, and a CPU's
+    # generators cannot be rewound: the engine would end, and with it every client's requests.
+    if args.enable_chunked_prefill:
+        raise ConfigError(
+            "--enable-chunked-prefill: on a CPU a request with a seed would end vLLM's engine"
+        )
+    args.enable_chunked_prefill = False
+
+
+def bound_grammars(args: Namespace) -> None:
+    """Chooses the grammar library whose steps are bounded, in place, unless a flag chooses another.
+
+    xgrammar, vLLM's first choice, may stand still for minutes in one step of a regex of 20
+    characters.
+    """
+    wanted = args.structured_outputs_config
+    if wanted.backend in ("auto", BOUNDED_BACKEND):
+        wanted.backend = BOUNDED_BACKEND
+        # xgrammar would leave the same properties out.
+        wanted.disable_additional_properties = True
+        # The library does not know the tags that vLLM would make of a forced call: it gets the
+        # tools' JSON schemas.
+        os.environ.setdefault("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")

@@ -4,8 +4,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from models.errors import RequestError
-from server.context import Decision
+from server.context import Decision, DecisionContext
 from server.generation.deciding import Decider
+from server.generation.grammars import check_dictation, check_grammar
 from server.generation.parameters import check_params, logprobs_of
 from server.generation.passes import passes
 from server.generation.prompts import (
@@ -15,11 +16,55 @@ from server.generation.prompts import (
     token_prompt,
     without_id,
 )
-from server.generation.seam import Call, CheckedPrompt, Outputs
+from server.generation.seam import Call, CheckedPrompt, Engine, Outputs
+from server.settings import Settings
 from server.web.errors import failure_of
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+
+
+def admit(
+    engine: Engine,
+    context: DecisionContext,
+    params: "SamplingParams",
+    settings: Settings,
+    *,
+    adapted: bool,
+) -> None:
+    """Checks what can be checked before there is a call, and fits the dials to an adapter.
+
+    Args:
+        engine: The engine.
+        context: The HTTP request's.
+        params: The client's.
+        settings: The operator's, for the bounds of grammars.
+        adapted: Whether the call names an adapter.
+
+    Raises:
+        RequestError: An adapter is asked for a rate, the grammar is not allowed or too long, or
+            ``logprob_token_ids`` would change the answers of others.
+    """
+    if params.logprob_token_ids and not engine.margins_by_logprobs:
+        raise RequestError(
+            "logprob_token_ids: vLLM's V1 model runner would give these tokens to every request "
+            "of its batch in place of their own; ask for top_logprobs",
+            param="logprob_token_ids",
+            status=400,
+        )
+    if adapted:
+        context.adapt()
+    if not context.grammars:
+        check_dictation(params)
+    if params.structured_outputs is not None:
+        check_grammar(
+            params.structured_outputs,
+            allowed=context.grammars,
+            most_bytes=settings.max_grammar_bytes,
+            most_count=settings.max_grammar_count,
+            choices=context.prompts * params.n,
+        )
 
 
 async def outputs_of(call: Call, prompt: object) -> Outputs:

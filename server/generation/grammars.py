@@ -3,10 +3,13 @@
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.errors import NotAllowedError, RequestError
 from server.settings import PREFIX
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 PARAM = "structured_outputs"
 # Where the limit travels in vLLM's `additional_config`.
@@ -38,17 +41,22 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def check_grammar(
-    asked: Any, *, allowed: bool, most_bytes: int, most_count: int, choices: int = 1
+    asked: "StructuredOutputsParams",
+    *,
+    allowed: bool,
+    most_bytes: int,
+    most_count: int,
+    choices: int = 1,
 ) -> None:
-    """Checks what vLLM made of a request's grammar, whichever of its fields asked for it.
+    """Checks a request's grammar, whichever of its fields asked for it.
 
     Args:
-        asked: vLLM's ``StructuredOutputsParams``.
+        asked: As vLLM read it.
         allowed: Whether the policy allows grammars.
-        most_bytes: How long it may be, as text.
-        most_count: What its counts may come to: those of items together, times ``choices``, and
-            those of one pattern, multiplied where they may stand in each other.
-        choices: For how many choices vLLM reads it anew.
+        most_bytes: Longest grammar, as text.
+        most_count: Largest sum of its item counts, times ``choices``; and largest product of one
+            pattern's counts, where they may be nested.
+        choices: For how many choices vLLM compiles the grammar anew.
 
     Raises:
         RequestError: 403 or 400.
@@ -72,7 +80,7 @@ def check_grammar(
     _check_counts(asked, most_count, choices)
 
 
-def _check_counts(asked: Any, most: int, choices: int) -> None:
+def _check_counts(asked: "StructuredOutputsParams", most: int, choices: int) -> None:
     items = 0
     for part in _parts(asked):
         if isinstance(part, str):
@@ -110,7 +118,7 @@ def _repeats(pattern: str) -> int:
     return max(1, alone) * multiplying
 
 
-def _parts(asked: Any) -> Iterator[str | int]:
+def _parts(asked: "StructuredOutputsParams") -> Iterator[str | int]:
     """Yields the numbers of items and the patterns of a grammar."""
     if asked.regex is not None:
         yield asked.regex
@@ -161,11 +169,8 @@ def _read(text: str, start: int = 0) -> Any:
         ) from error
 
 
-def check_dictation(params: Any) -> None:
+def check_dictation(params: "SamplingParams") -> None:
     """Checks that no sampling parameter can write an answer token by token, as a grammar can.
-
-    Args:
-        params: vLLM's ``SamplingParams``.
 
     Raises:
         NotAllowedError: One can.

@@ -18,9 +18,11 @@ from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
 from models.controls import Controls, Rule
 from models.errors import ConfigError
 from models.manifest import Category, ControlToken, Manifest
+from server.app import Service, put_layer
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
 from server.dials.board import Resolution
-from server.engine import SteeredLLM, parse_flags, put_layer
+from server.engine import ADDS_HEADERS, SteeredLLM, parse_flags
+from server.settings import Settings
 from server.web.guard import build_guard
 from server.web.middleware import RefusalMiddleware
 from tests.toy import byte_tokenizer
@@ -53,7 +55,8 @@ def steered(tokenizer: Any, manifest: Manifest) -> SteeredLLM:
     guard = build_guard(tokenizer, manifest)
     none, all_off = (0.0,) * len(manifest.categories), (False,) * len(manifest.categories)
     as_trained = Resolution(Controls(Rule.GREEDY, none, all_off))
-    engine.steer(manifest, lambda: as_trained, guard.mark, 64, 64)
+    settings = Settings(max_grammar_bytes=256)
+    engine.steer(manifest, settings, guard.mark, lambda: as_trained)
     return engine
 
 
@@ -76,8 +79,8 @@ def test_ordinary_control_tokens_are_not_printed_once_steered() -> None:
 
 def test_grammar_of_a_request_is_checked_before_vllm_reads_it() -> None:
     engine = steered(*published())
-    long = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a" * 65))
-    with pytest.raises(VLLMValidationError, match="65 bytes, and at most 64 here"):
+    long = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a" * 257))
+    with pytest.raises(VLLMValidationError, match="257 bytes, and at most 256 here"):
         engine.generate("Hi", long, "id")
     short = SamplingParams(structured_outputs=StructuredOutputsParams(json={"enum": ["a"]}))
     engine.generate("Hi", short, "id")
@@ -165,9 +168,9 @@ def test_only_what_adds_headers_stands_outside_of_our_layer() -> None:
     theirs: list[Any] = [
         *(ScalingMiddleware, XRequestIdMiddleware, AuthenticationMiddleware, CORSMiddleware)
     ]
-    app = SimpleNamespace(user_middleware=[Middleware(cls) for cls in theirs])
-    layer: Any = SimpleNamespace(cls=RefusalMiddleware)
-    put_layer(app, layer)
+    app: Any = SimpleNamespace(user_middleware=[Middleware(cls) for cls in theirs])
+    service: Any = SimpleNamespace(**dict.fromkeys(Service.__dataclass_fields__))
+    put_layer(app, service, replaced=AuthenticationMiddleware, outside=ADDS_HEADERS)
     assert [m.cls for m in app.user_middleware] == [
         *(XRequestIdMiddleware, CORSMiddleware, RefusalMiddleware, ScalingMiddleware)
     ]

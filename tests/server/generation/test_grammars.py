@@ -191,7 +191,9 @@ PLAIN: dict[str, Any] = {
     ids=str,
 )
 def test_parameters_that_dictate_an_answer_are_grammars_too(dictating: dict[str, Any]) -> None:
-    check_dictation(SimpleNamespace(**PLAIN))
+    plain: Any = SimpleNamespace(**PLAIN)
+    check_dictation(plain)
+    params: Any = SimpleNamespace(**{**PLAIN, **dictating})
     with pytest.raises(NotAllowedError, match="allows no grammars") as caught:
-        check_dictation(SimpleNamespace(**{**PLAIN, **dictating}))
+        check_dictation(params)
     assert caught.value.param == next(iter(dictating))

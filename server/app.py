@@ -1,0 +1,130 @@
+"""What stands around vLLM's FastAPI app: our routes and our layer of middleware."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.middleware import Middleware
+
+from models.hashes import Hashes, checkpoint_hashes
+from models.manifest import Manifest
+from server.huge_pages import collapse_memory
+from server.page.files import build_page_router
+from server.policies.reloading import Policies
+from server.settings import Settings
+from server.telemetry.recorder import MarginRecorder
+from server.telemetry.trace import DecisionTrace
+from server.web.guard import Guard
+from server.web.middleware import GENERATING, RefusalMiddleware
+from server.web.routes import Health, build_router
+from server.web.score import Scorer, ScoreRoute, build_score_router
+from server.web.validation import answer_failed, answer_invalid
+
+YOUNG_OBJECTS = 20_000
+
+
+@dataclass(frozen=True)
+class Service:
+    """What all requests of one server share.
+
+    Attributes:
+        manifest: The served checkpoint's.
+        settings: The operator's.
+        policies: Know who calls.
+        guard: Makes client-typed special tokens ordinary text.
+        trace: Gets a line of each request; None without a trace file.
+    """
+
+    manifest: Manifest
+    settings: Settings
+    policies: Policies
+    guard: Guard
+    trace: DecisionTrace | None
+
+
+def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[], Hashes]) -> None:
+    """Adds our routes and error handlers to vLLM's app.
+
+    Args:
+        app: vLLM's.
+        service: What they share.
+        health: Tells whether the engine can answer.
+        hashes: Returns the checkpoint's; may read all weights the first time.
+    """
+    app.add_exception_handler(RequestValidationError, answer_invalid)
+    app.add_exception_handler(Exception, answer_failed)
+    calibrations = service.policies.served.calibrations
+    app.include_router(build_router(service.manifest, health, calibrations, hashes))
+    if service.settings.page:
+        app.include_router(build_page_router())
+
+
+def put_layer(
+    app: FastAPI, service: Service, *, replaced: object, outside: tuple[object, ...]
+) -> None:
+    """Puts our layer among vLLM's middleware.
+
+    All other middleware, --middleware's too, sees admitted requests only.
+
+    Args:
+        app: vLLM's.
+        service: What the layer needs.
+        replaced: The class of vLLM's own authentication.
+        outside: Classes of middleware that stay around our layer.
+    """
+    layer = Middleware(
+        RefusalMiddleware,
+        manifest=service.manifest,
+        settings=service.settings,
+        callers=service.policies,
+        guard=service.guard,
+        trace=service.trace,
+    )
+    theirs = [m for m in app.user_middleware if m.cls is not replaced]
+    around = [m for m in theirs if m.cls in outside]
+    app.user_middleware[:] = [*around, layer, *(m for m in theirs if m not in around)]
+    app.middleware_stack = None  # build_app has built it already; the next request builds it anew
+
+
+def add_scores(app: FastAPI, service: Service, scorer: Scorer) -> None:
+    """Adds the score route, once vLLM's handlers are there to render its prompts."""
+    route = ScoreRoute(service.manifest, scorer, service.guard, service.trace)
+    app.include_router(build_score_router(route))
+
+
+def make_quick(app: FastAPI) -> None:
+    """Lowers what every request costs, once everything is in place."""
+    # The router, and the middleware that labels vLLM's HTTP metrics, try one route after the other;
+    # and the collector looks for cycles after so few new objects that most of them are requests
+    # still being answered.
+    app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in GENERATING)
+    gc.set_threshold(YOUNG_OBJECTS)
+    collapse_memory()
+
+
+def open_trace(
+    manifest: Manifest, settings: Settings, requests: tuple[type[BaseModel], ...]
+) -> DecisionTrace | None:
+    """Opens the decision trace, where the operator wants one.
+
+    Args:
+        manifest: The served checkpoint's.
+        settings: The operator's.
+        requests: The bodies of the routes that tenants may send to.
+    """
+    if settings.trace_file is None:
+        return None
+    fields = {name for model in requests for name in model.model_fields}
+    return DecisionTrace(settings.trace_file, manifest.names, fields)
+
+
+def open_recorder(directory: Path, manifest: Manifest, settings: Settings) -> MarginRecorder | None:
+    """Opens the record of margins, where the operator wants one."""
+    if settings.record_file is None:
+        return None
+    weights = checkpoint_hashes(directory).weights
+    return MarginRecorder(settings.record_file, settings.record_share, manifest.names, weights)
