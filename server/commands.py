@@ -1,5 +1,6 @@
-"""``rheostat policy``: looks at a policy file before a server does, and makes the keys for it."""
+"""``rheostat serve`` and ``rheostat policy``. Everything heavy is imported by its command."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -15,24 +16,73 @@ if TYPE_CHECKING:
 # Long enough to give a tenant a new key.
 EXPIRES_SOON = timedelta(days=14)
 
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A checkpoint folder with rheostat.json, or a hub name.")
+]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 policy = typer.Typer(no_args_is_help=True, help="Check a policy file, make keys for it.")
+app.add_typer(policy, name="policy")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: rheostat serve --model checkpoints/demo --port 8000 --enforce-eager. "
+    "`python -m vllm.entrypoints.launchers.api_server.entry --help` lists vLLM's flags.",
+)
+def serve(
+    ctx: typer.Context,
+    model: ModelOption,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Serve a checkpoint over vLLM's OpenAI-compatible API.
+
+    Requests may have a `refusal` object (docs/requests.md). Every other flag goes to vLLM's server
+    unchanged (--port, --tensor-parallel-size, ...). The checkpoint is verified before the engine
+    starts. RHEOSTAT_DEFAULTS is a JSON `refusal` object with the dials of requests that bring
+    none. RHEOSTAT_POLICY_FILE replaces it: policies, and which tenants may follow them
+    (docs/policies.md).
+    """
+    from models.checkpoint import load_checkpoint, resolve_checkpoint
+    from server.dials.calibrations import load_calibrations
+    from server.lifetime import ignore_hangups
+    from server.policies.loading import Served
+    from server.policies.reloading import Policies
+    from server.settings import load_settings
+
+    logging.getLogger("server").setLevel(logging.INFO)
+    logging.getLogger("server").addHandler(logging.StreamHandler())
+    settings = load_settings()
+    directory = resolve_checkpoint(model, revision)
+    manifest, _ = load_checkpoint(directory)
+    calibrations = load_calibrations(directory, manifest)
+    policies = Policies(settings, Served(manifest, calibrations))
+    if settings.policy_file is not None:
+        ignore_hangups()
+
+    from server import engine
+
+    arguments = ["--model", str(directory), *ctx.args]
+    if str(directory) != model and "--served-model-name" not in ctx.args:
+        arguments += ["--served-model-name", model]
+    engine.serve(engine.parse_flags(arguments), manifest, settings, policies)
 
 
 @policy.command(
     epilog="Example: rheostat policy check policies.yaml --model checkpoints/demo. Exit status 1: "
-    "the file would be refused."
+    "a server would reject the file."
 )
 def check(
     file: Annotated[Path, typer.Argument(help="The policy file.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The checkpoint: its categories and calibrations count too."),
+        typer.Option("--model", help="Also check against this checkpoint."),
     ] = None,
 ) -> None:
-    """Say every problem of a policy file with its line, or what it holds.
+    """Report every problem of a policy file with its line.
 
-    With --model also whether its categories exist, and whether its rates can be had from the
-    checkpoint's calibrations. Keys that have expired or will within 14 days are told as well.
+    With --model, also check that its categories exist and that the checkpoint's calibrations
+    reach its rates. Warn of keys that have expired or expire within 14 days.
     """
     from server.policies.credentials import now
     from server.policies.file import read_policy_file
@@ -59,10 +109,10 @@ def check(
 
 @policy.command(
     epilog="Examples: rheostat policy hash-key; rheostat policy hash-key < key.txt. A key is never "
-    "an argument: those stand in the shell's history and in the list of processes."
+    "an argument, because the shell's history and the list of processes show arguments."
 )
 def hash_key() -> None:
-    """Make a key and its hash for a policy file, or hash the key on the standard input."""
+    """Make a key and its hash, or hash the key on standard input."""
     from server.policies import credentials
 
     key = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")

@@ -29,11 +29,11 @@ class Served(NamedTuple):
     calibrations: Calibrations
 
 
-class _WrongError(Exception):
-    """Carries what is wrong with one policy out of its making."""
+class _WrongPolicyError(ConfigError):
+    """Carries the problems of one policy, whose lines only the file knows."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__()
+        super().__init__("; ".join(problem.message for problem in problems))
         self.problems = problems
 
 
@@ -49,7 +49,7 @@ def load_policies(path: Path, served: Served) -> PolicyBook:
     for name, entry in file.policies.items():
         try:
             policies[name] = _policy(name, entry, served)
-        except _WrongError as error:
+        except _WrongPolicyError as error:
             problems += [
                 Problem(("policies", name, *problem.path), problem.message)
                 for problem in error.problems
@@ -95,26 +95,26 @@ def _book(file: PolicyFile, policies: Mapping[str, ActivePolicy]) -> PolicyBook:
 def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
     names = served.manifest.names
     if unknown := list(_unknown_categories(entry, names)):
-        raise _WrongError(unknown)
+        raise _WrongPolicyError(unknown)
     bounds = _bounds(entry, served)
     try:
         board = DialBoard(names, entry.defaults, served.calibrations, bounds)
     except RequestError as error:
         path = tuple((error.param or FIELD).split(".")[1:])
-        raise _WrongError([Problem(("defaults", *path), _without_path(error))]) from error
+        raise _WrongPolicyError([Problem(("defaults", *path), _without_path(error))]) from error
     outside: list[Problem] = [
         Problem(("defaults", "categories", category), f"lies beyond the policy's {side}")
         for category, side in board.unasked.clamped
         if category in entry.defaults.categories
     ]
     if outside:
-        raise _WrongError(outside)
+        raise _WrongPolicyError(outside)
     # Raw prompts and prefilled text are not judged, and margins find the wordings that pass.
     unguarded = not bounds.has_floor
     report = unguarded if entry.report is None else entry.report
     if entry.defaults.report and not report:
         problem = "reports are off in this policy; with a floor, they need report: true beside it"
-        raise _WrongError([Problem(("defaults", "report"), problem)])
+        raise _WrongPolicyError([Problem(("defaults", "report"), problem)])
     return ActivePolicy(
         name,
         board,
@@ -174,7 +174,7 @@ def _bounds(entry: PolicyEntry, served: Served) -> Bounds:
                 problems.append(Problem((f"{side}s", name), _without_path(error)))
         sides[side] = tuple(biases)
     if problems:
-        raise _WrongError(problems)
+        raise _WrongPolicyError(problems)
     crossed = [
         Problem(("floors", name), f"a bias of {floor:.6g} lies above the ceiling, {ceiling:.6g}")
         for name, floor, ceiling in zip(
@@ -183,7 +183,7 @@ def _bounds(entry: PolicyEntry, served: Served) -> Bounds:
         if floor > ceiling
     ]
     if crossed:
-        raise _WrongError(crossed)
+        raise _WrongPolicyError(crossed)
     written_bounds = [*entry.floors.values(), *entry.ceilings.values()]
     return Bounds(
         sides["floor"],
