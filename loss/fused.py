@@ -44,15 +44,36 @@ class FusedLoss(NamedTuple):
 
 
 class TrainedRows(NamedTuple):
-    """Rows that stand in for some of the output matrix's, such as a few trained tokens'.
+    """Rows that replace some of the output matrix's, such as a few trained tokens'.
 
     Attributes:
         ids: `[K]` int64, which rows, each at most once.
-        values: `[K, H]`, what stands there. They get the gradient, the rows underneath none.
+        values: `[K, H]`, their replacements. These get the gradient, the replaced rows none.
     """
 
     ids: Tensor
     values: Tensor
+
+
+class OutputLayer(NamedTuple):
+    """What makes logits of hidden states.
+
+    Attributes:
+        weight: `[V, H]`, dtype as the hidden states' (under autocast: any).
+        bias: `[V]`, added to the logits.
+        trained_rows: Rows used in place of the matrix's. Their entry of `bias` still counts.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    trained_rows: TrainedRows | None = None
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """Writes the logits of hidden states in the matrix's dtype into a buffer."""
+        torch.mm(hidden, self.weight.T, out=out)
+        if self.trained_rows is not None:
+            out.index_copy_(1, self.trained_rows.ids, hidden @ self.trained_rows.values.T)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 def weighted_rows(token_weights: Tensor) -> Tensor:
@@ -65,35 +86,31 @@ def weighted_rows(token_weights: Tensor) -> Tensor:
 
 def fused_flexible_loss(
     hidden: Tensor,
-    weight: Tensor,
+    layer: OutputLayer,
     targets: Tensor,
     token_weights: Tensor,
     q: float | Tensor,
     gamma: float | Tensor,
     *,
-    bias: Tensor | None = None,
-    trained_rows: TrainedRows | None = None,
     kept: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> FusedLoss:
     """Returns the sum of token_weight · flexible_loss over tokens, from their hidden states.
 
     The same as logits, log_softmax and `flexible_loss`, in value and in the gradients of hidden
-    states, matrix, bias and trained rows; no more than `chunk_tokens` rows of logits exist at once.
-    Only what asks for a gradient costs one: none for a frozen matrix, nothing
-    under `torch.no_grad`. Under autocast the products run in its dtype. Softmax, loss and the sums
-    over chunks are float32 (float64 for float64).
+    states and layer; no more than `chunk_tokens` rows of logits exist at once. Only what asks for a
+    gradient costs one: none for a frozen matrix, nothing under `torch.no_grad`. Under autocast the
+    products run in its dtype. Softmax, loss and the sums over chunks are float32 (float64 for
+    float64).
 
     Args:
         hidden: `[N, H]`, float32, float64 or bfloat16.
-        weight: `[V, H]`, dtype as `hidden` (under autocast: any).
+        layer: Makes their logits.
         targets: `[N]` int64, below V; anything where the weight is 0.
         token_weights: `[N]`, at least 0. Tokens of weight 0 are left out and cost nothing; their
             hidden states may be anything.
         q: Number or `[N]`; see `flexible_loss`. No gradient.
         gamma: As `q`.
-        bias: `[V]`, added to the logits.
-        trained_rows: Rows to be used in place of the matrix's. Their entry of `bias` still counts.
         kept: `weighted_rows(token_weights)`, where the caller has it already.
         chunk_tokens: Tokens a chunk; None takes about 2^27 logits, 1,024 tokens of 128k.
 
@@ -106,7 +123,8 @@ def fused_flexible_loss(
             gradient; a chunk below one token.
     """
     per_token = {"targets": targets, "token_weights": token_weights, "q": q, "gamma": gamma}
-    _check_shapes(hidden, weight, bias, per_token)
+    _check_shapes(hidden, layer, per_token)
+    weight, bias, trained_rows = layer
     if chunk_tokens is None:
         chunk_tokens = max(_CHUNK_LOGITS // weight.shape[0], 1)
     elif chunk_tokens < 1:
@@ -142,6 +160,12 @@ class _Tokens:
     dtype: torch.dtype
     with_gradients: bool
 
+    def rows(self, values: Tensor | None) -> TrainedRows | None:
+        """The trained rows in the products' dtype."""
+        if values is None or self.row_ids is None:
+            return None
+        return TrainedRows(self.row_ids, values.to(self.dtype))
+
     def losses(self, log_probs: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """The weighted losses' sum over a chunk, and their derivatives by log p, `[chunk]`."""
         q, gamma = (
@@ -151,20 +175,6 @@ class _Tokens:
         losses, slopes = flexible_loss_and_slope(log_probs, q, gamma)
         weights = self.weights[part]
         return torch.dot(losses, weights), slopes * weights
-
-
-class _Layer(NamedTuple):
-    """The output layer in the products' dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-    rows: TrainedRows | None
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        torch.mm(hidden, self.weight.T, out=out)
-        if self.rows is not None:
-            out.index_copy_(1, self.rows.ids, hidden @ self.rows.values.T)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 @dataclass
@@ -180,7 +190,7 @@ class _Gradients:
         """Hands the buffers out, each times the factor. Autograd casts to the inputs' dtypes."""
         return tuple(None if one is None else one.mul_(factor) for one in vars(self).values())
 
-    def add(self, part: slice, layer: _Layer, hidden: Tensor, of_logits: Tensor) -> None:
+    def add(self, part: slice, layer: OutputLayer, hidden: Tensor, of_logits: Tensor) -> None:
         """Adds a chunk's share.
 
         Args:
@@ -189,8 +199,8 @@ class _Gradients:
         """
         if self.bias is not None:
             self.bias += of_logits.sum(0, dtype=self.bias.dtype)
-        if layer.rows is not None:
-            self._add_rows(part, layer.rows, hidden, of_logits)
+        if layer.trained_rows is not None:
+            self._add_rows(part, layer.trained_rows, hidden, of_logits)
         if self.hidden is not None:
             _add_product(self.hidden[part], of_logits, layer.weight)
         if self.weight is not None:
@@ -252,7 +262,11 @@ def _in_chunks(
     log_probs = torch.empty(len(hidden), dtype=exact, device=hidden.device)
     total = torch.zeros((), dtype=exact, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        layer = _layer(tokens, weight, bias, values)
+        layer = OutputLayer(
+            weight.to(tokens.dtype),
+            None if bias is None else bias.to(tokens.dtype),
+            tokens.rows(values),
+        )
         chunk = min(tokens.chunk, len(hidden))
         buffer = hidden.new_empty(chunk, len(weight), dtype=tokens.dtype)
         softmax = _softmax(buffer, exact)
@@ -319,13 +333,6 @@ def _to_gradient(
     return loss_sum, log_probs
 
 
-def _layer(tokens: _Tokens, weight: Tensor, bias: Tensor | None, values: Tensor | None) -> _Layer:
-    rows = None
-    if values is not None and tokens.row_ids is not None:
-        rows = TrainedRows(tokens.row_ids, values.to(tokens.dtype))
-    return _Layer(weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype), rows)
-
-
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Does total += left @ right, in total's dtype."""
     if total.dtype == left.dtype:
@@ -375,9 +382,8 @@ def _checked_targets(targets: Tensor, vocabulary: int) -> Tensor:
     return targets
 
 
-def _check_shapes(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, per_token: dict[str, float | Tensor]
-) -> None:
+def _check_shapes(hidden: Tensor, layer: OutputLayer, per_token: dict[str, float | Tensor]) -> None:
+    weight, bias, _ = layer
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [N, H] and weight [V, H], not {list(hidden.shape)} and "

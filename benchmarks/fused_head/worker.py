@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loss.flexible import flexible_loss
-from loss.fused import fused_flexible_loss
+from loss.fused import OutputLayer, fused_flexible_loss
 
 Q, GAMMA = 0.7, 0.5
 CROSS_ENTROPY, FLEXIBLE = "cross-entropy, all logits", "flexible, all logits"
@@ -82,7 +82,7 @@ def fused_flexible(batch: Batch) -> Tensor:
     """The same, fused."""
     loss_sum, _ = fused_flexible_loss(
         batch.hidden,
-        batch.weight,
+        OutputLayer(batch.weight),
         batch.targets,
         batch.token_weights,
         Q,

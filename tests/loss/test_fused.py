@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loss.flexible import flexible_loss
-from loss.fused import FusedLoss, TrainedRows, fused_flexible_loss, weighted_rows
+from loss.fused import FusedLoss, OutputLayer, TrainedRows, fused_flexible_loss, weighted_rows
 
 Parameter = float | Tensor
 
@@ -31,9 +31,18 @@ class Problem:
             setattr(self, name, value.detach().to(device).requires_grad_(value.requires_grad))
         return self
 
-    def fused(self, q: Parameter = 0.7, gamma: Parameter = 2.0, **rest: Any) -> FusedLoss:
+    def fused(
+        self,
+        q: Parameter = 0.7,
+        gamma: Parameter = 2.0,
+        *,
+        bias: Tensor | None = None,
+        trained_rows: TrainedRows | None = None,
+        **rest: Any,
+    ) -> FusedLoss:
+        layer = OutputLayer(self.weight, bias, trained_rows)
         return fused_flexible_loss(
-            self.hidden, self.weight, self.targets, self.token_weights, q, gamma, **rest
+            self.hidden, layer, self.targets, self.token_weights, q, gamma, **rest
         )
 
     def plain(
@@ -78,7 +87,7 @@ def test_two_classes_by_hand() -> None:
     weight = torch.tensor([[0.0], [3.0]]).log1p().requires_grad_()  # logits 0 and ln 4
 
     loss_sum, log_probs = fused_flexible_loss(
-        hidden, weight, torch.tensor([1]), torch.tensor([5.0]), q=1.0, gamma=0.0
+        hidden, OutputLayer(weight), torch.tensor([1]), torch.tensor([5.0]), q=1.0, gamma=0.0
     )
     loss_sum.backward()  # type: ignore[no-untyped-call]
 
@@ -98,12 +107,11 @@ def test_gradients_agree_with_finite_differences() -> None:
     def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return fused_flexible_loss(
             hidden,
-            weight,
+            OutputLayer(weight, bias),
             problem.targets,
             problem.token_weights.double(),
             0.4,
             1.5,
-            bias=bias,
             chunk_tokens=3,
         ).loss_sum
 
@@ -151,7 +159,13 @@ def test_sums_over_chunks_of_bfloat16_are_float32() -> None:
     token_weights[0] = 2.0
 
     loss_sum = fused_flexible_loss(
-        hidden, weight, torch.zeros(tokens).long(), token_weights, 0.0, 0.0, chunk_tokens=1
+        hidden,
+        OutputLayer(weight),
+        torch.zeros(tokens).long(),
+        token_weights,
+        0.0,
+        0.0,
+        chunk_tokens=1,
     ).loss_sum
     loss_sum.backward()  # type: ignore[no-untyped-call]
 
@@ -165,7 +179,7 @@ def test_log_probs_of_bfloat16_logits_are_as_exact_as_float32() -> None:
     weight = torch.tensor([[127.0], [0.5], [0.0]], dtype=torch.bfloat16)
 
     log_probs = fused_flexible_loss(
-        hidden, weight, torch.tensor([1, 2]), torch.ones(2), 0.0, 0.0
+        hidden, OutputLayer(weight), torch.tensor([1, 2]), torch.ones(2), 0.0, 0.0
     ).log_probs
 
     assert log_probs.tolist() == [-126.5, -127.0]
@@ -345,10 +359,14 @@ def test_a_certain_token_has_no_gradient() -> None:
     hidden = torch.tensor([[200.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]])
 
-    found = fused_flexible_loss(hidden, weight, torch.tensor([0]), torch.ones(1), 0.0, 0.5)
+    layer = OutputLayer(weight)
+    found = fused_flexible_loss(hidden, layer, torch.tensor([0]), torch.ones(1), 0.0, 0.5)
 
     assert found.loss_sum.item() == 0.0
     assert gradients_of(found, hidden)[0].item() == 0.0
+
+
+MATRIX = torch.ones(11, 5)
 
 
 @pytest.mark.parametrize(
@@ -362,9 +380,9 @@ def test_a_certain_token_has_no_gradient() -> None:
         ({"gamma": torch.ones(7, requires_grad=True)}, "gamma gets no gradient"),
         ({"targets": torch.full((7,), 11)}, "target 11 has a weight and is outside .* of 11"),
         ({"targets": torch.full((7,), -100)}, "target -100 has a weight"),
-        ({"weight": torch.ones(11, 5).bfloat16()}, "outside autocast they must agree"),
-        ({"hidden": torch.ones(7, 5).half(), "weight": torch.ones(11, 5).half()}, "use bfloat16"),
-        ({"bias": torch.ones(3)}, r"bias must be \[11\], not \[3\]"),
+        ({"layer": OutputLayer(MATRIX.bfloat16())}, "outside autocast they must agree"),
+        ({"hidden": torch.ones(7, 5).half(), "layer": OutputLayer(MATRIX.half())}, "use bfloat16"),
+        ({"layer": OutputLayer(MATRIX, torch.ones(3))}, r"bias must be \[11\], not \[3\]"),
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, not 0"),
         ({"q": float("nan")}, "q must be finite"),
         ({"gamma": -1.0}, "gamma must be finite and at least 0"),
@@ -373,7 +391,7 @@ def test_a_certain_token_has_no_gradient() -> None:
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "hidden": torch.ones(7, 5),
-        "weight": torch.ones(11, 5),
+        "layer": OutputLayer(MATRIX),
         "targets": torch.zeros(7).long(),
         "token_weights": torch.ones(7),
         "q": 0.0,

@@ -14,7 +14,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from loss.fused import FusedLoss, TrainedRows, fused_flexible_loss, weighted_rows
+from loss.fused import FusedLoss, OutputLayer, TrainedRows, fused_flexible_loss, weighted_rows
 from models.errors import ConfigError
 
 # What a model does to its logits after the output layer, and the value that does nothing.
@@ -109,7 +109,7 @@ class FusedHead:
         kept = weighted_rows(token_weights.flatten())
         computed: list[FusedLoss] = []
 
-        def compute(hidden: Tensor, weight: Tensor, **rest: Any) -> Tensor:
+        def compute(hidden: Tensor, layer: OutputLayer) -> Tensor:
             if hidden.shape[:-1] != targets.shape:
                 raise ValueError(
                     f"the output layer got hidden states of {list(hidden.shape[:-1])}, "
@@ -118,12 +118,11 @@ class FusedHead:
             computed.append(
                 fused_flexible_loss(
                     hidden.flatten(0, -2),
-                    weight,
+                    layer,
                     targets.flatten(),
                     token_weights.flatten(),
                     *flat,
                     kept=kept,
-                    **rest,
                 )
             )
             return computed[-1].loss_sum
@@ -179,14 +178,15 @@ def _is_plain(head: object) -> TypeGuard[nn.Linear]:
 
 @contextmanager
 def _computing(
-    layer: nn.Linear | TrainableTokensLayer, compute: Callable[..., Tensor]
+    layer: nn.Linear | TrainableTokensLayer, compute: Callable[[Tensor, OutputLayer], Tensor]
 ) -> Iterator[None]:
     """Lets the layer return the loss; its attribute shadows the class's forward."""
 
     def forward(hidden: Tensor) -> Tensor:
         if isinstance(layer, TrainableTokensLayer):
-            return compute(hidden, layer.base_layer.weight, trained_rows=_trained_rows(layer))
-        return compute(hidden, layer.weight, bias=layer.bias)
+            weight: Any = layer.base_layer.weight
+            return compute(hidden, OutputLayer(weight, trained_rows=_trained_rows(layer)))
+        return compute(hidden, OutputLayer(layer.weight, layer.bias))
 
     attributes = vars(layer)
     attributes["forward"] = forward
