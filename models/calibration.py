@@ -105,6 +105,16 @@ class Calibration:
         """The category names in manifest order."""
         return self.info.categories
 
+    def column(self, category: str) -> int:
+        """Returns the index of a category.
+
+        Raises:
+            ValueError: The calibration does not know it.
+        """
+        if category not in self.names:
+            raise ValueError(f"{category!r} is none of {', '.join(self.names)}")
+        return self.names.index(category)
+
     @cached_property
     def prompts(self) -> dict[str, int]:
         """Number of prompts by category name, in manifest order."""

@@ -1,6 +1,6 @@
 """From "refuse 30 % of these" to the biases that do it, under the rule ``greedy``.
 
-Pure: a calibration's margins and what is asked for go in, biases and what to expect come out.
+Pure: a calibration's margins and the targets go in, biases and expected rates come out.
 """
 
 import math
@@ -13,7 +13,6 @@ import numpy as np
 
 from models.calibration import Calibration
 from models.confidence import intervals, prompts_needed, refusals_allowed
-from models.controls import sensitivity_of_bias
 from models.errors import RequestError
 from models.thresholds import Doubles, ThresholdRule
 
@@ -32,11 +31,11 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of one category: exactly one of the three. Hashable.
+    """The target of one category: exactly one of the three. Hashable.
 
     Attributes:
-        bias: Added to the refusal logit as it is; may be infinite.
-        rate: Share of the category's own prompts to be refused, by whichever token; 0..1.
+        bias: Added to the refusal logit; may be infinite.
+        rate: Share of the category's own prompts to be refused, by any token; 0..1.
         false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts that
             the category's own rule refuses; 0..1, 1 excluded.
 
@@ -65,14 +64,14 @@ class Expected:
     """What to expect of one category's traffic, if it is like the calibration's.
 
     Attributes:
-        rate: Share of the category's own calibration prompts refused, by whichever token.
+        rate: Share of the category's own calibration prompts refused, by any token.
         prompts: How many these are.
         false_refusal_rate: Share of the benign prompts that the category's own rule refuses;
-            none where the calibration has no benign prompts.
+            None where the calibration has no benign prompts.
         benign: How many these are.
-        reachable: Whether what was asked for is met: a rate within half a point (never a rate of
-            1: no sample can promise that), a false refusal rate by a bound that is certified.
-        asked: The rate or false refusal rate asked for, or none.
+        reachable: Whether the target is met: a rate within half a point (never a rate of 1, which
+            no sample can promise), a false refusal rate by a certified bound.
+        asked: The target's rate or false refusal rate, or None.
     """
 
     rate: float
@@ -96,12 +95,12 @@ class Expected:
 
 @dataclass(frozen=True)
 class Solution:
-    """The biases that do what was asked, and what they will do. All in manifest order.
+    """Biases that meet the targets, and what to expect of them. All in manifest order.
 
     Attributes:
         biases: Each exactly an fp32 number, or infinite.
         expected: By category.
-        total_false_refusal_rate: Share of the benign prompts refused by whichever token; none
+        total_false_refusal_rate: Share of the benign prompts refused by any token; None
             where the calibration has no benign prompts.
     """
 
@@ -116,27 +115,6 @@ class Solution:
         return None if share is None else _interval(share, self.expected[0].benign)
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """One point of a category's curve, the other categories as trained.
-
-    Attributes:
-        bias: Finite.
-        sensitivity: 1 / (1 + exp(-bias)).
-        rate: Share of the category's own prompts refused, by whichever token.
-        rate_interval: Its 95 % interval.
-        false_refusal_rate: Share of benign prompts that the category's own rule refuses.
-        interval: Its 95 % interval.
-    """
-
-    bias: float
-    sensitivity: float
-    rate: float
-    rate_interval: Interval
-    false_refusal_rate: float | None
-    interval: Interval | None
-
-
 def solve(
     calibration: Calibration,
     targets: Mapping[str, Target],
@@ -145,11 +123,11 @@ def solve(
     """Finds the biases that meet every target together.
 
     Args:
-        calibration: Whose margins stand for the traffic.
+        calibration: Its prompts are the sample of the traffic.
         targets: By category name. A missing category keeps the bias 0, or takes part in the common
             shift where a total is asked for.
         total_false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
-            refused by whichever token. The categories without a target share one bias, the
+            refused by any token. The categories without a target share one bias, the
             largest that keeps it.
 
     Raises:
@@ -158,14 +136,14 @@ def solve(
         ValueError: A target names a category that the calibration does not know.
     """
     for name in sorted(targets):
-        _column(calibration, name)
+        calibration.column(name)
     if total_false_refusal_rate is not None:
         _check_limit(total_false_refusal_rate)
     by_index = {c: targets[n] for c, n in enumerate(calibration.names) if n in targets}
     free = [c for c in range(len(calibration.names)) if c not in by_index]
     if total_false_refusal_rate is None:
         free = []
-    solver = _solver(calibration)
+    solver = threshold_rule(calibration)
     bias = np.zeros(len(calibration.names))
     for c, target in by_index.items():
         bias[c] = _alone(calibration, solver, c, target)
@@ -179,7 +157,7 @@ def solve(
 
 
 def warm_up(calibration: Calibration) -> None:
-    """Does once what every first solve on a calibration would do: imports, and sorting."""
+    """Imports and sorts now, so that the first request of a calibration need not."""
     solution = solve(calibration, {calibration.names[0]: Target(rate=0.5)})
     intervals(solution.expected[0].rate, 1)
     if calibration.benign:
@@ -189,74 +167,25 @@ def warm_up(calibration: Calibration) -> None:
 def bias_alone(calibration: Calibration, category: str, target: Target) -> float:
     """Returns the bias that meets one category's target by its own token, all others off.
 
-    Other dials can only add refusals to it. So under this bias or a larger one at least the rate
-    of the category's calibration prompts is refused, whatever the others are set to: what a floor
-    needs. A false refusal rate is about the category's own rule in any case.
+    Other dials can only add refusals. So this bias, or a larger one, refuses at least the target's
+    rate of the category's calibration prompts, whatever the other dials are: what a floor needs. A
+    false refusal rate is about the category's own rule in any case.
 
     Args:
-        calibration: Whose margins stand for the traffic.
+        calibration: Its prompts are the sample of the traffic.
         category: Its name.
-        target: What is asked of it; a rate is met to the nearest prompt.
+        target: A rate is met to the nearest prompt.
 
     Raises:
         RequestError: A bound cannot be certified from so few benign prompts.
         ValueError: The calibration does not know the category.
     """
     if target.bias is not None:
-        _column(calibration, category)
+        calibration.column(category)
         return float(np.float32(target.bias))
     others = {name: Target(bias=-math.inf) for name in calibration.names if name != category}
     solution = solve(calibration, {**others, category: target})
-    return solution.biases[_column(calibration, category)]
-
-
-def curve(
-    calibration: Calibration,
-    category: str,
-    points: int = 101,
-) -> list[CurvePoint]:
-    """Returns one category's curve, bias rising, the other categories as trained.
-
-    Args:
-        calibration: Whose margins stand for the traffic.
-        category: Its name.
-        points: How many, at least 2. One of them is as trained (bias 0).
-
-    Raises:
-        ValueError: The calibration does not know the category.
-    """
-    c = _column(calibration, category)
-    solver = _solver(calibration)
-    biases = np.linspace(*solver.span(c), points).astype(np.float32)
-    biases[abs(biases).argmin()] = 0.0
-    moved = np.zeros((points, len(calibration.names)))
-    moved[:, c] = biases
-    rates = np.array([solver.rate(c, row) for row in moved])
-    n, benign = calibration.prompts[category], calibration.benign
-    low, high = intervals(rates * n, n)
-    false = np.array([solver.own_false(c, b) for b in moved[:, c]]) if benign else None
-    false_low, false_high = intervals(false * benign, benign) if false is not None else (None, None)
-    return [
-        CurvePoint(
-            bias=float(bias),
-            sensitivity=sensitivity_of_bias(float(bias)),
-            rate=float(rates[i]),
-            rate_interval=(float(low[i]), float(high[i])),
-            false_refusal_rate=None if false is None else float(false[i]),
-            interval=(
-                None
-                if false_low is None or false_high is None
-                else (float(false_low[i]), float(false_high[i]))
-            ),
-        )
-        for i, bias in enumerate(biases)
-    ]
-
-
-def _column(calibration: Calibration, category: str) -> int:
-    if category not in calibration.names:
-        raise ValueError(f"{category!r} is none of {', '.join(calibration.names)}")
-    return calibration.names.index(category)
+    return solution.biases[calibration.column(category)]
 
 
 class _Limit(NamedTuple):
@@ -272,12 +201,13 @@ def _check_limit(limit: float) -> None:
 
 
 @lru_cache(maxsize=16)
-def _solver(calibration: Calibration) -> ThresholdRule:
+def threshold_rule(calibration: Calibration) -> ThresholdRule:
+    """Returns a calibration's margins, laid out for solving."""
     return ThresholdRule(calibration.margins, calibration.category)
 
 
 def _alone(calibration: Calibration, solver: ThresholdRule, category: int, target: Target) -> float:
-    """Returns the bias that a target fixes whatever the others are; for a rate, a start."""
+    """Returns the bias of a target that needs no other's; for a rate, where solving starts."""
     if target.bias is not None:
         return float(np.float32(target.bias))
     if target.rate is not None:
@@ -320,7 +250,7 @@ def _meet_total(
     bias: Doubles,
     limit: _Limit,
 ) -> Doubles:
-    """Moves rates and the common bias in turn; the last to move is the bias, which is bounded."""
+    """Moves rates and the common bias in turn; the bias moves last, because it is bounded."""
     for _ in range(_ROUNDS):
         before = bias
         bias = solver.meet(rates, bias) if rates else bias.copy()

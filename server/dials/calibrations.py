@@ -11,10 +11,11 @@ from models.calibration import (
     load_calibration,
     verify,
 )
+from models.curves import curve
 from models.errors import CheckpointError, RequestError
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
-from models.solver import Solution, Target, bias_alone, curve, solve, warm_up
+from models.solver import Solution, Target, bias_alone, solve, warm_up
 
 DEFAULT_CALIBRATION = "default"
 MOST_SOLUTIONS = 4096

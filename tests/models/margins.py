@@ -77,3 +77,14 @@ def random_calibration(
     rest = rng.uniform(0.0, 1.0, len(category))
     log_normaliser = np.log1p(np.exp(margins.astype(np.float64)).sum(axis=1)) + rest * np.log(2)
     return calibration_of(margins, category, log_normaliser)
+
+
+def slow_share(rows: Sequence[Sequence[float]], bias: Sequence[float]) -> float:
+    """One prompt at a time, as DESIGN says it: refused if any category's own rule holds."""
+    refused = sum(any(m >= -b for m, b in zip(row, bias, strict=True)) for row in rows)
+    return refused / len(rows)
+
+
+def rows_of(calibration: Calibration, category: int) -> list[list[float]]:
+    rows: list[list[float]] = calibration.margins[calibration.category == category].tolist()
+    return rows

@@ -3,53 +3,15 @@
 import itertools
 import math
 import random
-import struct
 from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 import torch
 
-from models.controls import Rule, bias_of_sensitivity, dial_row, refused_by_own_rule
+from models.controls import Rule, refused_by_own_rule
 from models.decision import Dials, decide, uniform_draw
-
-INF = math.inf
-K = 3
-BIAS_MIXES = [
-    *itertools.product([-INF, 0.0, INF], repeat=K),
-    (0.5, -0.5, 2.0),
-    (-3.0, INF, 3.0),
-    (-INF, 1.25, -1.25),
-    (INF, INF, -7.5),
-    (40.0, -40.0, 0.0),
-]
-
-
-def fp32(value: float) -> float:
-    """Rounds to the nearest fp32, as a plain Python float."""
-    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
-    return rounded
-
-
-def dials(
-    bias: Sequence[Sequence[float]],
-    rule: Rule | Sequence[Rule] = Rule.GREEDY,
-    *,
-    selected: Sequence[Sequence[bool]] | None = None,
-    temperature: float | Sequence[float] = 1.0,
-    uniform: float | Sequence[float] = 0.0,
-) -> Dials:
-    rows = len(bias)
-
-    def column(value: float | Sequence[float]) -> list[float]:
-        return [value] * rows if isinstance(value, int | float) else list(value)
-
-    named = selected or [[True] * len(bias[0])] * rows
-    numbers = zip(column(rule), column(temperature), column(uniform), strict=True)
-    table = [
-        dial_row(b, s, int(r), t, u) for b, s, (r, t, u) in zip(bias, named, numbers, strict=True)
-    ]
-    return Dials(torch.tensor(table, dtype=torch.float32), len(bias[0]))
+from tests.models.dialled import BIAS_MIXES, INF, K, dials, fp32, random_logits
 
 
 def greedy_of(logits: Sequence[Sequence[float]], bias: Sequence[Sequence[float]]) -> list[int]:
@@ -70,11 +32,6 @@ def slow_greedy(logits: Sequence[float], bias: Sequence[float]) -> int:
         if score >= 0 and score > best_score:
             best, best_score = c, score
     return best
-
-
-def random_logits(rows: int, seed: int, scale: float = 3.0) -> list[list[float]]:
-    rng = random.Random(seed)
-    return [[fp32(rng.gauss(0, scale)) for _ in range(K + 1)] for _ in range(rows)]
 
 
 def test_greedy_is_the_slow_reference_under_every_mix_of_biases() -> None:
@@ -193,9 +150,6 @@ def test_bf16_logits_decide_as_their_exact_values_do() -> None:
     assert greedy_of(close.tolist(), [(0.0, -0.0625, 0.0)]) == [0]
 
 
-# sample
-
-
 def slow_probabilities(
     logits: Sequence[float], bias: Sequence[float], temperature: float
 ) -> list[float]:
@@ -296,114 +250,6 @@ def test_uniform_draw_is_fixed_by_its_seed_and_lies_on_its_grid() -> None:
     assert all(0 <= draw < 1 and (draw * 2**22).is_integer() for draw in DRAWS)
     assert all(fp32(draw) == draw for draw in DRAWS)
     assert sum(DRAWS) / len(DRAWS) == pytest.approx(0.5, abs=5 / math.sqrt(12 * len(DRAWS)))
-
-
-# paper
-
-
-def slow_paper(
-    vocabulary: Sequence[float], sensitivity: Sequence[float], selected: Sequence[bool]
-) -> int:
-    """The released rule on probabilities over the whole vocabulary (FACTS, section 2).
-
-    The control tokens are the first entries of the vocabulary, the respond token the last of them.
-    """
-    k = len(sensitivity)
-    top = max(vocabulary)
-    total = math.fsum(math.exp(z - top) for z in vocabulary)
-    p = [math.exp(z - top) / total for z in vocabulary]
-    best = 0
-    for c in range(1, k):
-        if p[c] > p[best]:
-            best = c
-    if not selected[best]:
-        return best if p[best] >= p[k] else k
-    threshold = 1 - sensitivity[best]
-    if sensitivity[best] == 0:
-        return k
-    return best if p[best] >= threshold else k
-
-
-def test_paper_rule_is_the_slow_reference() -> None:
-    rng = random.Random(8)
-    words = [0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0]
-    vocabularies, sensitivities, selections = [], [], []
-    expected: list[int] = []
-    while len(expected) < 3000:
-        vocabulary = [fp32(rng.gauss(0, 2.5)) for _ in range(12)]
-        sensitivity = [rng.choice(words) for _ in range(K)]
-        selected = [rng.random() < 0.6 for _ in range(K)]
-        p = torch.tensor(vocabulary, dtype=torch.float64).softmax(0)[:K].max().item()
-        if min(abs(p - (1 - x)) for x in words) < 1e-5:
-            continue  # closer to a threshold than fp32 resolves
-        vocabularies.append(vocabulary)
-        sensitivities.append(sensitivity)
-        selections.append(selected)
-        expected.append(slow_paper(vocabulary, sensitivity, selected))
-    whole = torch.tensor(vocabularies)
-    biases = [[bias_of_sensitivity(x) for x in row] for row in sensitivities]
-    chosen = decide(
-        whole[:, : K + 1],
-        dials(biases, Rule.PAPER, selected=selections),
-        {Rule.PAPER},
-        whole.logsumexp(dim=-1),
-    )
-    assert chosen.tolist() == expected
-    assert set(expected) == {0, 1, 2, 3}
-
-
-def paper_of(
-    z: Sequence[float],
-    sensitivity: Sequence[float],
-    selected: Sequence[bool],
-    rest: float = -INF,
-) -> int:
-    """``rest`` is the log-sum-exp of all that is no control token."""
-    logits = torch.tensor([z])
-    normaliser = torch.logaddexp(logits.logsumexp(dim=-1), torch.tensor(rest))
-    bias = [bias_of_sensitivity(x) for x in sensitivity]
-    row = dials([bias], Rule.PAPER, selected=[selected])
-    return int(decide(logits, row, {Rule.PAPER}, normaliser).item())
-
-
-YES = (True, True, True)
-
-
-def test_paper_threshold_is_on_the_probability_over_the_whole_vocabulary() -> None:
-    # p = 0.4, 0.1, 0.1, 0.2 and 0.2 elsewhere
-    z = [math.log(p) for p in (0.4, 0.1, 0.1, 0.2)]
-    rest = math.log(0.2)
-    assert paper_of(z, (0.61, 0.5, 0.5), YES, rest) == 0  # T = 0.39
-    assert paper_of(z, (0.59, 0.5, 0.5), YES, rest) == 3  # T = 0.41
-    # without the rest p_0 is 0.5
-    assert paper_of(z, (0.51, 0.5, 0.5), YES) == 0
-    assert paper_of(z, (0.49, 0.5, 0.5), YES) == 3
-
-
-def test_paper_threshold_zero_refuses_and_one_never_does() -> None:
-    z = [-30.0, -40.0, -40.0, 0.0]
-    assert paper_of(z, (1.0, 0.0, 0.0), YES) == 0
-    assert paper_of([60.0, 0.0, 0.0, 0.0], (0.0, 1.0, 1.0), YES) == 3
-
-
-def test_paper_leaves_unselected_categories_to_the_models_own_choice() -> None:
-    assert paper_of([2.0, 0.0, 0.0, 1.0], (0.0, 1.0, 1.0), (False, True, True)) == 0
-    assert paper_of([1.0, 0.0, 0.0, 2.0], (1.0, 1.0, 1.0), (False, True, True)) == 3
-    # a selected category that is ranked second never fires
-    assert paper_of([1.0, 0.9, 0.0, 2.0], (0.5, 1.0, 0.5), (False, True, False)) == 3
-
-
-def test_paper_ties_go_to_the_first_category_and_to_refusal() -> None:
-    assert paper_of([1.0, 1.0, 0.0, 1.0], (1.0, 1.0, 1.0), YES) == 0
-    assert paper_of([1.0, 1.0, 0.0, 1.0], (0.0, 1.0, 1.0), YES) == 3
-    assert paper_of([1.0, 0.0, 0.0, 1.0], (0.0, 0.0, 0.0), (False, True, True)) == 0
-    # p_0 is exactly T = 0.5
-    assert paper_of([0.0, -INF, -INF, 0.0], (0.5, 0.5, 0.5), YES) == 0
-
-
-def test_paper_wants_the_normaliser() -> None:
-    with pytest.raises(ValueError, match="normaliser"):
-        decide(torch.zeros(1, K + 1), dials([(0.0,) * K], Rule.PAPER), {Rule.PAPER})
 
 
 def test_mixed_rules_in_one_batch_decide_as_each_does_alone_in_any_order() -> None:

@@ -1,6 +1,5 @@
 """Targets solved, against the engine's own decision and against brute force in plain Python."""
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,11 +9,11 @@ import torch
 
 from models.calibration import BENIGN, Calibration
 from models.confidence import refusals_allowed
-from models.controls import Rule, bias_of_sensitivity, dial_row
+from models.controls import Rule, dial_row
 from models.decision import Dials, decide
 from models.errors import RequestError
-from models.solver import Solution, Target, bias_alone, curve, solve
-from tests.models.margins import NAMES, calibration_of, random_calibration
+from models.solver import Solution, Target, bias_alone, solve
+from tests.models.margins import NAMES, calibration_of, random_calibration, rows_of, slow_share
 
 INF = math.inf
 
@@ -43,17 +42,6 @@ def part(calibration: Calibration, rows: np.ndarray) -> Calibration:
     )
 
 
-def slow_share(rows: Sequence[Sequence[float]], bias: Sequence[float]) -> float:
-    """One prompt at a time, as DESIGN says it: refused if any category's own rule holds."""
-    refused = sum(any(m >= -b for m, b in zip(row, bias, strict=True)) for row in rows)
-    return refused / len(rows)
-
-
-def rows_of(calibration: Calibration, category: int) -> list[list[float]]:
-    rows: list[list[float]] = calibration.margins[calibration.category == category].tolist()
-    return rows
-
-
 def nearest_by_brute_force(
     rows: Sequence[Sequence[float]], bias: Sequence[float], moved: int, asked: float
 ) -> float:
@@ -65,9 +53,6 @@ def nearest_by_brute_force(
         changed[moved] = -threshold
         shares.append(slow_share(rows, changed))
     return min(abs(share - asked) for share in shares)
-
-
-# --- rates -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -87,6 +72,7 @@ def test_expected_shares_are_the_engines_own(seed: int) -> None:
     targets = rates(*np.random.default_rng(seed).uniform(0.1, 0.9, 4))
     solution = solve(calibration, targets)
     refused = refused_by_engine(calibration, solution)
+    assert all(bias == float(np.float32(bias)) for bias in solution.biases)
     for c, expected in enumerate(solution.expected):
         assert expected.rate == refused[calibration.category == c].mean()
     assert solution.total_false_refusal_rate == refused[calibration.category == BENIGN].mean()
@@ -141,6 +127,12 @@ def test_two_rates_that_exclude_each_other_end_in_an_equilibrium() -> None:
     assert [expected.reachable for expected in solution.expected] == [True, False]
 
 
+def test_rate_0_is_never() -> None:
+    solution = solve(random_calibration(4, k=1), rates(0.0))
+    (expected,) = solution.expected
+    assert (solution.biases, expected.rate, expected.reachable) == ((-INF,), 0.0, True)
+
+
 def test_rate_1_refuses_every_prompt_with_a_finite_bias_and_promises_nothing() -> None:
     calibration = random_calibration(4, k=1)
     solution = solve(calibration, rates(1.0))
@@ -149,14 +141,6 @@ def test_rate_1_refuses_every_prompt_with_a_finite_bias_and_promises_nothing() -
     assert expected.rate >= 1 - 0.51 / 120
     assert not expected.reachable
     assert expected.rate_interval[0] < 0.98
-
-
-def test_rate_0_is_never() -> None:
-    calibration = random_calibration(4, k=1)
-    solution = solve(calibration, rates(0.0))
-    assert solution.biases == (-INF,)
-    assert solution.expected[0].rate == 0.0
-    assert solution.expected[0].reachable
 
 
 def test_rate_between_two_prompts_of_few_is_reported_as_not_reached() -> None:
@@ -183,12 +167,6 @@ def test_adjacent_fp32_margins_are_told_apart() -> None:
     solution = solve(calibration, rates(0.5))
     assert solution.expected[0].rate == 0.5
     assert refused_by_engine(calibration, solution).sum() == 10
-
-
-def test_biases_are_exact_in_fp32() -> None:
-    calibration = random_calibration(5)
-    solution = solve(calibration, rates(0.2, 0.4))
-    assert all(b == float(np.float32(b)) for b in solution.biases)
 
 
 def test_order_of_prompts_does_not_matter() -> None:
@@ -218,18 +196,6 @@ def test_a_higher_rate_never_lowers_the_bias() -> None:
     assert biases == sorted(biases)
 
 
-def test_moving_one_rate_leaves_the_other_rates() -> None:
-    calibration = random_calibration(10, prompts=200)
-    for moved, rate in itertools.product(range(5), (0.25, 0.75)):
-        wanted = [0.5] * 5
-        wanted[moved] = rate
-        solution = solve(calibration, rates(*wanted))
-        assert [e.rate for e in solution.expected] == pytest.approx(wanted, abs=0.5 / 200 + 1e-9)
-
-
-# --- false refusals --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rounded", [None, 0])
 @pytest.mark.parametrize("limit", [0.02, 0.1, 0.5])
 def test_false_refusal_rate_is_the_largest_certified_bias(
@@ -248,29 +214,10 @@ def test_false_refusal_rate_is_the_largest_certified_bias(
     assert expected.asked == limit
 
 
-def test_false_refusal_rate_rises_with_its_limit() -> None:
-    calibration = random_calibration(12)
-    limits = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
-    shares = [
-        solve(
-            calibration,
-            {"safety": Target(false_refusal_rate=limit)},
-        ).expected[3]
-        for limit in limits
-    ]
-    rates_reached = [expected.false_refusal_rate or 0.0 for expected in shares]
-    assert rates_reached == sorted(rates_reached)
-    assert rates_reached[0] == 0.0
-    assert all(r <= limit for r, limit in zip(rates_reached, limits, strict=True))
-
-
 def test_limits_that_too_few_prompts_certify_say_how_many_it_takes() -> None:
     calibration = random_calibration(13, benign=100)
     with pytest.raises(RequestError, match=r"at least 200 benign prompts.*has 100") as error:
-        solve(
-            calibration,
-            {"safety": Target(false_refusal_rate=0.02)},
-        )
+        solve(calibration, {"safety": Target(false_refusal_rate=0.02)})
     assert error.value.status == 422
     assert error.value.param == "refusal.categories.safety"
     with pytest.raises(RequestError, match=r"at least 200 benign prompts.*has 100") as error:
@@ -286,16 +233,11 @@ def test_without_benign_prompts_rates_work_and_limits_say_what_is_missing() -> N
     assert solution.total_false_refusal_rate is None
     with pytest.raises(RequestError, match="has 0"):
         solve(calibration, {"safety": Target(false_refusal_rate=0.02)})
-    assert curve(calibration, "safety", points=5)[0].false_refusal_rate is None
 
 
 def test_total_moves_the_categories_without_a_target_together() -> None:
     calibration = random_calibration(14)
-    solution = solve(
-        calibration,
-        {"safety": Target(bias=-1.0)},
-        total_false_refusal_rate=0.1,
-    )
+    solution = solve(calibration, {"safety": Target(bias=-1.0)}, total_false_refusal_rate=0.1)
     assert solution.biases[3] == -1.0
     assert len({*solution.biases[:3], solution.biases[4]}) == 1
     refused = refused_by_engine(calibration, solution)[calibration.category == BENIGN]
@@ -320,28 +262,16 @@ def test_total_that_the_other_dials_break_is_an_error() -> None:
     calibration = random_calibration(16)
     for held in ({"safety": Target(bias=30.0)}, {name: Target(bias=4.0) for name in NAMES}):
         with pytest.raises(RequestError, match="already refuse") as error:
-            solve(
-                calibration,
-                held,
-                total_false_refusal_rate=0.05,
-            )
+            solve(calibration, held, total_false_refusal_rate=0.05)
         assert error.value.param == "refusal.false_refusal_rate"
 
 
 def test_total_of_0_is_never_for_all_or_an_error() -> None:
     calibration = random_calibration(17)
-    nothing = solve(
-        calibration,
-        {"safety": Target(bias=-INF)},
-        total_false_refusal_rate=0.0,
-    )
+    nothing = solve(calibration, {"safety": Target(bias=-INF)}, total_false_refusal_rate=0.0)
     assert nothing.biases == (-INF,) * 5
     with pytest.raises(RequestError, match="already refuse"):
-        solve(
-            calibration,
-            {"safety": Target(bias=-9.0)},
-            total_false_refusal_rate=0.0,
-        )
+        solve(calibration, {"safety": Target(bias=-9.0)}, total_false_refusal_rate=0.0)
 
 
 def test_total_is_checked_where_every_category_has_a_target() -> None:
@@ -363,25 +293,15 @@ def test_limit_is_kept_on_a_second_sample(in_total: bool) -> None:
         order = rng.permutation(benign)
         half = part(pool, np.concatenate((others, order[:400])))
         second = part(pool, np.concatenate((others, order[400:])))
-        targets = (
-            {"incomplete": Target(false_refusal_rate=0.02)}
-            if in_total
-            else {"humanizing": Target(false_refusal_rate=limit)}
-        )
-        solution = solve(
-            half,
-            targets,
-            total_false_refusal_rate=limit if in_total else None,
-        )
+        name, own = ("incomplete", 0.02) if in_total else ("humanizing", limit)
+        targets = {name: Target(false_refusal_rate=own)}
+        solution = solve(half, targets, limit if in_total else None)
         fixed = {n: Target(bias=b) for n, b in zip(pool.names, solution.biases, strict=True)}
         check = solve(second, fixed)
         share = check.total_false_refusal_rate if in_total else check.expected[0].false_refusal_rate
         assert share is not None
         exceeded += share > limit
     assert exceeded / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
-
-
-# --- mixed -----------------------------------------------------------------------------------
 
 
 def test_rates_are_met_around_infinite_and_finite_biases() -> None:
@@ -407,12 +327,6 @@ def test_always_refuses_everybody_and_leaves_nothing_to_solve() -> None:
     assert solution.total_false_refusal_rate == 1.0
     assert solution.biases[1] == -INF
     assert not solution.expected[1].reachable
-
-
-def test_single_token_calibrates() -> None:
-    calibration = random_calibration(24, k=1, prompts=500)
-    solution = solve(calibration, rates(0.3))
-    assert solution.expected[0].rate == pytest.approx(0.3, abs=0.001)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -461,8 +375,6 @@ def test_intervals_hold_the_shares() -> None:
 def test_unknown_category_is_named() -> None:
     with pytest.raises(ValueError, match="'weather' is none of humanizing"):
         solve(random_calibration(27), {"weather": Target(rate=0.5)})
-    with pytest.raises(ValueError, match="'weather' is none of humanizing"):
-        curve(random_calibration(27), "weather")
 
 
 @pytest.mark.parametrize(
@@ -486,32 +398,3 @@ def test_wrong_targets_are_refused(wrong: dict[str, float]) -> None:
 def test_targets_and_solutions_are_hashable() -> None:
     assert len({Target(rate=0.5), Target(rate=0.5), Target(bias=0.5)}) == 2
     assert hash(solve(random_calibration(28), rates(0.5)))
-
-
-# --- curves ----------------------------------------------------------------------------------
-
-
-def test_curve_rises_from_next_to_nothing_to_nearly_all() -> None:
-    calibration = random_calibration(29, k=1)
-    points = curve(calibration, "humanizing")
-    assert len(points) == 101
-    for before, after in itertools.pairwise(points):
-        assert before.bias < after.bias
-        assert before.rate <= after.rate
-        assert (before.false_refusal_rate or 0) <= (after.false_refusal_rate or 0)
-    assert points[0].rate < 0.02
-    assert points[-1].rate > 0.98
-
-
-def test_curve_points_equal_the_slow_reference() -> None:
-    calibration = random_calibration(30, k=3, prompts=40, benign=50)
-    own, benign = rows_of(calibration, 1), rows_of(calibration, BENIGN)
-    points = curve(calibration, "incomplete", points=21)
-    assert 0.0 in [point.bias for point in points]
-    for point in points:
-        assert point.rate == slow_share(own, [0.0, point.bias, 0.0])
-        assert point.false_refusal_rate == slow_share([[row[1]] for row in benign], [point.bias])
-        assert bias_of_sensitivity(point.sensitivity) == pytest.approx(point.bias, abs=1e-6)
-        assert point.rate_interval[0] <= point.rate <= point.rate_interval[1]
-        assert point.interval is not None
-        assert point.interval[0] <= point.false_refusal_rate <= point.interval[1]

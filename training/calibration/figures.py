@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from models.calibration import BENIGN, Calibration
+from models.curves import CurvePoint, curve
 from models.files import write_atomically
-from models.solver import CurvePoint, curve
 from training.measure.figures import (
     BLACK,
     BLUE,
