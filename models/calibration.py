@@ -1,7 +1,7 @@
 """Calibrations: the margins of prompts with known categories, bound to one checkpoint.
 
-A calibration is one safetensors file, ``DIR/calibrations/NAME.safetensors``. It holds numbers only:
-no prompt, no text.
+A calibration is one safetensors file, ``DIR/calibrations/NAME.safetensors``. It holds numbers only,
+no text.
 """
 
 from dataclasses import dataclass
@@ -35,18 +35,18 @@ Integers = npt.NDArray[np.int64]
 
 
 class CalibrationInfo(BaseModel):
-    """What a calibration says about itself.
+    """A calibration's metadata.
 
     Attributes:
         version: Version of this format.
-        name: What requests and policies call it; also the file's name.
+        name: Its name in requests and policies, and the file's.
         created: When it was measured, with time zone.
         categories: Category names in manifest order: the columns of the margins.
         hashes: The checkpoint that the margins belong to.
         data_sha256: Hash of every data file, by file name.
-        seeds: Seeds of everything that was drawn, by what they were for.
+        seeds: Every seed, by its purpose.
         job_sha256: Hash of all that the margins depend on: checkpoint, prompts in their order,
-            the engine's flags; absent where something else than `rheostat calibrate` wrote it.
+            the engine's flags; None unless `rheostat calibrate` wrote the file.
         rheostat: Version of the package that wrote the file.
     """
 
@@ -79,7 +79,7 @@ class Calibration:
         margins: ``[n, k]`` fp32, refusal logits minus the respond logit, in manifest order.
         log_normaliser: ``[n]`` fp32, log-sum-exp of the whole vocabulary minus the respond logit.
         category: ``[n]`` int64, the index of the category that a prompt belongs to, -1 benign.
-        info: Where all this comes from.
+        info: Where the margins come from.
 
     Raises:
         ConfigError: Shapes do not agree, a number is not finite, a category is unknown, empty or
@@ -127,7 +127,7 @@ class Calibration:
 
 
 def calibration_path(directory: Path, name: str) -> Path:
-    """Returns where a checkpoint keeps the calibration of that name."""
+    """Returns the path of a checkpoint's calibration."""
     return directory / CALIBRATIONS / f"{name}{_SUFFIX}"
 
 
@@ -139,8 +139,8 @@ def list_calibrations(directory: Path) -> dict[str, Path]:
 def save_calibration(directory: Path, calibration: Calibration) -> Path:
     """Writes a calibration into its checkpoint's folder and returns its path.
 
-    Killed at any moment it leaves the old file or none: the new one is complete, on disk, before
-    it takes the name.
+    If the process is killed, the old file or none is left: the new one is renamed once it is
+    complete on disk.
     """
     from safetensors.numpy import save
 
@@ -233,7 +233,7 @@ def _check_shapes(calibration: Calibration) -> None:
                 f"{list(shape)}"
             )
     if len(set(calibration.names)) < k:
-        raise ConfigError(f"a category name stands twice in {', '.join(calibration.names)}")
+        raise ConfigError(f"duplicate category name in {', '.join(calibration.names)}")
 
 
 def _check_numbers(calibration: Calibration) -> None:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint folder and holding it to its contract."""
+"""Loads a checkpoint folder and validates its contract."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ WITHOUT_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt")
 def resolve_checkpoint(
     model: str, revision: str | None = None, *, with_weights: bool = True
 ) -> Path:
-    """Returns the local folder of a checkpoint, fetched from the hub where it is not a folder.
+    """Returns the local folder of a checkpoint; a name on the hub is fetched.
 
     Args:
         model: A folder, or a repository's name on the model hub.
@@ -38,8 +38,8 @@ def resolve_checkpoint(
         with_weights: Whether the weights are fetched too.
 
     Raises:
-        CheckpointError: There is no such folder, and the hub does not have it either; or it is a
-            folder, and a revision was asked for.
+        CheckpointError: Neither a folder nor the hub has it; or it is a folder, and ``revision``
+            is given.
     """
     if Path(model).is_dir():
         if revision is not None:
@@ -58,20 +58,17 @@ def resolve_checkpoint(
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{model!r} is neither a folder nor a model that the hub gave: {_first_line(error)}"
+            f"{model!r} is neither a folder nor a model on the hub: {_first_line(error)}"
         ) from error
 
 
 def load_checkpoint(directory: Path) -> tuple[Manifest, "PreTrainedTokenizerBase"]:
-    """Loads the manifest and the tokenizer and checks one against the other.
-
-    Returns:
-        The manifest and the tokenizer.
+    """Loads the manifest and the tokenizer, and validates each by the other.
 
     Raises:
-        CheckpointError: A file is missing or broken; a control token is not one id, or another id
-            than the manifest says, or outside the embedding; or the chat template does not end
-            where the decision step begins, or drops earlier assistant turns.
+        CheckpointError: A file is missing or broken; a control token is not one id, has not the
+            manifest's id, or is outside the embedding; or the chat template does not end where the
+            decision step begins, or drops earlier assistant turns.
     """
     manifest = load_manifest(directory)
     _check_embedding(directory, manifest)
@@ -83,7 +80,7 @@ def load_checkpoint(directory: Path) -> tuple[Manifest, "PreTrainedTokenizerBase
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Loads a tokenizer from a local folder; nothing is fetched and no code of its own runs.
+    """Loads a tokenizer from a local folder; fetches nothing and runs no code of the folder's.
 
     Raises:
         CheckpointError: The folder holds no tokenizer that can be read.
@@ -105,7 +102,7 @@ def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=wanted))
         for wanted in (False, True)
     )
-    # Some templates have no generation prompt: there the question's own end is what stands before.
+    # Without a generation prompt, the question's own end precedes the decision step.
     text = with_prompt.removeprefix(without) or with_prompt.rpartition("Hello")[2]
     opening: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return opening
@@ -131,14 +128,11 @@ def adopt(directory: Path, chat_template: Path | None = None) -> Manifest:
     Args:
         directory: The checkpoint's folder. Its tokenizer must hold the published respond token
             and at least one published refusal token.
-        chat_template: A Jinja file to serve it with. Saved beside the weights when it is right.
-
-    Returns:
-        The manifest, as written.
+        chat_template: A Jinja file that replaces its template; saved beside the weights.
 
     Raises:
-        CheckpointError: The tokens are not there, or what would be written does not keep the
-            contract; then nothing is written.
+        CheckpointError: The tokens are missing, or the manifest would break the contract. Nothing
+            is written.
     """
     tokenizer = load_tokenizer(directory)
     known = tokenizer.get_vocab()

@@ -1,7 +1,7 @@
-"""Confidence arithmetic: what a share of n prompts says about the share of all prompts.
+"""Confidence arithmetic: from a share of n prompts to bounds on the share of all prompts.
 
-Everything holds for any distribution of prompts, as long as the calibration's prompts and those to
-come are exchangeable; no normal approximation is made anywhere.
+It holds for any distribution, as long as the calibration's prompts and later ones are exchangeable.
+There is no normal approximation.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What one request asks of the decision, and how it travels to the worker."""
+"""The controls of one request's decision, and their form on the way to the worker."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
-# Where the controls stand in vLLM's ``SamplingParams.extra_args``.
+# The controls' key in vLLM's ``SamplingParams.extra_args``.
 EXTRA_ARGS_KEY = "rheostat"
 
 
@@ -25,13 +25,13 @@ class Rule(IntEnum):
 
 
 class WireControls(TypedDict):
-    """``Controls`` as they travel.
+    """``Controls`` on their way to the worker.
 
     Attributes:
         rule: A ``Rule``.
         row: The fp32 bytes of ``dial_row``, with nothing drawn yet.
-        ticket: Where the margins go, a ``Ticket`` of server/generation/margins.py; absent when
-            nobody asks.
+        ticket: Where to write the margins, a ``Ticket`` of server/generation/margins.py; absent
+            unless they are wanted.
     """
 
     rule: int
@@ -59,7 +59,7 @@ class Controls:
         return cls(Rule.GREEDY, (-math.inf,) * categories, (True,) * categories)
 
     def to_wire(self) -> WireControls:
-        """Returns what is put into ``extra_args``."""
+        """Returns their form in ``extra_args``."""
         return {"rule": int(self.rule), "row": self._row}
 
     @cached_property
@@ -78,15 +78,15 @@ def dial_row(
 ) -> list[float]:
     """Returns one row of ``Dials`` (models/decision.py).
 
-    Where a bias is ``+inf`` only such categories stay in the race, and the largest margin among
-    them wins; adding the infinity itself would make them tie.
+    If any bias is ``+inf``, all other tokens are excluded, and the largest margin among those
+    categories wins; adding infinity itself would make them tie.
 
     Args:
         bias: One a category; ``-inf`` never, ``+inf`` always.
         selected: One a category.
         rule: A ``Rule``.
         temperature: The request's.
-        uniform: Its draw.
+        uniform: The request's draw, in [0, 1).
     """
     shift = [*bias, 0.0]
     if math.inf in bias:

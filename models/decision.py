@@ -1,7 +1,7 @@
 """The decision: which control token opens the answer.
 
-Everything is computed on a ``[rows, k + 1]`` slice of fp32 logits: the refusal tokens in manifest
-order, the respond token last. Nothing here knows of vLLM, HTTP or files.
+It is computed on a ``[rows, k + 1]`` slice of fp32 logits: the refusal tokens in manifest order,
+the respond token last. This module knows nothing of vLLM, HTTP or files.
 """
 
 import math
@@ -17,9 +17,9 @@ from models.controls import Controls, Rule, dial_row
 
 @dataclass(frozen=True)
 class Dials:
-    """What a batch of requests asks of the decision, as rows of one matrix.
+    """The dials of a batch of requests, as rows of one matrix.
 
-    The columns are sliced where a rule reads them, for every view costs as much as a sum.
+    The columns are sliced where a rule reads them: a view costs as much as a sum.
 
     Attributes:
         rows: ``[rows, 3 k + 4]`` fp32, each made by ``dial_row``; more columns are ignored.
@@ -31,12 +31,12 @@ class Dials:
 
     @cached_property
     def shift(self) -> torch.Tensor:
-        """``[rows, k + 1]`` added to each token's margin; ``-inf`` where it is out of the race."""
+        """``[rows, k + 1]`` added to each token's margin; ``-inf`` excludes the token."""
         return self.rows[:, : self.categories + 1]
 
     @property
     def bias(self) -> torch.Tensor:
-        """``[rows, k]`` as asked for; only ``PAPER`` reads it."""
+        """``[rows, k]``; only ``PAPER`` reads it."""
         return self.rows[:, self.categories + 1 : 2 * self.categories + 1]
 
     @property
@@ -79,9 +79,8 @@ def decide(
 
     Args:
         logits: ``[rows, k + 1]`` fp32 logits of the control tokens, the respond token last.
-        dials: What each row asks for.
-        rules: Every rule that stands in ``dials.rule``, known on the host so that nothing is
-            computed for rules that no row asks for.
+        dials: One row a request.
+        rules: Every rule in ``dials.rule``. The host knows them, so no other rule is computed.
         log_normaliser: ``[rows]`` fp32 log-sum-exp over the whole vocabulary; ``PAPER`` needs it.
 
     Returns:
@@ -89,7 +88,7 @@ def decide(
         refusals the first in manifest order wins.
 
     Raises:
-        ValueError: ``PAPER`` is asked for without the normaliser.
+        ValueError: ``PAPER`` is in ``rules`` without the normaliser.
     """
     scores = logits - logits[:, -1:] + dials.shift
     choice = scores.argmax(dim=-1)
@@ -111,17 +110,17 @@ def refused_category(
     temperature: float,
     seed: int | None,
 ) -> int | None:
-    """Returns what one request would be refused for, from the margins that it was seen with.
+    """Decides one request from its margins, as the worker would.
 
     Args:
         log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's.
         margins: fp32 log-odds, one a category.
-        controls: Its dials.
+        controls: The request's.
         temperature: The request's.
         seed: The request's; without one ``SAMPLE`` draws anew.
 
     Returns:
-        A category's index, or None for an answer.
+        The refused category's index, or None for an answer.
     """
     uniform = random.random() if seed is None else uniform_draw(seed)
     row = dial_row(controls.bias, controls.selected, controls.rule, temperature, uniform)

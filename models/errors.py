@@ -1,22 +1,22 @@
 """Every error that Rheostat raises on purpose.
 
 RheostatError
-├── RequestError           the caller can mend it (HTTP 4xx)
-│   ├── UnknownCallerError nobody that the server knows is calling (401)
-│   │   └── ExpiredKeyError   somebody whose key has expired is
+├── RequestError           the caller can fix it (HTTP 4xx)
+│   ├── UnknownCallerError no known key (401)
+│   │   └── ExpiredKeyError   an expired key
 │   ├── ContextLengthError the prompt is longer than the model's context allows (400)
 │   └── NotAllowedError    the caller's policies do not allow it (403)
-└── ServiceError           the operator can mend it (HTTP 5xx; one line and exit 1 on the CLI)
-    ├── CheckpointError    the model folder does not keep the contract of models/manifest.py
+└── ServiceError           the operator can fix it (HTTP 5xx; one line and exit 1 on the CLI)
+    ├── CheckpointError    the model folder breaks the contract of models/manifest.py
     ├── ConfigError        a settings, recipe or data file is wrong
-    └── EvaluationError    a measurement could not be made
+    └── EvaluationError    a measurement failed
 """
 
 MOST_QUOTED = 80
 
 
 def shortened(text: str, most: int = MOST_QUOTED) -> str:
-    """Returns what a message may quote of a text of unknown length, in characters."""
+    """Returns a text of unknown length, cut to so many characters for a message."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -36,12 +36,12 @@ class RheostatError(Exception):
 
 
 class RequestError(RheostatError):
-    """A request that cannot be served as it was sent.
+    """A request that cannot be served.
 
     Attributes:
         status: HTTP status, 4xx.
         param: Path of the offending field, such as ``refusal.categories.safety``.
-        headers: What HTTP wants beside the status.
+        headers: Further headers of the answer.
     """
 
     code = "invalid_request"
@@ -64,7 +64,7 @@ class RequestError(RheostatError):
 
 
 class ContextLengthError(RequestError):
-    """A prompt that the model's context has no place for."""
+    """A prompt that is longer than the model's context allows."""
 
     code = "context_length_exceeded"
 
@@ -73,7 +73,7 @@ class ContextLengthError(RequestError):
 
 
 class UnknownCallerError(RequestError):
-    """A request without a key that the server knows, where it answers nobody else."""
+    """A request without a known key, to a server that wants one."""
 
     code = "invalid_api_key"
 
@@ -82,13 +82,13 @@ class UnknownCallerError(RequestError):
 
 
 class ExpiredKeyError(UnknownCallerError):
-    """A request with a key that was good once."""
+    """A request with an expired key."""
 
     code = "expired_api_key"
 
 
 class NotAllowedError(RequestError):
-    """A request for what the caller's policies do not allow."""
+    """A request that the caller's policies do not allow."""
 
     code = "not_allowed"
 
@@ -97,7 +97,7 @@ class NotAllowedError(RequestError):
 
 
 class ServiceError(RheostatError):
-    """Something on the operator's side is wrong."""
+    """A problem that the operator can fix."""
 
     code = "service_error"
 
@@ -109,12 +109,12 @@ class CheckpointError(ServiceError):
 
 
 class ConfigError(ServiceError):
-    """A settings, recipe or data file that cannot be used: the message names file and field."""
+    """An invalid settings, recipe or data file: the message names file and field."""
 
     code = "invalid_config"
 
 
 class EvaluationError(ServiceError):
-    """A measurement that could not be made."""
+    """A failed measurement."""
 
     code = "evaluation_failed"

@@ -35,9 +35,9 @@ class Category(ControlToken):
     """A refusal category and its token.
 
     Attributes:
-        name: What requests and policies call it.
+        name: Its name in requests and policies.
         description: One line for people.
-        refusal_text: What a refusal of this category says when the text is not generated.
+        refusal_text: The text of a refusal that is not generated.
     """
 
     name: Name
@@ -85,7 +85,7 @@ class Manifest(_Frozen):
         ):
             repeated = sorted({v for v in values if values.count(v) > 1})
             if repeated:
-                raise ValueError(f"the {what} {repeated[0]!r} stands there twice")
+                raise ValueError(f"duplicate {what} {repeated[0]!r}")
         return self
 
     @property
@@ -107,14 +107,10 @@ class Manifest(_Frozen):
 def load_manifest(directory: Path) -> Manifest:
     """Reads and validates ``rheostat.json`` of a checkpoint.
 
-    Args:
-        directory: The folder that holds the weights.
-
-    Returns:
-        The manifest; not yet compared with the tokenizer (models/checkpoint.py does that).
+    models/checkpoint.py compares it with the tokenizer.
 
     Raises:
-        CheckpointError: The file is missing, is no JSON, or breaks the format.
+        CheckpointError: The file is missing or invalid.
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():

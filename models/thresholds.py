@@ -15,8 +15,8 @@ from models.calibration import BENIGN, Floats
 
 Doubles = npt.NDArray[np.float64]
 
-# How far beyond the last known score a threshold is put: far above fp32's noise, far below what
-# separates prompts.
+# Distance of a threshold from the last known score: far above fp32's noise, far below the distance
+# of prompts.
 _EDGE = 1 / 64
 _SWEEPS = 40
 
@@ -75,7 +75,7 @@ class ThresholdRule:
         return _tied(self.benign_falling[category], np.float32(-bias))[1] / self.benign_count
 
     def alone(self, category: int, rate: float) -> float:
-        """Returns a bias that is near to the one for a rate: where to start."""
+        """Returns a bias near the one for a rate, to start from."""
         own = self.groups[category][category]
         return -float(own[min(int(rate * len(own)), len(own) - 1)])
 
@@ -93,11 +93,11 @@ class ThresholdRule:
 
         Args:
             free: Indices of the categories that share the bias.
-            bias: ``[k]``, what the others have.
-            allowed: Number of benign prompts that may be refused by whichever token.
+            bias: ``[k]``; those of the free categories are ignored.
+            allowed: Number of benign prompts that any token may refuse.
 
         Returns:
-            The bias, or none where the others alone refuse more.
+            The bias, or None where the others alone refuse more.
         """
         held = bias.copy()
         held[free] = -math.inf
@@ -115,16 +115,15 @@ class ThresholdRule:
         return -float(high) - 0.5, -float(low) + 0.5
 
     def meet(self, rates: Mapping[int, float], bias: Doubles) -> Doubles:
-        """Returns the biases under which every rate is as near as it can be, given the others.
+        """Returns the biases that bring every rate as near to its target as the others allow.
 
-        Each category in turn is given the threshold that fits, the others standing still, until
-        none moves: an equilibrium. One always exists where rates are continuous (Brouwer). In it a
-        rate is missed upwards only where the other tokens refuse more than was asked for, with the
-        category's own dial at never.
+        Fits one threshold after the other, the others fixed, until none moves: an equilibrium. One
+        exists where rates are continuous (Brouwer). There a rate exceeds its target only where the
+        other tokens alone refuse more, with the category's own dial at never.
 
         Args:
-            rates: What is asked for, by category index.
-            bias: ``[k]``, what the others have, and where to start; ``alone`` gives a start.
+            rates: Targets by category index.
+            bias: ``[k]``: fixed for the other categories, the start for these (see ``alone``).
         """
         wanted = {c: _wanted(rate, self.groups[c].shape[1]) for c, rate in rates.items()}
         thresholds = _thresholds(bias)
@@ -156,8 +155,8 @@ class ThresholdRule:
     def _fit(self, category: int, wanted: int, thresholds: Floats, *, keep: bool) -> np.float32:
         """Returns the threshold with which a category's count is nearest to the wanted one.
 
-        With ``keep`` a threshold that already gives the wanted count stays: otherwise thresholds
-        keep moving inside the gaps between two prompts.
+        ``keep`` keeps a threshold that already gives the wanted count: otherwise thresholds keep
+        moving in the gaps between two prompts.
         """
         group, own = self.groups[category], thresholds[category]
         thresholds[category] = np.inf

@@ -1,4 +1,4 @@
-"""Control tokens: their names, and how a tokenizer and a model get them."""
+"""Control tokens: their names, and adding them to a tokenizer and a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESPOND = "[respond]"
-# The one category of a checkpoint that does not tell its refusals apart.
+# The category of a checkpoint with a single refusal token.
 SINGLE = "refuse"
 SINGLE_DESCRIPTION = "should not be answered"
 
@@ -39,7 +39,7 @@ def add_control_tokens(
         descriptions: One line per category, in the order that breaks ties.
 
     Returns:
-        The manifest of the tokens, without a recipe.
+        The manifest, without a recipe.
 
     Raises:
         CheckpointError: A token did not become one id.
@@ -80,16 +80,16 @@ def single_id(tokenizer: "PreTrainedTokenizerBase", token: str) -> int:
 def grow_embeddings(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", manifest: Manifest
 ) -> None:
-    """Makes room for the control tokens and starts them from what the model already knows.
+    """Adds rows for the control tokens, input and output, and initialises them.
 
-    Each new row, input and output, is the mean of the rows of the words that describe its token,
-    so that a fresh refusal token starts near "I cannot" and not at a random place.
+    Each new row is the mean of the rows of the words that describe its token, so a new refusal
+    token starts near "I cannot" and not at a random place.
 
     Args:
         model: Resized in place where its vocabulary is smaller than the tokenizer's. A token that
             already had a row keeps it.
-        tokenizer: The tokenizer that ``add_control_tokens`` changed.
-        manifest: What ``add_control_tokens`` returned.
+        tokenizer: Changed by ``add_control_tokens``.
+        manifest: Returned by ``add_control_tokens``.
     """
     embedding: Any = model.get_input_embeddings()
     known: int = embedding.weight.shape[0]

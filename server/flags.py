@@ -34,14 +34,14 @@ SWITCHES = {
 
 
 def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
-    """Refuses flags that would be ignored here, or would lead around what was verified.
+    """Rejects flags that this server would ignore, or that would bypass what was verified.
 
     Args:
         args: As parsed.
-        default_of: Gives a flag's default.
+        default_of: Returns a flag's default.
 
     Raises:
-        ConfigError: With the flag and the reason.
+        ConfigError: Names the flag and the reason.
     """
     for name, reason in UNSERVED.items():
         value = getattr(args, name)
@@ -51,13 +51,13 @@ def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
 
 
 def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
-    """Refuses vLLM's environment variables that switch on what is not served here.
+    """Rejects vLLM's environment variables that switch on what is not served here.
 
     Args:
-        value_of: Gives a variable's value, as vLLM reads it.
+        value_of: Returns a variable's value, as vLLM reads it.
 
     Raises:
-        ConfigError: With the variable and the reason.
+        ConfigError: Names the variable and the reason.
     """
     for name, reason in SWITCHES.items():
         if value_of(name):
@@ -69,10 +69,10 @@ def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any]) -> None:
 
     Args:
         args: As parsed.
-        default_of: Gives a flag's default.
+        default_of: Returns a flag's default.
 
     Raises:
-        ConfigError: A flag asks for what ends vLLM's engine there.
+        ConfigError: A flag would end vLLM's engine there.
     """
     if args.gpu_memory_utilization == default_of("gpu_memory_utilization"):
         # vLLM would take 92 % of the machine's memory, and not start where so much is not free.

@@ -1,8 +1,8 @@
 """Huge pages for the memory that a process holds before its first request.
 
-A request touches Python objects all over hundreds of megabytes: more pages than a processor keeps
-the addresses of, and in a virtual machine each one that it has not kept is looked up twice over.
-Most distributions give huge pages to those who ask for them, and neither Python nor vLLM asks.
+A request touches Python objects all over hundreds of megabytes: more pages than the TLB holds, and
+a virtual machine pays twice for each miss. Most Linux distributions give huge pages to processes
+that ask, and neither Python nor vLLM asks.
 """
 
 import ctypes
@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
-# Larger ones, as some ARM kernels have, would fill up with what nobody uses.
+# Larger ones, as on some ARM kernels, would waste memory.
 _LARGEST_PAGE = 2**21
-# Beyond it stand weights and caches, which would take as long to move as to load.
+# Larger mappings are weights and caches, which take as long to move as to load.
 _LARGEST_PLACE = 2**30
 _MADV_COLLAPSE = 25  # of Linux 6.1
 _OWN = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?")
@@ -22,10 +22,10 @@ _OWN = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[heap\])?")
 
 @cache
 def collapse_memory() -> int:
-    """Moves what the process has in memory into huge pages, once; what it never used stays so.
+    """Moves the process's resident memory into huge pages, once.
 
     Returns:
-        How many bytes lie in huge pages now; 0 where the system has none, or gives none.
+        Bytes in huge pages; 0 where the system gives none.
     """
     page = _page_bytes(_SYSTEM)
     if not 0 < page <= _LARGEST_PAGE:
@@ -37,10 +37,10 @@ def collapse_memory() -> int:
 
 
 def whole_pages(maps: str, page: int) -> Iterator[int]:
-    """Yields where huge pages would lie wholly within what a process holds of its own.
+    """Yields the address of every huge page that fits into the process's private mappings.
 
     Args:
-        maps: As Linux writes ``/proc/PID/maps``.
+        maps: The text of ``/proc/PID/maps``.
         page: Bytes of a huge page.
     """
     for line in maps.splitlines():

@@ -1,4 +1,4 @@
-"""The worker's side of server/generation/margins.py: writes margins where the server reads them."""
+"""The worker's side of server/generation/margins.py: writes the rows."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,8 +12,8 @@ from server.generation.margins import MARGINS, ROWS, Ticket
 def map_rows(path: str, categories: int) -> torch.Tensor:
     """Maps the file of a board, ``[rows, 2 + categories]`` fp32: tag, log-normaliser, margins.
 
-    On a machine with CUDA its memory is page-locked, so that the device writes it without
-    anybody's waiting. Where the file does not exist, one is made that nobody reads.
+    With CUDA the memory is page-locked, so that the host need not wait for the device to write it.
+    If the file does not exist, it is created, and nobody reads it.
     """
     width = MARGINS + categories
     rows = torch.from_file(path, shared=True, size=ROWS * width, dtype=torch.float32)
@@ -29,11 +29,11 @@ def write_rows(
     log_normaliser: torch.Tensor,
     logits: torch.Tensor,
 ) -> None:
-    """Writes one row a ticket; the worker's side. Nothing waits for the device.
+    """Writes one row a ticket without waiting for the device.
 
     Args:
-        tickets: The rows.
-        tags: ``[tickets]`` fp32, their tags.
+        tickets: Name the rows.
+        tags: ``[tickets]`` fp32, the tickets' tags on the logits' device.
         log_normaliser: ``[tickets]`` fp32, log-sum-exp of the whole vocabulary.
         logits: ``[tickets, k + 1]`` fp32, the control tokens', the respond token last.
     """

@@ -1,9 +1,9 @@
-"""What runs inside vLLM's engine: the decision, and what a request's grammar may cost.
+"""Runs inside vLLM's engine: the decision, and the limit of what a request's grammar may cost.
 
 The decision is a logits processor for each of vLLM's two model runners. Both do the same to a batch
-of logits: at a steered request's decision step every token is masked but the one that
-models/decision.py chooses; at all other steps the control tokens are masked, and those that open a
-turn, so that none ever stands inside a text.
+of logits. At a steered request's decision step they mask every token but the one that
+models/decision.py chooses. At all other steps they mask the control tokens and those that open a
+turn, so that no text contains one.
 
 This module and server/engine.py are the only ones that import vllm.
 """
@@ -41,22 +41,22 @@ T = TypeVar("T")
 
 NEVER_CHOSEN = float("-inf")
 _MOST_KEPT = 128
-# What a step of a grammar may take without being counted: more than ordinary ones ever do.
+# Time of a grammar's step that is not counted: more than ordinary steps take.
 FREE_S = 0.01
 
 
 def controls_of(params: SamplingParams) -> WireControls | None:
-    """Returns the controls that the engine put into a request, or None for an unsteered one."""
+    """Returns a request's controls, or None for an unsteered one."""
     return (params.extra_args or {}).get(EXTRA_ARGS_KEY)
 
 
 def ticket_of(controls: WireControls) -> Ticket | None:
-    """Returns where a request's margins go, or None when nobody asks for them."""
+    """Returns where to write a request's margins, or None if they are not wanted."""
     return Ticket(*controls["ticket"]) if "ticket" in controls else None
 
 
 def _sent(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    # `torch.tensor` takes several times as long for the same.
+    # `torch.tensor` takes several times as long.
     host = torch.from_numpy(values)
     if device.type == "cpu":
         return host
@@ -68,12 +68,12 @@ def _table(rows: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(bytearray().join(rows), np.float32).reshape(len(rows), -1)
 
 
-class _Asking:
-    """The rows of a batch whose margins are asked for.
+class _MarginRows:
+    """The rows of a batch whose margins are wanted.
 
     Args:
         tickets: By row of the logits slice that is decided on.
-        device: Where the logits are.
+        device: The logits'.
     """
 
     def __init__(self, tickets: dict[int, Ticket], device: torch.device) -> None:
@@ -102,7 +102,7 @@ def _control_ids(vllm_config: VllmConfig, device: torch.device) -> torch.Tensor:
 
 
 def _never_text(vllm_config: VllmConfig, controls: torch.Tensor) -> torch.Tensor:
-    # A turn that opens inside an answer would be one that nobody decides.
+    # A turn that opens inside an answer would be an undecided one.
     told: Any = vllm_config.additional_config
     return torch.cat((controls, controls.new_tensor(told[TURN_IDS_KEY])))
 
@@ -121,8 +121,8 @@ class _Deciding(NamedTuple):
 
     Attributes:
         rows: ``[n]`` int64.
-        places: ``[n, k + 1]`` int64, where their control tokens stand in the flat logits.
-        dials: Theirs.
+        places: ``[n, k + 1]`` int64, the indices of their control tokens in the flat logits.
+        dials: The rows' dials.
     """
 
     rows: torch.Tensor
@@ -173,7 +173,7 @@ class SteeringV1(V1LogitsProcessor):
             normaliser = logits[rows].logsumexp(dim=-1)
         choice = decide(own, dials, rules, normaliser)
         if tickets and normaliser is not None:
-            _Asking(tickets, logits.device).write(normaliser, own)
+            _MarginRows(tickets, logits.device).write(normaliser, own)
         logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
         return logits.index_put_((rows, self._ids.take(choice)), self._chosen)
@@ -231,15 +231,15 @@ class SteeringV2(V2LogitsProcessor):
         self._tickets: dict[int, Ticket] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Overwrites everything that the slot's last request left."""
+        """Overwrites the state of the slot's last request."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
         row = bytes(4 * self._width)
         self._tickets.pop(req_idx, None)
         if controls is not None:
             ticket = ticket_of(controls)
-            # A draft's rows cannot be told from the decision's on the host; its margins are asked
-            # for once more.
+            # The host cannot tell a draft's rows from the decision's. The server asks for the
+            # margins once more.
             if ticket is not None and not self._drafts:
                 self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
@@ -266,20 +266,20 @@ class SteeringV2(V2LogitsProcessor):
         values = self._values[slots]
         decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
         own = logits[:, self._ids]
-        asking = self._asking(ctx)
+        wanted = self._margin_rows(ctx)
         normaliser = None
-        if asking is not None or Rule.PAPER in rules:
+        if wanted is not None or Rule.PAPER in rules:
             normaliser = logits.logsumexp(dim=-1)
         choice = decide(own, Dials(values, self._categories), rules, normaliser)
-        if asking is not None and normaliser is not None:
-            asking.write(normaliser, own)
+        if wanted is not None and normaliser is not None:
+            wanted.write(normaliser, own)
         logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
         logits.scatter_(1, self._ids.take(choice).unsqueeze(1), chosen.unsqueeze(1))
         return logits
 
-    def _asking(self, ctx: LogitsContext) -> _Asking | None:
+    def _margin_rows(self, ctx: LogitsContext) -> _MarginRows | None:
         if not self._tickets:
             return None
         slots = ctx.idx_mapping_np
@@ -288,7 +288,7 @@ class SteeringV2(V2LogitsProcessor):
             int(row): self._tickets.pop(int(slots[row]), None) for row in deciding.nonzero()[0]
         }
         tickets = {row: ticket for row, ticket in found.items() if ticket is not None}
-        return _Asking(tickets, self._ids.device) if tickets else None
+        return _MarginRows(tickets, self._ids.device) if tickets else None
 
     def _undecided_rules(self, ctx: LogitsContext) -> set[Rule]:
         slots = ctx.idx_mapping_np
@@ -299,13 +299,13 @@ class SteeringV2(V2LogitsProcessor):
 
 
 class PricedGrammar(StructuredOutputGrammar):
-    """A grammar that ends its request once its steps took too long.
+    """A grammar that ends its request once its steps have taken too long.
 
-    vLLM follows grammars between the steps of its batch, so everybody waits for the slowest.
+    vLLM follows grammars between the steps of its batch, so all requests wait for the slowest.
 
     Args:
         grammar: The backend's.
-        limit_s: What its steps may take of this thread's time, each beyond ``FREE_S``.
+        limit_s: Thread time of all its steps together, ``FREE_S`` of each not counted.
     """
 
     def __init__(self, grammar: StructuredOutputGrammar, limit_s: float) -> None:
@@ -313,7 +313,7 @@ class PricedGrammar(StructuredOutputGrammar):
         self._left_s = limit_s
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Is False, by which vLLM ends the request, once the grammar took too long or gave up."""
+        """Returns False, which ends the request, once the grammar took too long or gave up."""
         # llguidance would end the text as if it were complete.
         if self._left_s <= 0 or getattr(self._grammar, "printed_error", False):
             return False
@@ -324,7 +324,7 @@ class PricedGrammar(StructuredOutputGrammar):
         return self._counted(self._grammar.validate_tokens, tokens) if self._left_s > 0 else []
 
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
-        """Masks a row; not any more once the grammar took too long, as the request ends next."""
+        """Masks a row, unless the grammar took too long: then the request ends next."""
         if self._left_s > 0:
             self._counted(self._grammar.fill_bitmask, bitmask, batch_index)
 
@@ -362,7 +362,7 @@ def _price(scheduler: Scheduler, output: SchedulerOutput) -> None:
 
 
 class SteeredScheduler(Scheduler):
-    """vLLM's scheduler, where a grammar has a limit to what it costs others."""
+    """vLLM's scheduler, with a limit to what a grammar costs other requests."""
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """Returns vLLM's own masks."""
@@ -371,7 +371,7 @@ class SteeredScheduler(Scheduler):
 
 
 class SteeredAsyncScheduler(AsyncScheduler):
-    """The same of the scheduler that prepares a step while the last one runs."""
+    """The same for the scheduler that prepares a step while the last one runs."""
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """Returns vLLM's own masks."""

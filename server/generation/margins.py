@@ -1,11 +1,10 @@
-"""Margins on their way back from the worker: shared memory, a row for each request that asks.
+"""Returns margins from the worker through shared memory, one row a request.
 
-vLLM carries tokens back from its workers, and log-probabilities at a price that every step pays.
-Margins belong to one step. So a request that wants them names a row; the worker writes it in the
-decision step, before the token that the step chose can be seen, and the server reads it when that
-token arrives. Each row says for whom it was written. A worker that does not share this machine's
-memory writes nowhere that is read: then the row says so, and the margins are asked for once more,
-where vLLM's model runner allows it.
+vLLM returns log-probabilities at a price that every step pays; margins belong to one step. So a
+request that wants margins names a row. The worker writes the row in the decision step, before the
+server can see the chosen token, and the server reads the row when that token arrives. A tag in the
+row names its request. A worker without memory shared with the server leaves the old tag; then the
+margins are asked for once more, where vLLM's model runner allows it.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ import numpy as np
 
 PREFIX = "rheostat-margins-"
 ROWS = 4096
-# Tags stand in the rows as fp32, which is exact up to here.
+# Rows hold tags as fp32, which is exact up to here.
 _TAGS = 2**24 - 1
 # A row: tag, log-normaliser, margins.
 MARGINS = 2
@@ -33,9 +32,9 @@ class Ticket(NamedTuple):
     """The row of one request.
 
     Attributes:
-        path: The file.
-        row: Which row of it.
-        tag: For whom the row is; never 0.
+        path: The board's file.
+        row: Index of the row.
+        tag: Identifies the request; never 0.
     """
 
     path: str
@@ -44,7 +43,7 @@ class Ticket(NamedTuple):
 
 
 class Margins(NamedTuple):
-    """What the worker saw at a decision step.
+    """The model's own margins at a decision step.
 
     Attributes:
         log_normaliser: Log-sum-exp of the whole vocabulary's logits minus the respond token's.
@@ -56,11 +55,11 @@ class Margins(NamedTuple):
 
 
 class MarginBoard:
-    """The server's side: gives rows out, and reads them.
+    """The server's side: hands out rows and reads them.
 
     Args:
-        categories: How many margins a row holds.
-        folder: Where the file is made; in memory where the system has such a place.
+        categories: Margins a row.
+        folder: Of the file; by default in memory where the system has such a folder.
     """
 
     def __init__(self, categories: int, folder: Path | None = None) -> None:
@@ -81,17 +80,17 @@ class MarginBoard:
         return Ticket(self._path, self._free.popleft(), next(self._tags))
 
     def read(self, ticket: Ticket) -> Margins | None:
-        """Returns what the worker wrote for a ticket, or None where it did not."""
+        """Returns the margins of a ticket, or None if the worker did not write them."""
         tag, normaliser, *margins = self._rows[ticket.row].tolist()
         return Margins(normaliser, tuple(margins)) if tag == ticket.tag else None
 
     def give_back(self, ticket: Ticket) -> None:
-        """Frees a row. A worker that still writes it writes an old tag, which nobody reads."""
+        """Frees a row. If a worker still writes it, the old tag tells the reader."""
         self._free.append(ticket.row)
         self._free_rows.release()
 
     def close(self) -> None:
-        """Removes the file, which also goes with the board and at exit."""
+        """Removes the file; garbage collection and exit do so too."""
         self._remove()
 
 

@@ -121,7 +121,7 @@ def test_benign_prompts_may_be_missing() -> None:
 
 
 def test_category_name_that_stands_twice_is_named() -> None:
-    with pytest.raises(ConfigError, match="stands twice in safety, safety"):
+    with pytest.raises(ConfigError, match="duplicate category name in safety, safety"):
         Calibration(**arrays(), info=info(["safety", "safety"]))
 
 

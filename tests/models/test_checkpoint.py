@@ -308,5 +308,5 @@ def test_name_that_is_nowhere_is_one_error(tmp_path: Path, name: str) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(f"{name!r} is neither a folder nor a model that the hub gave: ")
+    assert done.stdout.startswith(f"{name!r} is neither a folder nor a model on the hub: ")
     assert done.stdout.count("\n") == 1

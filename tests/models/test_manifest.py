@@ -124,11 +124,11 @@ def wrong(path: str, value: Any) -> dict[str, Any]:
         ("recipe.seed", ..., "recipe.seed"),
         ("recipe.data_sha256", ["cd"], "recipe.data_sha256"),
         ("unknown", 1, "unknown"),
-        ("respond.token", "[refuse:u]", "the token '[refuse:u]' stands there twice"),
-        ("respond.id", 5, "the id '5' stands there twice"),
-        ("categories.1.id", 5, "the id '5' stands there twice"),
-        ("categories.1.token", "[refuse:safety]", "the token '[refuse:safety]' stands there twice"),
-        ("categories.1.name", "safety", "the category name 'safety' stands there twice"),
+        ("respond.token", "[refuse:u]", "duplicate token '[refuse:u]'"),
+        ("respond.id", 5, "duplicate id '5'"),
+        ("categories.1.id", 5, "duplicate id '5'"),
+        ("categories.1.token", "[refuse:safety]", "duplicate token '[refuse:safety]'"),
+        ("categories.1.name", "safety", "duplicate category name 'safety'"),
     ],
 )
 def test_wrong_field_is_one_error_that_names_file_and_field(
