@@ -160,15 +160,12 @@ class SteeredLLM(AsyncLLM):
     ) -> Outputs:
         """Decides, then answers or refuses. Arguments and outputs are those of ``AsyncLLM``.
 
-        The control token is neither in the outputs' text nor in their ids, log-probabilities or
-        counts; the decision is recorded in the request's ``DecisionContext``.
+        The outputs do not show the control token: not in text, ids, log-probabilities or counts.
+        The request's ``DecisionContext`` records the decision.
 
         Raises:
-            GracefulHTTPError: The policy allows no grammars.
-            VLLMUnprocessableEntityError: The request asks an adapter for a rate.
-            VLLMValidationError: ``logprob_token_ids`` would reach others' answers, or the grammar
-                is too long. While iterating: the prompt holds control tokens that the server did
-                not put there, or the sampling parameters touch them.
+            VLLMError: The request is not admitted; while iterating, also its prompt or parameters
+                (see server/generation/call.py).
         """
         context = DECISION_CONTEXT.get() or DecisionContext(self.unsteered())
         adapted = bool(options.get("lora_request"))
@@ -202,7 +199,7 @@ class SteeredLLM(AsyncLLM):
     def generate_stock(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> Outputs:
-        """Is ``AsyncLLM.generate``, without any decision of ours."""
+        """Generates without any decision of ours; see server/generation/seam.py."""
         return super().generate(prompt, sampling_params, request_id, **options)
 
     def decision_params(
@@ -238,13 +235,10 @@ class SteeredLLM(AsyncLLM):
 
 
 def parse_flags(arguments: Sequence[str]) -> Namespace:
-    """Parses vLLM's own server flags.
-
-    Args:
-        arguments: As on the command line, ``--model`` included.
+    """Parses vLLM's own server flags, as on the command line, ``--model`` included.
 
     Raises:
-        ConfigError: A flag or variable would be ignored here, or would lead around what was
+        ConfigError: This server would ignore a flag or variable, or it would bypass what was
             verified.
     """
     cli_env_setup()  # type: ignore[no-untyped-call]
