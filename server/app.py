@@ -51,7 +51,7 @@ def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[]
 
     Args:
         app: vLLM's.
-        service: What they share.
+        service: Shared by all requests.
         health: Tells whether the engine can answer.
         hashes: Returns the checkpoint's; may read all weights the first time.
     """
@@ -72,7 +72,7 @@ def put_layer(
 
     Args:
         app: vLLM's.
-        service: What the layer needs.
+        service: Shared by all requests.
         replaced: The class of vLLM's own authentication.
         outside: Classes of middleware that stay around our layer.
     """
@@ -114,7 +114,7 @@ def open_trace(
     Args:
         manifest: The served checkpoint's.
         settings: The operator's.
-        requests: The bodies of the routes that tenants may send to.
+        requests: vLLM's bodies, whose fields the trace may name.
     """
     if settings.trace_file is None:
         return None

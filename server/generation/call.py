@@ -36,10 +36,10 @@ def admit(
     """Checks what can be checked before there is a call, and fits the dials to an adapter.
 
     Args:
-        engine: The engine.
-        context: The HTTP request's.
+        engine: Knows whether ``logprob_token_ids`` are safe.
+        context: Of the HTTP request; an adapter changes its dials.
         params: The client's.
-        settings: The operator's, for the bounds of grammars.
+        settings: Hold the bounds of grammars.
         adapted: Whether the call names an adapter.
 
     Raises:

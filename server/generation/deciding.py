@@ -33,8 +33,8 @@ class Decider:
     """The decisions of one call.
 
     Args:
-        call: The call.
-        counts: Whether the call is traffic, whose margins may be counted.
+        call: Whose decisions.
+        counts: Whether the call is traffic, whose margins may be recorded.
     """
 
     def __init__(self, call: Call, *, counts: bool = True) -> None:
@@ -52,7 +52,7 @@ class Decider:
         """Makes a decision pass and records its decisions.
 
         Args:
-            prompt: The client's.
+            prompt: The whole prompt.
             ids: Those of its ids that the decision sees.
 
         Raises:

@@ -92,13 +92,13 @@ class Call:
     """One call of ``generate()``.
 
     Attributes:
-        engine: The engine.
-        context: The HTTP request's.
-        number: Number of this call within the HTTP request, from 0.
-        params: The client's.
-        request_id: vLLM's.
+        engine: Runs it.
+        context: Shared with the HTTP layer, and by all calls of the HTTP request.
+        number: Of this call within the HTTP request, from 0.
+        params: The client's; owned by the call.
+        request_id: vLLM's, unique.
         options: The other arguments of ``generate()``.
-        started_s: When the call came, by the monotonic clock.
+        started_s: Start of the call, by the monotonic clock.
     """
 
     engine: Engine
@@ -125,9 +125,9 @@ class Call:
         """Generates without any decision of ours.
 
         Args:
-            prompt: As the engine gets it.
-            params: As the engine gets them.
-            suffix: Added to the request id, which must be unique.
+            prompt: Of this pass.
+            params: Of this pass; owned by the engine from here on.
+            suffix: Makes the request id of this pass unique.
         """
         request_id = f"{self.request_id}{suffix}"
         return self.engine.generate_stock(prompt, params, request_id, **self.options)
