@@ -205,10 +205,8 @@ class RefusalMiddleware:
             prompts=prompts_in(body),
             names_length=any(body.get(name) is not None for name in LENGTHS),
         )
-        if context.beam_search and _is_batch(body.get("prompt")):
-            raise RequestError(
-                "use_beam_search takes one prompt a request", param="prompt", status=400
-            )
+        if context.beam_search:
+            _check_beams(body, has_floor=context.has_floor)
         return Prepared(write_json(turns.body), options, context)
 
 
@@ -216,5 +214,12 @@ def _tenant(arrival: Arrival) -> str | None:
     return None if arrival.caller is None else arrival.caller.tenant
 
 
-def _is_batch(prompt: Any) -> bool:
-    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+def _check_beams(body: dict[str, Any], *, has_floor: bool) -> None:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+        raise RequestError("use_beam_search takes one prompt a request", param="prompt", status=400)
+    if has_floor and flag(body, "ignore_eos"):
+        raise NotAllowedError(
+            "ignore_eos with use_beam_search: under a floor a refusal ends where the model ends it",
+            param="ignore_eos",
+        )

@@ -298,7 +298,7 @@ def test_no_turn_opens_inside_an_answer(policied: Policied, checkpoint: Path) ->
                 for choice in answer.json()["choices"]:
                     assert turns.isdisjoint(choice["token_ids"] or ())
             else:
-                assert answer.status_code == 400, answer.text
+                assert answer.status_code in (400, 403), answer.text
         assert client.post(chat.path, json=chat.body()).status_code == 200
 
 

@@ -250,6 +250,20 @@ def test_last_turn_that_is_not_continued_is_no_prefill(
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize(("floor", "status"), [("floors: {safety: 0.8}", 403), ("", 200)])
+def test_beams_under_a_floor_end_where_the_model_ends_them(
+    tmp_path: Path, floor: str, status: int
+) -> None:
+    policies = book(tmp_path, f"policies: {{p: {{{floor}}}}}\nanonymous: p\n")
+    middleware = refusal_middleware(FakeServer(), policies)
+    beams = {**BODY, "use_beam_search": True}
+    assert call(middleware, "POST", CHAT, beams).status_code == 200
+    endless = call(middleware, "POST", CHAT, {**beams, "ignore_eos": True})
+    assert endless.status_code == status
+    if status == 403:
+        assert endless.json()["error"]["param"] == "ignore_eos"
+
+
 def test_control_tokens_that_a_client_writes_are_refused_where_the_policy_says_so(
     tmp_path: Path,
 ) -> None:
