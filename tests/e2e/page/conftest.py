@@ -7,8 +7,9 @@ from tests.e2e.calibrating import KEY, CalibratedServer
 from tests.e2e.page.browser import Visit, chromium, visit
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """A browser of this folder's tests alone: no other test's `asyncio.run` works beside it."""
     with chromium() as running:
         yield running
 
