@@ -11,10 +11,12 @@ import yaml
 from models.checkpoint import load_checkpoint
 from models.errors import ConfigError
 from tests.training.conftest import WriteRows, small_rows
+from tests.training.killing import SPAWN
 from tests.training.recipes import log_of, losses_of, tiny_config, weights_of
 from training.config.recipe import TrainConfig
 from training.run.processes import Processes
 from training.run.train import train
+from training.serving import free_port
 
 ROOT = Path(__file__).parents[3]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -26,11 +28,11 @@ def _config(data: Path, **optimisation: Any) -> TrainConfig:
         loss={"decision": {"q": 0.5, "weight": 4}, "text": {"gamma": 1.0}},
         evaluation={"data": [str(data)], "every": 0.5},
         # 31 rows by 8: the last step of a pass is a short one.
-        optimisation={"epochs": 2, "save_every": 0.5, **optimisation},
+        optimisation={"epochs": 1, "save_every": 0.5, **optimisation},
     )
 
 
-def _launch(config: TrainConfig, folder: Path, *, expect: int = 0) -> str:
+def _launch(config: TrainConfig, folder: Path) -> str:
     recipe = folder / "recipe.yaml"
     recipe.write_text(config.to_yaml())
     done = subprocess.run(
@@ -42,7 +44,7 @@ def _launch(config: TrainConfig, folder: Path, *, expect: int = 0) -> str:
         check=False,
         timeout=280,
     )
-    assert (done.returncode != 0) == bool(expect), done.stderr
+    assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
@@ -58,7 +60,7 @@ def test_two_processes_have_the_losses_of_one(write_rows: WriteRows, tmp_path: P
     assert told.count("ready for `rheostat serve") == 1
     for other in (accumulated, two):
         load_checkpoint(other)
-        assert len(losses_of(one)) == len(losses_of(other)) == 8
+        assert len(losses_of(one)) == len(losses_of(other)) == 4
         for expected, found in zip(losses_of(one), losses_of(other), strict=True):
             assert found == pytest.approx(expected, rel=2e-4)
         whole, shared = weights_of(one), weights_of(other)
@@ -75,14 +77,37 @@ def _final(folder: Path) -> dict[str, float]:
     return next(line["final"] for line in log_of(folder) if "final" in line)
 
 
-def test_mistake_is_told_once_by_two_processes(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n')
+def _mistaken(rank: int, port: int, outcomes: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = Processes()
 
-    told = _launch(_config(path), tmp_path, expect=1)
+    def act() -> None:
+        # `on_main` calls it on the first process, `together` on both.
+        if processes.index == mistaken:
+            raise ConfigError("wrong")
 
-    assert told.count("rheostat: ") == 1
-    assert "category: is missing" in told
+    for mistaken, let in enumerate((processes.on_main, processes.together)):
+        try:
+            let(act)
+        except (ConfigError, SystemExit) as error:
+            outcomes.put((mistaken, rank, type(error).__name__))
+    processes.wait()
+
+
+def test_mistake_is_raised_by_one_of_two_processes_and_ends_the_other_silently() -> None:
+    outcomes = SPAWN.Queue()
+    port = free_port()
+    processes = [SPAWN.Process(target=_mistaken, args=(rank, port, outcomes)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+
+    assert {outcomes.get(timeout=120) for _ in range(4)} == {
+        *((0, 0, "ConfigError"), (0, 1, "SystemExit")),
+        *((1, 0, "SystemExit"), (1, 1, "ConfigError")),
+    }
+    for process in processes:
+        process.join()
 
 
 def test_error_on_the_first_process_is_raised_there() -> None:

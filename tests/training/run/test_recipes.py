@@ -110,7 +110,8 @@ def _at_home(config: TrainConfig, hub: dict[str, str]) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+# The demo's recipe is trained by `make demo`; `single-token` has the same data and model.
+@pytest.mark.parametrize("name", sorted({*packaged_recipes()} - {"demo"}))
 def test_recipe_loads_and_dry_runs(name: str, hub: dict[str, str], tmp_path: Path) -> None:
     config = _at_home(load_config(name), hub)
     console = Console(record=True, width=120, file=(tmp_path / "shown").open("w"))
@@ -149,16 +150,6 @@ def test_recipe_of_a_large_model_trains_a_small_one(
     assert isinstance(small.model, CheckpointModel)
     own = AutoTokenizer.from_pretrained(hub["model"]).chat_template
     assert (template == own) == (small.model.chat_template is None)
-
-
-def test_single_token_recipe_trains(tmp_path: Path) -> None:
-    values = load_config("single-token").model_dump(mode="json")
-    values["optimisation"] |= {"epochs": 0.02}
-    values["evaluation"] |= {"rows": 100, "every": 1}
-
-    manifest, _ = load_checkpoint(train(TrainConfig.model_validate(values), tmp_path / "out"))
-
-    assert [token.token for token in manifest.control_tokens] == ["[refuse]", "[respond]"]
 
 
 def test_base_model_without_a_template_is_told_what_to_set(

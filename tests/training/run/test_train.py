@@ -118,6 +118,18 @@ def test_finished_checkpoint_is_kept_and_another_recipe_replaces_it_only_if_forc
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
+def test_one_token_for_all_refusals(config: TrainConfig, tmp_path: Path) -> None:
+    values = config.model_dump(mode="json") | {"single_token": True, "refusal_texts": {}}
+    values["optimisation"] |= {"epochs": 0.5}
+
+    manifest, tokenizer = load_checkpoint(
+        train(TrainConfig.model_validate(values), tmp_path / "out")
+    )
+
+    assert [token.token for token in manifest.control_tokens] == ["[refuse]", "[respond]"]
+    assert "[refuse:safety]" not in tokenizer.get_vocab()
+
+
 def test_changed_data_are_noticed(trained: Trained, tmp_path: Path, write_rows: WriteRows) -> None:
     values = trained.config.model_dump(mode="json")
     path = Path(values["data"]["train"][0]["path"])
