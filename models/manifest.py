@@ -69,12 +69,16 @@ class Manifest(_Frozen):
         respond: The token after which an answer follows.
         categories: The refusal categories, in the order that breaks ties.
         recipe: How the checkpoint was made; absent for adopted ones.
+        kept: Whether the control token stays in the context, so that the text follows it. Where it
+            does not, the server decides first, an answer goes on from the prompt alone, and a
+            refusal is the category's text.
     """
 
     version: Literal[1] = 1
     respond: ControlToken
     categories: Annotated[tuple[Category, ...], Field(min_length=1)]
     recipe: Recipe | None = None
+    kept: bool = True
 
     @validates_model(mode="after")
     def _all_distinct(self) -> "Manifest":

@@ -1,6 +1,7 @@
 """Checkpoints of no ability, made in a second, for tests that need files and no skill."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -47,6 +48,19 @@ def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
         initializer_range=0.2,
     )
     return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+
+def save_base(directory: Path, *, tied: bool = True) -> Path:
+    """Writes a model without control tokens that knows nothing, for trainings to start from."""
+    tokenizer = byte_tokenizer()
+    model: Any = tiny_model(len(tokenizer))
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def save_toy(directory: Path, template: str = TEMPLATE) -> Manifest:

@@ -14,7 +14,7 @@ from server.generation.prompts import (
     check_length,
     decision_step,
     token_prompt,
-    without_id,
+    without_tokens,
 )
 from server.generation.seam import Call, CheckedPrompt, Engine, Outputs
 from server.settings import Settings
@@ -97,7 +97,7 @@ async def decision_of(call: Call, prompt: object) -> Decision:
     Raises:
         RequestError: The prompt is too long or holds control tokens of the client's.
     """
-    checked = _checked(call, without_id(token_prompt(prompt), call.engine.mark_id))
+    checked = _checked(call, without_tokens(token_prompt(prompt), (call.engine.mark_id,)))
     decider = Decider(call, counts=False)
     output, margins = await decider.ask(checked.rendered, checked.decided)
     return decider.decided(output.outputs[0], margins)
@@ -105,7 +105,7 @@ async def decision_of(call: Call, prompt: object) -> Decision:
 
 def _unmarked(call: Call, prompt: object) -> TokenPrompt:
     rendered, mark_id = token_prompt(prompt), call.engine.mark_id
-    unmarked = without_id(rendered, mark_id)
+    unmarked = without_tokens(rendered, (mark_id,))
     if unmarked is not rendered and not call.context.marked:
         raise RequestError(
             f"the prompt holds the id {mark_id}, which is no token of this model",
@@ -132,7 +132,13 @@ def _checked(call: Call, prompt: TokenPrompt) -> CheckedPrompt:
     check_params(call.params, engine.hider.control_ids)
     if not context.beam_search:
         _take_logprobs(call, len(ids))
-    return CheckedPrompt(prompt, ids, ids if end == len(ids) else ids[:end])
+    decided = ids if end == len(ids) else ids[:end]
+    if engine.manifest.kept:
+        return CheckedPrompt(prompt, ids, decided)
+    # Only now: until here they mark and count the assistant's turns, and whatever moves, repeats or
+    # cuts off a turn was rejected as it is where they are kept.
+    prompt = without_tokens(prompt, engine.hider.control_ids)
+    return CheckedPrompt(prompt, prompt["prompt_token_ids"], engine.hider.visible(decided))
 
 
 def _take_logprobs(call: Call, prompt_tokens: int) -> None:

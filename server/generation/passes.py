@@ -35,7 +35,8 @@ def passes(call: Call, prompt: CheckedPrompt) -> Outputs:
     if call.context.beam_search:
         _check_beams(call)
         return _Beam(call, prompt).outputs()
-    if needs_decision_first(call.params, call.context, fixed_texts=bool(call.texts)):
+    kept = call.engine.manifest.kept
+    if not kept or needs_decision_first(call.params, call.context, fixed_texts=bool(call.texts)):
         return _DecisionFirst(call, prompt).outputs()
     return _OnePass(call, prompt).outputs()
 
@@ -92,7 +93,11 @@ def _shows(output: "RequestOutput") -> bool:
 
 
 class _DecisionFirst:
-    """The decision is a pass of its own; the answer goes on from prompt + control token."""
+    """The decision is a pass of its own; the answer goes on from prompt + control token.
+
+    Where the checkpoint does not keep the token in the context, the answer goes on from the prompt
+    alone, as if there were no such tokens, and every refusal is a fixed text.
+    """
 
     def __init__(self, call: Call, prompt: CheckedPrompt) -> None:
         self._call = call
@@ -128,8 +133,9 @@ class _DecisionFirst:
         refused = token in call.engine.category_of
         params = self._continued_params(index, refused=refused)
         goes_on = call.context.continues and not refused
+        opening = [token] if call.engine.manifest.kept else []
         stream = call.stock(
-            with_ids(prompt.rendered, prompt.ids if goes_on else [*prompt.decided, token]),
+            with_ids(prompt.rendered, prompt.ids if goes_on else [*prompt.decided, *opening]),
             params,
             "" if call.params.n == 1 else f"-{index}",
         )
@@ -160,7 +166,7 @@ def _check_beams(call: Call) -> None:
     if call.context.continues:
         raise RequestError("use_beam_search cannot continue a message", status=400)
     if call.texts:
-        raise RequestError("use_beam_search: this policy's refusals have fixed texts", status=400)
+        raise RequestError("use_beam_search: refusals have fixed texts here", status=400)
 
 
 class _Beam:

@@ -1,6 +1,6 @@
 """What a rendered prompt may hold, and where in it the decision stands."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -33,20 +33,20 @@ def with_ids(prompt: TokenPrompt, ids: list[int]) -> TokenPrompt:
     return cast("TokenPrompt", changed)
 
 
-def without_id(prompt: TokenPrompt, token: int) -> TokenPrompt:
-    """Returns a prompt without a token; the same object where it has none.
+def without_tokens(prompt: TokenPrompt, tokens: Collection[int]) -> TokenPrompt:
+    """Returns a prompt without some tokens; the same object where it has none of them.
 
     Places of images and other media move with the text before them.
     """
     ids = prompt["prompt_token_ids"]
-    if token not in ids:
+    if not any(token in ids for token in tokens):
         return prompt
-    kept: Any = with_ids(prompt, [other for other in ids if other != token])
+    kept: Any = with_ids(prompt, [other for other in ids if other not in tokens])
     places = kept.get("mm_placeholders")
     if places:
         kept["mm_placeholders"] = {
             kind: [
-                replace(place, offset=place.offset - ids[: place.offset].count(token))
+                replace(place, offset=place.offset - sum(map(ids[: place.offset].count, tokens)))
                 for place in of_kind
             ]
             for kind, of_kind in places.items()

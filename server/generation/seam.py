@@ -116,10 +116,17 @@ class Call:
 
     @cached_property
     def texts(self) -> dict[int, str]:
-        """The policy's fixed refusal texts, by the id of the refusal token."""
-        categories = self.engine.manifest.categories
-        texts = zip(categories, self.context.texts, strict=False)  # a policy may have none
-        return {category.id: text for category, text in texts if text is not None}
+        """The fixed refusal texts, by the id of the refusal token.
+
+        The policy's; and the checkpoint's own, where it does not keep the token in the context,
+        for then nothing that is generated would follow the token.
+        """
+        manifest = self.engine.manifest
+        fixed: dict[int, str] = {}
+        if not manifest.kept:
+            fixed = {category.id: category.refusal_text for category in manifest.categories}
+        texts = zip(manifest.categories, self.context.texts, strict=False)  # a policy may have none
+        return fixed | {category.id: text for category, text in texts if text is not None}
 
     def stock(self, prompt: TokenPrompt, params: "SamplingParams", suffix: str = "") -> Outputs:
         """Generates without any decision of ours.

@@ -181,8 +181,10 @@ class TrainConfig(Frozen):
         refusal_texts: What a refusal says where the text is not generated, by category.
         single_token: Whether the checkpoint has one refusal token, `[refuse]`, and no categories;
             every refused row counts for it.
+        train: `full`: every weight. `lora`: adapters. `tokens`: none, only the output rows of the
+            control tokens of an existing model. None: adapters where `lora` is given, else full.
         loss: What is minimised.
-        lora: Adapters, for an existing model; None trains every weight.
+        lora: Adapters, for an existing model.
         evaluation: What is measured on the way; None measures nothing.
         report_to: Where the log goes besides the checkpoint's folder.
     """
@@ -196,11 +198,19 @@ class TrainConfig(Frozen):
     )
     refusal_texts: dict[Name, Text] = Field(default_factory=dict)
     single_token: bool = False
+    train: Literal["full", "lora", "tokens"] | None = None
     loss: LossConfig = LossConfig()
     lora: LoraConfig | None = None
     optimisation: OptimisationConfig = OptimisationConfig()
     evaluation: EvaluationConfig | None = None
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_adapters(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("train") == "lora":
+            return {**values, "lora": values.get("lora") or {}}
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
@@ -214,6 +224,7 @@ class TrainConfig(Frozen):
         for name, setting in (("q", self.loss.decision.q), ("gamma", self.loss.decision.gamma)):
             if isinstance(setting, dict):
                 self._check_names(f"loss.decision.{name}", setting, decisions)
+        self._check_way()
         if isinstance(self.model, ScratchModel):
             longest = self.model.max_length
             if self.optimisation.max_length > longest:
@@ -226,6 +237,16 @@ class TrainConfig(Frozen):
                     "lora adapts an existing model: give model.checkpoint, or take lora out"
                 )
         return self
+
+    def _check_way(self) -> None:
+        if self.train in ("full", "tokens") and self.lora is not None:
+            raise ValueError(f"train: {self.train} has no adapters; take lora out, or train: lora")
+        if self.train != "tokens":
+            return
+        if isinstance(self.model, ScratchModel):
+            raise ValueError("train: tokens needs an existing model: give model.checkpoint")
+        if (self.loss.decision.q, self.loss.decision.gamma) != (0.0, 0.0):
+            raise ValueError("train: tokens minimises cross-entropy: leave q and gamma at 0")
 
     @staticmethod
     def _check_names(field: str, names: Iterable[str], known: Collection[str]) -> None:
@@ -252,7 +273,10 @@ class TrainConfig(Frozen):
 
     def sha256(self) -> str:
         """Returns the hash of the configuration with every default written out."""
-        canonical = json.dumps(self.model_dump(mode="json"), ensure_ascii=False)
+        values = self.model_dump(mode="json")
+        if self.train is None:
+            del values["train"]  # as before there was the field: what is finished stays so
+        canonical = json.dumps(values, ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -102,7 +102,7 @@ def model_folder(source: CheckpointModel, *, with_weights: bool = True) -> Path:
         return resolve_checkpoint(source.checkpoint, source.revision, with_weights=with_weights)
     if source.revision is not None:
         raise ConfigError(f"model.revision: {source.checkpoint} is a file; it has no revisions")
-    return converted(gguf_file(source.checkpoint), cache_folder())
+    return converted(gguf_file(source.checkpoint), cache_folder("gguf"))
 
 
 def is_gguf(checkpoint: str) -> bool:
@@ -139,11 +139,11 @@ def _package_folder(package: str, checkpoint: str) -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-def cache_folder() -> Path:
-    """Returns where converted models are kept: beside what the hub gave."""
+def cache_folder(kind: str) -> Path:
+    """Returns where what was made of models is kept: beside what the hub gave."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "rheostat" / "gguf"
+    return Path(constants.HF_HOME) / "rheostat" / kind
 
 
 def converted(path: Path, cache: Path) -> Path:

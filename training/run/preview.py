@@ -328,6 +328,13 @@ def _print_plan(
 ) -> None:
     from training.run.estimate import timed, work
 
+    if config.train == "tokens":
+        from training.run.tokens import prompts_of
+
+        lengths = [len(p.ids) for e in examples for p in prompts_of(e, words.manifest)]
+        counts = f"{len(lengths):,} prompts, {sum(lengths):,} tokens"
+        console.print(Text(f"The training: one forward pass over {counts}, kept for the next run"))
+        return
     done = work(examples, config.optimisation)
     timing, why = None, words.why_not
     if words.start is not None:

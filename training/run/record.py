@@ -78,7 +78,14 @@ def write_contract(folder: Path, config: TrainConfig, recipe: Recipe, start: Sta
     start.tokenizer.save_pretrained(folder)
     write_atomically(folder / CONFIG_NAME, config.to_yaml())
     save_manifest(
-        folder, start.manifest.model_copy(update={"categories": categories, "recipe": recipe})
+        folder,
+        start.manifest.model_copy(
+            update={
+                "categories": categories,
+                "recipe": recipe,
+                "kept": config.train != "tokens",
+            }
+        ),
     )
 
 

@@ -115,6 +115,9 @@ def _train_into(run: _Run) -> None:
     with _timed(seconds, "model_s"):
         start = run.processes.together(lambda: start_of(config, mixture.rows))
         run.processes.on_main(lambda: _write_contract(run, start, config.loss))
+        if config.train == "tokens":
+            _learn_tokens(run, start, mixture, held_out, seconds)
+            return
         # Before the search for the loss, which may take longer than the training.
         monitor = run.processes.together(lambda: _monitor(run, start, held_out))
     with _timed(seconds, "loss_s"):
@@ -134,6 +137,21 @@ def _train_into(run: _Run) -> None:
         summary = _closing(run, start, mixture, monitor, trainer, before)
     if run.processes.is_main:
         write_log(run.folder, [*trainer.state.log_history, *summary, seconds])
+
+
+def _learn_tokens(
+    run: _Run,
+    start: Start,
+    mixture: Mixture,
+    held_out: list[Row] | None,
+    seconds: dict[str, float],
+) -> None:
+    from training.run.tokens import check_one_process, learn_tokens
+
+    check_one_process(run.processes.count)
+    with _timed(seconds, "tokens_s"):
+        lines = learn_tokens(run.config, start, mixture.rows, held_out, run.folder)
+    write_log(run.folder, [{"data": mixture.summary()}, *lines, seconds])
 
 
 def _read(config: TrainConfig) -> tuple[Mixture, list[Row] | None]:

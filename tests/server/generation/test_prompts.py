@@ -9,7 +9,7 @@ from server.generation.prompts import (
     decision_step,
     token_prompt,
     with_ids,
-    without_id,
+    without_tokens,
 )
 from tests.server.manifests import MANIFEST
 
@@ -150,7 +150,7 @@ def test_conversation_that_ends_elsewhere_is_rejected(
 
 def test_prompt_without_the_mark_is_the_same_object() -> None:
     prompt: Any = {"type": "token", "prompt_token_ids": [1, 2]}
-    assert without_id(prompt, 9) is prompt
+    assert without_tokens(prompt, (9,)) is prompt
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def test_marks_are_taken_out_and_images_move_with_the_text() -> None:
         "prompt_token_ids": [9, 1, 9, 5, 5, 2, 9, 6],
         "mm_placeholders": {"image": [Place(3, 2), Place(7, 1)]},
     }
-    kept: Any = without_id(prompt, 9)
+    kept: Any = without_tokens(prompt, (9,))
     assert kept["prompt_token_ids"] == [1, 5, 5, 2, 6]
     assert kept["mm_placeholders"] == {"image": [Place(1, 2), Place(4, 1)]}
     assert prompt["prompt_token_ids"] == [9, 1, 9, 5, 5, 2, 9, 6]

@@ -1,0 +1,204 @@
+"""The way `tokens`: only the output rows of the control tokens are learnt, nothing is trained."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.checkpoint import load_checkpoint
+from models.errors import ConfigError
+from models.files import write_atomically
+from models.manifest import Manifest
+from training.config.recipe import TrainConfig
+from training.data.encoding import Example, encode_rows
+from training.data.mixture import decision_weights
+from training.data.rows import Row
+from training.measure.metrics import decision_metrics
+from training.model.gguf import cache_folder
+from training.model.start import Start
+from training.model.states import decision_states
+from training.model.token_rows import Decisions, Fit, Floats, fit
+from training.run.resume import saved_silently
+
+# In a folder of its own: `*.safetensors` beside the weights would count as weights.
+KEPT_STATES = Path("decisions") / "states.safetensors"
+
+
+class Prompt(NamedTuple):
+    """A prompt as the server decides on it: without the control tokens of earlier turns.
+
+    Attributes:
+        ids: Its tokens.
+        label: Column of the right category, the number of categories for an answer.
+        weight: What the decision counts.
+    """
+
+    ids: list[int]
+    label: int
+    weight: float
+
+
+def prompts_of(example: Example, manifest: Manifest) -> list[Prompt]:
+    """Returns a prompt for every assistant turn of a row."""
+    columns = {token: column for column, token in enumerate(manifest.control_ids)}
+    before: list[int] = []
+    prompts: list[Prompt] = []
+    for token, weight in zip(example.input_ids, example.weights, strict=True):
+        if token in columns:
+            prompts.append(Prompt(list(before), columns[token], weight))
+        else:
+            before.append(token)
+    return prompts
+
+
+def learn_tokens(
+    config: TrainConfig,
+    start: Start,
+    rows: Sequence[Row],
+    held_out: Sequence[Row] | None,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Learns the rows, and writes the checkpoint and what it was learnt from.
+
+    Args:
+        config: The recipe.
+        start: What it begins with.
+        rows: What is learnt from.
+        held_out: What is measured on; None measures nothing.
+        folder: It holds the manifest and the tokenizer already.
+
+    Returns:
+        The lines of the log.
+
+    Raises:
+        ConfigError: A row cannot be encoded, or there are too few.
+        CheckpointError: What was written could not be served.
+    """
+    model = on_device(start.make())
+    decisions = decisions_of(config, start, model, rows)
+    fitted = fit(decisions, len(start.manifest.categories), config.seed)
+    lines: list[dict[str, Any]] = [_told(decisions, fitted)]
+    if held_out is not None:
+        measured = decisions_of(config, start, model, held_out, last_turns=True)
+        lines.append({"final": _metrics(measured, fitted.rows, start.manifest, held_out)})
+    write_rows(model, start.manifest, fitted.rows)
+    save_model(model, start.dtype, folder)
+    keep_states(folder, decisions, start.manifest.names)
+    load_checkpoint(folder)
+    return lines
+
+
+def decisions_of(
+    config: TrainConfig,
+    start: Start,
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    last_turns: bool = False,
+) -> Decisions:
+    """Returns the decisions of rows, every assistant turn's or the last one's of each row.
+
+    Raises:
+        ConfigError: A row cannot be encoded.
+    """
+    examples = encode_rows(
+        rows,
+        start.tokenizer,
+        start.manifest,
+        decision_weights(rows, config.data, config.loss),
+        # Measured whole: as the server would read it.
+        None if last_turns else config.optimisation.max_length,
+        config.data.too_long,
+    )
+    turns = [prompts_of(example, start.manifest) for example in examples]
+    prompts = [prompt for of_row in turns for prompt in (of_row[-1:] if last_turns else of_row)]
+    states = decision_states(
+        model,
+        [prompt.ids for prompt in prompts],
+        start.manifest.control_ids,
+        cache_folder("states"),
+    )
+    return Decisions(
+        states.astype(np.float64),
+        np.array([prompt.label for prompt in prompts]),
+        np.array([prompt.weight for prompt in prompts]),
+    )
+
+
+def on_device(model: Any) -> Any:
+    """Returns the model, ready to read prompts, on a GPU where there is one."""
+    import torch
+
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_rows(model: Any, manifest: Manifest, rows: Floats) -> None:
+    """Sets the output rows of the control tokens; the respond token's is zero.
+
+    With tied embeddings the same rows are read in as well. No prompt holds these tokens.
+    """
+    import torch
+
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        for category, row in zip(manifest.categories, rows, strict=True):
+            weight[category.id] = torch.from_numpy(row).to(weight)
+        weight[manifest.respond.id] = 0
+
+
+def save_model(model: Any, dtype: str, folder: Path) -> None:
+    """Writes the weights as the base stores its own."""
+    import torch
+
+    model.to(getattr(torch, dtype))
+    with saved_silently():
+        model.save_pretrained(folder)
+
+
+def keep_states(folder: Path, decisions: Decisions, names: Sequence[str]) -> None:
+    """Keeps what the rows were learnt from, for `rheostat add-category`."""
+    from safetensors.numpy import save
+
+    content = save(
+        {
+            "states": decisions.states.astype(np.float16),
+            "labels": decisions.labels,
+            "weights": decisions.weights,
+        },
+        metadata={"names": json.dumps(list(names))},
+    )
+    (folder / KEPT_STATES).parent.mkdir(exist_ok=True)
+    write_atomically(folder / KEPT_STATES, content)
+
+
+def _told(decisions: Decisions, fitted: Fit) -> dict[str, Any]:
+    losses = {f"{strength:.3g}": round(loss, 4) for strength, loss in fitted.losses.items()}
+    return {
+        "decisions": len(decisions.labels),
+        "strength": fitted.strength,
+        "cross_validated_loss": losses,
+    }
+
+
+def _metrics(
+    decisions: Decisions, rows: Floats, manifest: Manifest, measured: Sequence[Row]
+) -> dict[str, float]:
+    truth = [*manifest.names, None]
+    return decision_metrics(
+        decisions.states @ rows.T,
+        [truth[label] for label in decisions.labels],
+        manifest.names,
+        [row.near_miss for row in measured],
+    )
+
+
+def check_one_process(count: int) -> None:
+    """Holds that nobody waits for a share of the work.
+
+    Raises:
+        ConfigError: There are several processes.
+    """
+    if count > 1:
+        raise ConfigError("train: tokens runs in one process; start it without a launcher")
