@@ -1,1 +1,1 @@
-"""What each API of the wire makes of earlier turns and of a decision."""
+"""Each API of the wire: control tokens in earlier turns, refusals in answers."""

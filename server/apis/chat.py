@@ -8,7 +8,8 @@ from models.manifest import Manifest
 from server.apis.verdicts import Verdicts
 
 CATEGORY_FIELD = "refusal_category"
-# Where a part of each type has its text. Source: vLLM 0.32, renderers/chat_utils.py, MM_PARSER_MAP.
+# The field of a part's text, by the part's type.
+# Source: vLLM 0.32, renderers/chat_utils.py, MM_PARSER_MAP.
 _TEXT_KEYS = {
     "text": "text",
     "input_text": "text",
@@ -16,26 +17,25 @@ _TEXT_KEYS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-# What vLLM's tool and reasoning parsers made of a refusal's text.
+# What vLLM's tool and reasoning parsers may have made of a refusal's text.
 _UNPARSED: dict[str, Any] = {"tool_calls": [], "function_call": None, "reasoning": None}
 
 
 def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
-    """Puts the control token in front of every assistant turn.
+    """Inserts the control token in front of every assistant turn.
 
-    A turn with a ``refusal`` or a ``refusal_category`` gets the token of the category that the
-    latter names (the server sends it with every refused message), and without one that of the
-    first category.
+    A turn with a ``refusal`` or a ``refusal_category`` gets the token of that category (the server
+    sends it with every refused message), by default the first category's.
 
     Args:
-        messages: Chat messages as the client sent them; not changed.
+        messages: The client's; not changed.
         manifest: The served checkpoint's.
 
     Returns:
-        The messages as the chat template is to see them, and how many tokens were put in.
+        The messages for the chat template, and the number of inserted tokens.
 
     Raises:
-        RequestError: ``refusal_category`` names no category of the checkpoint.
+        RequestError: The checkpoint has no such ``refusal_category``.
     """
     annotated = []
     count = 0
@@ -49,7 +49,7 @@ def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
 
 
 def is_refusal(message: dict[str, Any]) -> bool:
-    """Returns whether an assistant turn is a refusal, as OpenAI's bodies or ours say it."""
+    """Returns whether an assistant turn is a refusal, by OpenAI's fields or ours."""
     parts = message.get("content")
     return (
         bool(message.get("refusal"))
@@ -62,10 +62,10 @@ def is_refusal(message: dict[str, Any]) -> bool:
 
 
 def check_content(content: Any, path: str) -> None:
-    """Holds a turn's content to what the APIs take.
+    """Validates the type of a turn's content.
 
     Raises:
-        RequestError: It is no text, list of parts or null.
+        RequestError: It is not a string, a list or null.
     """
     if not isinstance(content, str | list | None):
         raise RequestError(
@@ -98,13 +98,13 @@ def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool
     """Returns the control token that opens an earlier turn.
 
     Args:
-        category: What the turn's ``refusal_category`` holds, if anything.
+        category: The turn's ``refusal_category``, any JSON value.
         manifest: The served checkpoint's.
         path: Of the turn in the body, for the error.
-        refused: Whether the turn is a refusal, of the first category where none is named.
+        refused: Whether the turn is a refusal, by default of the first category.
 
     Raises:
-        RequestError: ``category`` names no category of the checkpoint.
+        RequestError: The checkpoint has no such category.
     """
     if category is None:
         return manifest.categories[0].token if refused else manifest.respond.token
@@ -133,7 +133,7 @@ def _prefix_parts(parts: list[Any], token: str) -> list[Any]:
 
 
 def _text_key(part: Any) -> str | None:
-    # vLLM reads a part's text by its type, whatever other fields the part has.
+    # vLLM finds a part's text by the part's type, whatever other fields the part has.
     kind = part.get("type") if isinstance(part, dict) else None
     key = _TEXT_KEYS.get(kind) if isinstance(kind, str) else None
     return key if key is not None and isinstance(part.get(key), str) else None
@@ -142,11 +142,11 @@ def _text_key(part: Any) -> str | None:
 class ChoicesShape:
     """Shapes each choice by its own decision.
 
-    A chat message has its text in ``refusal``. Where a choice is text, only the report says
-    what it is.
+    A refused chat message has its text in ``refusal``. A completion's choice is a text, and only
+    its report says that it is a refusal.
 
     Args:
-        verdicts: What was decided.
+        verdicts: The request's decisions.
         echo: Whether the client asked for its own last message back.
     """
 
@@ -164,7 +164,7 @@ class ChoicesShape:
             self._report(choice)
 
     def event(self, event: dict[str, Any]) -> list[dict[str, Any]]:
-        """Shapes one chunk of a stream in place and returns it alone."""
+        """Shapes one chunk of a stream in place and returns it, alone in its list."""
         for choice in event["choices"]:
             if "delta" in choice:
                 self._delta(choice, choice["delta"])

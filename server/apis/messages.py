@@ -10,24 +10,24 @@ from models.manifest import Manifest
 from server.apis.chat import CATEGORY_FIELD, check_content, opening_token
 from server.apis.verdicts import Verdicts
 
-_TOLD = "message_delta"  # ends a stream, with what is known of the whole message
+_TOLD = "message_delta"  # near the end of a stream, with the fields of the whole message
 
 
 def annotate_messages(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
-    """Puts the control token in front of every assistant turn's text.
+    """Inserts the control token in front of every assistant turn's text.
 
-    A turn is a refusal where it or one of its blocks has a ``refusal_category``: the server sends
-    it in the text block of every refusal.
+    A turn is a refusal if it or one of its blocks has a ``refusal_category``: the server sends it
+    in the text block of every refusal.
 
     Args:
-        messages: As the client sent them; not changed.
+        messages: The client's; not changed.
         manifest: The served checkpoint's.
 
     Returns:
-        The messages as vLLM is to read them, and how many tokens were put in.
+        The messages for vLLM, and the number of inserted tokens.
 
     Raises:
-        RequestError: ``refusal_category`` names no category of the checkpoint.
+        RequestError: The checkpoint has no such ``refusal_category``.
     """
     annotated = [
         _annotate_turn(message, manifest, f"messages.{index}") if _is_turn(message) else message
@@ -68,7 +68,7 @@ def _without_category(block: Any) -> Any:
 
 
 def _prefix_text(blocks: list[Any], token: str) -> list[Any]:
-    # vLLM renders thinking and tool calls apart from the text, so the token goes before the text.
+    # vLLM renders thinking and tool calls apart, so the token opens the text.
     for index, block in enumerate(blocks):
         if isinstance(block, dict) and block.get("type") == "text":
             text = block.get("text")
@@ -81,11 +81,11 @@ def _prefix_text(blocks: list[Any], token: str) -> list[Any]:
 class MessageShape:
     """Shapes a message or the events of its stream.
 
-    In the stream of a refusal, vLLM's content blocks are left out: a tool or reasoning parser may
-    have made anything of the text. One text block stands in their place.
+    In the stream of a refusal, one text block replaces vLLM's content blocks: a tool or reasoning
+    parser may have parsed the text as something else.
 
     Args:
-        verdicts: What was decided.
+        verdicts: The request's decisions.
     """
 
     def __init__(self, verdicts: Verdicts) -> None:
@@ -101,7 +101,7 @@ class MessageShape:
         self._report(answer)
 
     def event(self, event: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields what stands for one event of vLLM's."""
+        """Yields what replaces one event of vLLM's."""
         category = self._verdicts.category()
         tells = event["type"] == _TOLD
         if category is not None and (tells or event["type"].startswith("content_block_")):
@@ -131,7 +131,7 @@ class MessageShape:
 
 
 def _block(category: str, text: str) -> dict[str, Any]:
-    # In the block, because clients send a message's content back, and not the message.
+    # In the block, because clients send back a message's content only.
     return {"type": "text", "text": text, CATEGORY_FIELD: category}
 
 

@@ -2,8 +2,8 @@
 
 A refusal is one message with one ``refusal`` part, and events of its own.
 
-vLLM makes one chat turn of several items: a message, its reasoning and its tool calls. The rules by
-which it does are followed here, so that each of those turns opens with exactly one control token.
+vLLM merges several items into one chat turn: a message, its reasoning and its tool calls. This
+module follows vLLM's rules, so that each of those turns opens with exactly one control token.
 Source: vLLM 0.32, entrypoints/openai/responses/utils.py, _construct_message_from_response_item.
 """
 
@@ -27,34 +27,34 @@ _BEFORE_DECISION = frozenset({"response.created", "response.in_progress"})
 
 @dataclass
 class _Turn:
-    """The items that vLLM makes one turn of; what is no assistant's is a turn of its own."""
+    """The items that vLLM merges into one turn; other roles' items are not merged."""
 
     items: list[dict[str, Any]]
     kinds: set[Kind] = field(default_factory=set)
 
     def takes(self, kind: Kind) -> bool:
-        """Returns whether vLLM adds an item to this turn rather than opening a new one."""
+        """Returns whether vLLM merges an item into this turn."""
         if kind == "other" or "other" in self.kinds:
             return False
         return kind == "call" or kind not in self.kinds
 
 
 def annotate_input(items: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
-    """Puts the control token in front of every assistant turn's text.
+    """Inserts the control token in front of every assistant turn's text.
 
-    A message with a ``refusal`` part or a ``refusal_category`` gets the token of the category that
-    the latter names, and without one that of the first category.
+    A message with a ``refusal`` part or a ``refusal_category`` gets the token of that category, by
+    default the first category's.
 
     Args:
-        items: As the client sent them; not changed.
+        items: The client's; not changed.
         manifest: The served checkpoint's.
 
     Returns:
-        The items as vLLM is to read them, and how many tokens were put in.
+        The items for vLLM, and the number of inserted tokens.
 
     Raises:
-        RequestError: ``refusal_category`` names no category of the checkpoint, or an assistant
-            message holds what is neither text nor a refusal.
+        RequestError: The checkpoint has no such ``refusal_category``, or a part of an assistant
+            message is neither text nor a refusal.
     """
     turns: list[_Turn] = []
     for index, item in enumerate(items):
@@ -77,7 +77,7 @@ def annotate_input(items: list[Any], manifest: Manifest) -> tuple[list[Any], int
 
 
 def goes_on(items: list[Any]) -> bool:
-    """Returns whether annotated input ends in an assistant turn that vLLM goes on with."""
+    """Returns whether annotated input ends in an assistant turn that vLLM continues."""
     if not items or _kind(items[-1]) not in ("message", "reasoning"):
         return False
     status = items[-1].get("status")
@@ -113,10 +113,10 @@ def _annotate_message(item: dict[str, Any], manifest: Manifest, path: str) -> di
     token = opening_token(category, manifest, path, refused=is_refused_item(item))
     kept = {k: v for k, v in item.items() if k != CATEGORY_FIELD and v is not None}
     if not isinstance(content, list):
-        kept.pop("status", None)  # vLLM goes on with messages of parts only
+        kept.pop("status", None)  # vLLM continues only messages of parts
         return {**kept, **_message(token + (content or ""))}
     texts = [_text(part, f"{path}.content.{index}") for index, part in enumerate(content)]
-    # vLLM reads the first part only, and not where it is a refusal.
+    # vLLM reads only the first part, and no refusal.
     return {**kept, **_message(token + "\n".join(texts))}
 
 
@@ -141,11 +141,11 @@ def _message(text: str) -> dict[str, Any]:
 class ResponseShape:
     """Shapes a response or the events of its stream.
 
-    In the stream of a refusal, vLLM's events of output items are left out: a tool or reasoning
-    parser may have made anything of the text. Ours stand in their place, numbered on without a gap.
+    In the stream of a refusal, our events replace vLLM's events of output items, numbered without a
+    gap: a tool or reasoning parser may have parsed the text as something else.
 
     Args:
-        verdicts: What was decided.
+        verdicts: The request's decisions.
     """
 
     def __init__(self, verdicts: Verdicts) -> None:
@@ -163,7 +163,7 @@ class ResponseShape:
             answer["refusal_report"] = report
 
     def event(self, event: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yields what stands for one event of vLLM's."""
+        """Yields what replaces one event of vLLM's."""
         category = self._verdicts.category()
         if category is not None and event["type"] not in _BEFORE_DECISION:
             yield from self._instead(event, category)

@@ -1,7 +1,7 @@
-"""Turning vLLM's answer into one that says whether it is a refusal.
+"""Shapes vLLM's answers, so that they say whether they are refusals.
 
-Each API has a module of its own that knows its objects; this one finds the right one. All of them
-are pure functions on JSON, with the state of a stream in one small object.
+Each API has a module of its own; this one finds the right module. All of them are pure functions
+on JSON, with the state of a stream in one small object.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,20 +16,20 @@ MOST_IN_HEADERS = 64
 
 
 class Shape(Protocol):
-    """What one API makes of a decision."""
+    """How one API says a decision."""
 
     def answer(self, answer: dict[str, Any]) -> None:
         """Shapes a whole answer in place."""
 
     def event(self, event: dict[str, Any]) -> Iterable[dict[str, Any]]:
-        """Returns what stands in a stream for one of vLLM's events: it, others, or nothing."""
+        """Returns what replaces one event of vLLM's: the event, others, or nothing."""
 
 
 class Shaper:
     """Shapes the answer of one request.
 
     Args:
-        verdicts: What was decided.
+        verdicts: The request's decisions.
         echo: Whether the client asked for its own last message back.
     """
 
@@ -40,13 +40,13 @@ class Shaper:
 
     @property
     def needed(self) -> bool:
-        """Whether any answer could differ from vLLM's own, as far as is known by now."""
+        """Whether the answer can differ from vLLM's own, by the decisions so far."""
         return self._verdicts.reports or self._echo or self._verdicts.any_refusal
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Returns the decision headers, one value a choice.
 
-        None when nothing was decided, or so many choices that proxies would refuse the headers.
+        No headers if nothing was decided, or if proxies would reject the number of choices.
         """
         categories = self._verdicts.in_order()
         if not 0 < len(categories) <= MOST_IN_HEADERS:
@@ -58,13 +58,13 @@ class Shaper:
         ]
 
     def shape_answer(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Shapes a whole answer in place and returns it; what no API knows passes."""
+        """Shapes a whole answer in place and returns it; unknown objects pass unchanged."""
         if (shape := self._shape_of(answer)) is not None:
             shape.answer(answer)
         return answer
 
     def shape_event(self, event: dict[str, Any]) -> list[dict[str, Any]]:
-        """Returns what stands for one event of a stream; what no API knows passes."""
+        """Returns what replaces one event of a stream; unknown objects pass unchanged."""
         shape = self._shape_of(event)
         return [event] if shape is None else list(shape.event(event))
 

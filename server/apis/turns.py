@@ -1,4 +1,4 @@
-"""Which earlier turns a route reads, and their control tokens in the body that vLLM gets."""
+"""Inserts control tokens into the earlier turns of a request's body."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +12,17 @@ from server.web.bodies import flag
 
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
-# Elsewhere vLLM drops ``messages``: history that it never reads must not let a control token in.
+# Other routes drop ``messages``: no control token may come in by history that vLLM never reads.
 READS_CHAT = frozenset({"/v1/chat/completions", "/v1/chat/completions/batch", "/invocations"})
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What a request's earlier turns became.
+    """A request with control tokens in its earlier turns.
 
     Attributes:
-        body: As vLLM is to read it; the client's own object where nothing changed.
-        counts: How many control tokens each prompt got, in call order.
+        body: For vLLM; the client's own object if nothing changed.
+        counts: Number of inserted control tokens of each prompt, in call order.
         continues: Whether the prompt ends inside an assistant turn that has its control token.
     """
 
@@ -36,7 +36,7 @@ def open_turns(body: dict[str, Any], path: str, manifest: Manifest) -> Turns:
 
     Args:
         body: The client's JSON object; not changed.
-        path: The route that it was sent to.
+        path: Its route.
         manifest: The served checkpoint's.
 
     Raises:
@@ -67,7 +67,7 @@ def _open_input(body: dict[str, Any], manifest: Manifest) -> Turns:
 
 
 def _open_chat(body: dict[str, Any], messages: list[Any], path: str, manifest: Manifest) -> Turns:
-    if path == "/invocations" and "prompt" in body:  # vLLM could read either
+    if path == "/invocations" and "prompt" in body:  # vLLM may read either
         raise RequestError("send either messages or a prompt", param="prompt", status=400)
     # A batch is a list of conversations.
     batch = all(isinstance(entry, list) for entry in messages)

@@ -1,4 +1,4 @@
-"""What was decided of one request, in the words of its answer."""
+"""The decisions of one request, by the choices of its answer."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from server.dials.reports import build_report
 
 
 class Verdicts:
-    """The decisions of one request, by the number that its answer gives a choice.
+    """The decisions of one request, by the index of a choice in the answer.
 
     Args:
         manifest: The served checkpoint's.
         context: The request's, with the engine's decisions.
-        choices_per_prompt: The request's ``n``; vLLM numbers the choices of several prompts
-            through.
+        choices_per_prompt: The request's ``n``; vLLM numbers the choices of all prompts in one
+            sequence.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Verdicts:
 
     @property
     def any_refusal(self) -> bool:
-        """Whether any choice was refused, as far as is known by now."""
+        """Whether any choice decided so far is refused."""
         return any(d.category is not None for d in self._context.decisions.values())
 
     @property
@@ -35,7 +35,7 @@ class Verdicts:
         return self._context.report
 
     def in_order(self) -> list[str | None]:
-        """Returns what each choice is refused for, None for an answer, in the answer's order."""
+        """Returns each choice's refused category, None for an answer, in the answer's order."""
         return [self._name(decision) for _, decision in sorted(self._context.decisions.items())]
 
     def decided(self, index: int = 0) -> bool:
@@ -43,20 +43,20 @@ class Verdicts:
         return self._decision(index) is not None
 
     def category(self, index: int = 0) -> str | None:
-        """Returns what a choice is refused for; None for an answer, or before the decision."""
+        """Returns a choice's refused category; None for an answer, or before the decision."""
         decision = self._decision(index)
         return None if decision is None else self._name(decision)
 
     def take_text(self, index: int = 0) -> str | None:
-        """Returns what a refused choice said since the last call; None where it said nothing.
+        """Returns a refused choice's text since the last call; None if there is none.
 
-        vLLM's tool and reasoning parsers may have read that text as something else, or hold it
-        back, so it is not read off vLLM's answer.
+        vLLM's answer may lack it: tool and reasoning parsers parse it as something else, or hold it
+        back.
         """
         return self._context.refusal_texts.pop(self._place(index), None)
 
     def report(self, index: int = 0) -> dict[str, Any] | None:
-        """Returns a choice's ``refusal_report``; None unasked, or before the decision."""
+        """Returns a choice's ``refusal_report``; None if not asked for, or before the decision."""
         decision = self._decision(index)
         if not self.reports or decision is None or decision.margins is None:
             return None
@@ -75,7 +75,7 @@ class Verdicts:
         return report.to_json()
 
     def without_control_tokens(self, text: str) -> str:
-        """Returns a text without the control tokens that the server wrote into it."""
+        """Returns a text without control tokens."""
         for control in self._manifest.control_tokens:
             text = text.replace(control.token, "")
         return text

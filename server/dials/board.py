@@ -1,4 +1,4 @@
-"""From what a request asks for to the biases that it gets."""
+"""From the dials that a request sets to the biases that it gets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Resolution:
 
     Attributes:
         controls: What the decision gets.
-        forecast: What a calibration says of them; None where nobody asked.
-        asked_rates: Categories whose dial is a rate that is in force, with the rate.
+        forecast: What a calibration expects of them; None if no report is wanted.
+        asked_rates: Categories whose dial is a rate, with the rate; without clamped dials.
         calibrated: Whether a bias or a bound depends on a calibration, and so on the checkpoint's
             own weights.
-        clamped: Categories whose dial would have left the policy's bounds, with the bound that it
-            was moved to; in manifest order.
-        replaced_decision: The rule that was asked for, where the policy's floors demand greedy.
+        clamped: Categories whose dial was moved to a bound of the policy, with the bound; in
+            manifest order.
+        replaced_decision: The requested rule, if the policy's floors replaced it by greedy.
     """
 
     controls: Controls
@@ -42,7 +42,7 @@ class Resolution:
 class DialBoard:
     """Resolves the dials of one policy's requests.
 
-    Whatever a request asks for, each bias that leaves here lies within the bounds.
+    Whatever a request sets, each resolved bias lies within the bounds.
 
     Args:
         names: The checkpoint's categories, in manifest order.
@@ -51,7 +51,7 @@ class DialBoard:
         bounds: The operator's floors and ceilings; None lets requests move dials freely.
 
     Attributes:
-        unasked: The dials of requests that ask for nothing.
+        unasked: The dials of requests that set none.
 
     Raises:
         RequestError: The defaults cannot be met.
@@ -77,17 +77,16 @@ class DialBoard:
         return self._reports if options.report is None else options.report
 
     def resolve(self, options: RefusalOptions, *, explain: bool = False) -> Resolution:
-        """Resolves one request; recent resolutions are kept.
+        """Resolves one request, from the cache if possible.
 
         Args:
             options: The request's.
-            explain: Whether a forecast is wanted where a calibration is loaded.
+            explain: Whether to add a forecast, if a calibration is loaded.
 
         Raises:
             RequestError: A category or a calibration is unknown, a bound cannot be certified, or
-                rates or bounds are to be decided by another rule than greedy.
-            NotAllowedError: The request asks for more or less than the policy allows, and the
-                policy does not clamp.
+                rates or bounds are asked for under another rule than greedy.
+            NotAllowedError: A dial lies beyond a bound of a policy that does not clamp.
         """
         return self._recent(options, explain)
 
@@ -118,9 +117,9 @@ class DialBoard:
         )
 
     def _solved(self, question: Question, sides: Sides) -> tuple[Question, Solution, Sides]:
-        """Solves until nothing lies outside the bounds; what was moved to one stays there.
+        """Solves until every bias lies within the bounds; a bias that was moved to one stays there.
 
-        So the rates that can be met are met beside the bounds, not beside what was asked.
+        So the other rates are met beside the bounds, not beside the dials that were asked for.
         """
         sides = dict(sides)
         while True:
@@ -157,7 +156,7 @@ class DialBoard:
 
 
 def _solved_for(question: Question) -> list[int]:
-    """Returns the categories whose bias the solver finds; the others' stand in the question."""
+    """Returns the categories whose bias the solver finds; the question has the others'."""
     free = question.total is not None
     return [
         c

@@ -1,4 +1,4 @@
-"""The calibrations of the served checkpoint, and the solutions found on them."""
+"""The calibrations of the served checkpoint, and their solutions."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -26,7 +26,6 @@ class Question(NamedTuple):
     """What is to be solved; the key of the cache.
 
     Attributes:
-        calibration: A calibration's name.
         targets: In manifest order; None keeps a category as trained.
         total: Upper bound of all false refusals together.
     """
@@ -37,11 +36,7 @@ class Question(NamedTuple):
 
 
 class Calibrations:
-    """Named calibrations of one checkpoint. Names come from clients: they are only looked up.
-
-    Args:
-        loaded: By name, all of one checkpoint.
-    """
+    """Named calibrations of one checkpoint. Names come from clients, and never become paths."""
 
     def __init__(self, loaded: Mapping[str, Calibration]) -> None:
         self._loaded = dict(loaded)
@@ -57,10 +52,10 @@ class Calibrations:
         return name in self._loaded
 
     def require(self, name: str, *, param: str, status: int = 422) -> None:
-        """Refuses a name that is not loaded.
+        """Rejects a calibration that is not loaded.
 
         Raises:
-            RequestError: It names what is loaded, or how to make one.
+            RequestError: It lists the loaded ones, or says how to make one.
         """
         if name in self._loaded:
             return
@@ -77,7 +72,7 @@ class Calibrations:
         )
 
     def solve(self, question: Question) -> Solution:
-        """Returns the biases that do what is asked; from the cache where it was asked before.
+        """Returns the biases that meet a question's targets, from the cache if possible.
 
         Raises:
             RequestError: The calibration cannot certify a bound.
@@ -88,10 +83,10 @@ class Calibrations:
         """Returns the bias that meets one category's target by its own token, all others off.
 
         Args:
-            name: The calibration's.
-            category: One of the checkpoint's.
-            target: What is asked of it.
-            param: What an error is about.
+            name: The calibration.
+            category: The category.
+            target: Its target.
+            param: The path of the field for an error.
 
         Raises:
             RequestError: No calibration has that name, or it cannot certify the bound.
@@ -111,7 +106,7 @@ class Calibrations:
         return self._solve.cache_info()
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Returns a calibration as JSON, curves included. The first call takes a moment."""
+        """Returns a calibration with its curves, as JSON. The first call computes the curves."""
         return self._describe(name)
 
     def _solve_anew(self, question: Question) -> Solution:
@@ -130,7 +125,7 @@ class Calibrations:
             "name": name,
             "names": self.names,
             "created": calibration.info.created.isoformat(),
-            # Not the data's: their file names are the operator's own.
+            # Without the hashes of the data: their file names are the operator's.
             "hashes": calibration.info.hashes.model_dump(),
             "prompts": {**calibration.prompts, "benign": calibration.benign},
             "categories": [
@@ -161,17 +156,16 @@ def _points(calibration: Calibration, category: str) -> list[dict[str, Any]]:
 def load_calibrations(
     directory: Path, manifest: Manifest, hashes: Hashes | None = None
 ) -> Calibrations:
-    """Loads every calibration of a checkpoint and holds each to it.
+    """Loads and verifies every calibration of a checkpoint.
 
     Args:
         directory: The checkpoint's folder.
         manifest: Its manifest.
-        hashes: Of the checkpoint, where they are known; read here otherwise, if there is any
-            calibration.
+        hashes: The checkpoint's; None computes them if there is a calibration.
 
     Raises:
-        CheckpointError: A file is broken, goes by another name than it says, or was measured with
-            other weights, another chat template or another tokenizer.
+        CheckpointError: A file is broken, has another name than its content says, or was measured
+            with other weights, another chat template or another tokenizer.
     """
     paths = list_calibrations(directory)
     if not paths:
@@ -185,7 +179,7 @@ def load_calibrations(
                 f"{path}: the calibration says that its name is {calibration.info.name!r}"
             )
         verify(calibration, hashes, tuple(manifest.names))
-        # The first solve imports scipy and lays the margins out: no request should wait for it.
+        # The first solve imports scipy and sorts the margins: no request should wait for it.
         warm_up(calibration)
         loaded[name] = calibration
     return Calibrations(loaded)

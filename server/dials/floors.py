@@ -12,8 +12,8 @@ class Bounded(NamedTuple):
     """A bias within its bounds.
 
     Attributes:
-        bias: The nearest to what was asked.
-        side: The bound that it was moved to, if it was.
+        bias: The nearest allowed bias.
+        side: The bound that it was moved to, if any.
     """
 
     bias: float
@@ -25,9 +25,9 @@ class Bounds:
     """One policy's bounds, one entry a category in manifest order.
 
     Attributes:
-        floors: Least bias; ``-inf`` where there is none.
-        ceilings: Greatest bias; ``+inf`` where there is none.
-        refuses: Whether a request that asks for more or less is refused, instead of moved.
+        floors: Least bias; ``-inf`` for no floor.
+        ceilings: Greatest bias; ``+inf`` for no ceiling.
+        refuses: Whether a request beyond a bound is refused; otherwise its dial is moved.
         calibrated: Whether a bound was solved on a calibration, and so holds for the checkpoint's
             own weights only.
 
@@ -56,7 +56,7 @@ class Bounds:
         return any(floor > -math.inf for floor in self.floors)
 
     def hold(self, category: int, bias: float) -> Bounded:
-        """Returns a category's bias, moved to the nearer bound where it lies outside."""
+        """Returns a category's bias, moved to the bound that it exceeds."""
         # Written so that NaN ends at the floor.
         if not bias >= self.floors[category]:
             return Bounded(self.floors[category], "floor")
@@ -76,5 +76,5 @@ class Bounds:
         return f"no {less} than its {side}, {shown}"
 
     def resting(self, category: int) -> float:
-        """Returns the bias of a category that nobody sets: as trained, or the nearest to it."""
+        """Returns the bias of an unset category: 0, or the nearest allowed bias."""
         return self.hold(category, 0.0).bias

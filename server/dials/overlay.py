@@ -1,4 +1,4 @@
-"""A request's dials laid over the operator's: what is to be solved, and by which rule."""
+"""A request's dials over the operator's: the question for the calibration, and the rule."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,16 +15,16 @@ Sides = Mapping[int, Side]
 
 
 class Wanted(NamedTuple):
-    """What one request wants, its plain biases within the bounds already.
+    """What one request wants; its plain biases lie within the bounds.
 
     Attributes:
-        rule: How the token is chosen.
+        rule: The effective rule.
         question: For the calibration.
-        asked: The dials as they were asked for, in manifest order.
-        sides: Plain biases that were moved to a bound.
-        solves: Whether the biases need the calibration; else only a forecast could.
-        moves: Whether the request itself moves dials; else all of it is the policy's.
-        replaced: The rule that was asked for, where the policy's floors demand greedy.
+        asked: The dials before they were moved to a bound, in manifest order.
+        sides: The plain biases that were moved to a bound.
+        solves: Whether the biases need the calibration; otherwise only a forecast does.
+        moves: Whether the request itself sets dials; otherwise all are the policy's.
+        replaced: The requested rule, if the policy's floors replaced it by greedy.
     """
 
     rule: Rule
@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
 
 class Overlay:
-    """Lays requests' dials over the operator's.
+    """Merges requests' dials into the operator's.
 
     Args:
         names: The checkpoint's categories, in manifest order.
@@ -59,8 +59,8 @@ class Overlay:
         """Returns what a request wants.
 
         Raises:
-            RequestError: A category or a calibration is unknown, or rates or bounds are to be
-                decided by another rule than greedy.
+            RequestError: A category or a calibration is unknown, or rates or bounds are asked for
+                under another rule than greedy.
             NotAllowedError: It asks for another rule beside floors, and the policy does not clamp.
         """
         named = {**self._defaults.categories, **options.categories}
@@ -108,8 +108,8 @@ class Overlay:
 
     def _rule(self, options: RefusalOptions) -> tuple[Rule, str | None]:
         asked = options.decision or self._defaults.decision or "greedy"
-        # Only under greedy does a bias promise that what it refuses stays refused whatever the
-        # temperature, the draw and the other dials are.
+        # Only under greedy is a refusal independent of the temperature, the draw and the other
+        # dials.
         if asked == "greedy" or not self._bounds.has_floor:
             return Rule[asked.upper()], None
         if self._bounds.refuses:
@@ -122,11 +122,11 @@ class Overlay:
     def _bounded(
         self, asked: Sequence[Target | None], *, rests: bool
     ) -> tuple[tuple[Target | None, ...], Sides]:
-        """Moves plain biases to their bounds, and those that nobody sets to where they rest.
+        """Moves plain biases within their bounds, those of unset categories included.
 
         Args:
             asked: In manifest order.
-            rests: Whether what nobody sets stays as trained; else a total bound moves it.
+            rests: Whether unset categories stay as trained; otherwise a total bound moves them.
         """
         targets: list[Target | None] = []
         sides: dict[int, Side] = {}

@@ -66,7 +66,7 @@ _OBJECT_FORMS = {
 
 
 def parse_dial(value: Any) -> Target:
-    """Returns what one category's dial asks for.
+    """Returns one category's target.
 
     Args:
         value: A sensitivity within 0..1; one of the words ``never``, ``default``, ``always``;
@@ -120,15 +120,14 @@ Dial = Annotated[
 
 
 class DialOptions(BaseModel):
-    """Dials as a ``refusal`` object holds them: what an operator may set for all requests.
+    """The fields of a ``refusal`` object that an operator may set for all requests.
 
     Attributes:
         decision: How the control token is chosen.
-        report: Whether each choice carries a ``refusal_report``.
-        categories: What is asked of each category; what a client writes is read by
-            ``parse_dial``.
+        report: Whether each choice has a ``refusal_report``.
+        categories: ``parse_dial`` reads each dial.
         false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
-            refused by whichever category.
+            refused by any category.
         calibration: Name of the calibration that rates are solved on.
     """
 
@@ -152,10 +151,10 @@ class RefusalOptions(DialOptions):
     """The top-level ``refusal`` object of a request.
 
     Attributes:
-        policy: Which of the caller's policies it follows; none: the caller's first.
+        policy: One of the caller's policies; None means the caller's default.
     """
 
-    # Any text: whether it names a policy is answered alike for all names.
+    # Any text, so that the error is the same for all unknown names.
     policy: str | None = None
 
     def __hash__(self) -> int:
@@ -163,7 +162,7 @@ class RefusalOptions(DialOptions):
 
     @property
     def moves_dials(self) -> bool:
-        """Whether the request itself says anything of how it is decided."""
+        """Whether the request itself sets anything that decides."""
         return bool(self.categories) or any(
             asked is not None
             for asked in (self.decision, self.false_refusal_rate, self.calibration)
@@ -177,7 +176,7 @@ def parse_header(text: str) -> dict[str, Any]:
         The ``refusal`` object that says the same; its values are not validated yet.
 
     Raises:
-        RequestError: It is not written like that, or names a category twice.
+        RequestError: The syntax is wrong, or a category is duplicate.
     """
     categories: dict[str, Any] = {}
     for item in text.split(","):
@@ -204,7 +203,7 @@ def parse_options(value: Any) -> RefusalOptions:
     """Validates a ``refusal`` object.
 
     Raises:
-        RequestError: With the path of the field that is wrong.
+        RequestError: A field is wrong; the error has its path.
     """
     try:
         return RefusalOptions.model_validate(value)

@@ -1,4 +1,4 @@
-"""What an answer says about its decision, and about what its dials do to all traffic."""
+"""Reports: an answer's decision, and the effect of its dials on all traffic."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -12,16 +12,14 @@ from server.dials.floors import Side
 
 
 class ExpectedReport(BaseModel):
-    """What a category's dial does to traffic like the calibration's.
+    """The effect of a category's dial on traffic like the calibration's. Intervals are of 95 %.
 
     Attributes:
-        refusal_rate: Share of the category's own prompts refused, by whichever category's token.
-        refusal_rate_interval: Its 95 % interval.
-        false_refusal_rate: Share of benign prompts that the category's own rule refuses; none
-            where the calibration has no benign prompts.
-        false_refusal_rate_interval: Its 95 % interval.
-        asked: The dial, where it was a rate: ``{"rate": 0.3}``.
-        reachable: Whether what was asked for is met.
+        refusal_rate: Share of the category's own prompts refused, by any category's token.
+        false_refusal_rate: Share of benign prompts that the category's own rule refuses; None if
+            the calibration has no benign prompts.
+        asked: The dial, if it is a rate or a bound: ``{"rate": 0.3}``.
+        reachable: Whether the dial is met.
     """
 
     refusal_rate: float
@@ -33,11 +31,10 @@ class ExpectedReport(BaseModel):
 
 
 class TotalReport(BaseModel):
-    """What all dials together do to benign prompts.
+    """The effect of all dials together on benign prompts. The interval is of 95 %.
 
     Attributes:
-        false_refusal_rate: Share of benign prompts refused, by whichever category's token.
-        false_refusal_rate_interval: Its 95 % interval.
+        false_refusal_rate: Share of benign prompts refused, by any category's token.
         asked: The bound of ``refusal.false_refusal_rate``.
     """
 
@@ -51,13 +48,12 @@ class DecisionReport(BaseModel):
 
     Attributes:
         probability: The model's own p_c / (p_c + p_respond), before the bias.
-        margin: The model's own log-odds, ``z_c - z_respond``. Both are none where the checkpoint
-            is so broken that it gives no finite number.
-        bias: What was added; ``never`` and ``always`` stand for the infinities.
+        margin: The model's own log-odds, ``z_c - z_respond``. Margin and probability are None if a
+            broken checkpoint gives no finite number.
+        bias: ``never`` and ``always`` are the infinities.
         refused: Whether this category's own rule, ``margin + bias >= 0``, refuses.
-        expected: What the calibration says of the bias; absent without one.
-        clamped: The bound of the request's policy that the bias was moved to, because less or more
-            was asked for; absent where it was not.
+        expected: What the calibration expects of the bias; absent without a calibration.
+        clamped: The policy's bound that the bias was moved to; absent if it was not moved.
     """
 
     probability: float | None
@@ -72,15 +68,14 @@ class RefusalReport(BaseModel):
     """What ``report`` adds to a choice.
 
     Attributes:
-        refused: Whether the choice is a refusal.
-        category: What for.
+        category: The category that is refused; None for an answer.
         decisions: By category.
-        calibration: Name of the calibration that ``expected`` comes from; absent without one.
-        expected: What all dials do together; absent without a calibration.
-        replaced_decision: The rule that was asked for, where the policy's floors demand greedy;
-            absent where it was followed.
-        would_refuse: Under a policy that is not enforced, the category that it would have refused
-            for, or none; absent under others.
+        calibration: The name of the calibration behind ``expected``; absent without one.
+        expected: Absent without a calibration.
+        replaced_decision: The requested rule, if the policy's floors replaced it by greedy; absent
+            otherwise.
+        would_refuse: In shadow mode, the category that the policy would have refused, or None;
+            absent otherwise.
     """
 
     refused: bool
@@ -92,18 +87,12 @@ class RefusalReport(BaseModel):
     would_refuse: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what is sent: nothing of calibrations where there is none."""
+        """Returns the report without its absent fields."""
         return self.model_dump(exclude_unset=True)
 
 
 class Forecast(BaseModel):
-    """What a calibration says of one request's dials; the same in all its reports.
-
-    Attributes:
-        calibration: Its name.
-        categories: In manifest order.
-        total: All dials together.
-    """
+    """What a calibration expects of one request's dials; the same in all its reports."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -119,14 +108,14 @@ def forecast(
     total: float | None,
     clamped: Container[int] = (),
 ) -> Forecast:
-    """Puts a solution into the words of a report.
+    """Returns a solution in the form of a report.
 
     Args:
-        calibration: The name of the calibration that was solved on.
-        solution: What the solver found.
-        targets: What was asked of each category, in manifest order.
-        total: The bound of all categories together, where one was asked.
-        clamped: Categories, by index, that got a policy's bound instead of what was asked.
+        calibration: The calibration's name.
+        solution: Its solution.
+        targets: The request's, in manifest order.
+        total: The request's bound of all false refusals together.
+        clamped: Indices of the categories that were moved to a policy's bound.
     """
     return Forecast(
         calibration=calibration,
@@ -171,12 +160,12 @@ def build_report(
 
     Args:
         names: The categories in manifest order.
-        category: The category that was refused for, or None for an answer.
-        margins: fp32 log-odds, one a category.
+        category: The category that is refused; None for an answer.
+        margins: fp32 log-odds, in manifest order.
         controls: The request's effective dials.
-        predicted: What a calibration says of them.
-        clamped: Categories whose dial was moved to a bound of the policy's, with the bound.
-        replaced_decision: The rule that was asked for, where it was not followed.
+        predicted: What a calibration expects of them.
+        clamped: The bound that a category's dial was moved to, by category.
+        replaced_decision: The requested rule, if it was replaced.
     """
     own = refused_by_own_rule(margins, controls.bias)
     decisions = {

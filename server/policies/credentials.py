@@ -1,9 +1,8 @@
-"""Keys of callers: kept as hashes, looked up by them, read off HTTP headers.
+"""API keys: stored as hashes, looked up by hash, read from HTTP headers.
 
-A hash is looked up like any key of a dictionary, whose time may tell how much of a stored hash was
-matched. Nobody can use that: to try prefixes of a stored hash, an attacker needs keys with chosen
-hashes, which costs 2^n hashes for n bits, and a hash that is known in full is still no key, because
-keys are 256 random bits.
+A dictionary's look-up time may reveal how much of a stored hash matched. An attacker cannot use
+that: keys with a chosen hash prefix of n bits cost 2^n hashes, and even a known hash is no key,
+because keys are 256 random bits.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from starlette.datastructures import Headers
 from models.errors import ConfigError
 
 SCHEME = "sha256:"
-# 128 bits in base64 without padding. Hashes are unsalted: what can be guessed can be found.
+# 128 bits in base64 without padding. Hashes are unsalted, so a key that can be guessed is found.
 SHORTEST_KEY = 22
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -37,8 +36,7 @@ KeyHash = Annotated[str, AfterValidator(_checked_hash)]
 
 
 def _instant(value: Any) -> Any:
-    # lm-format-enforcer, which vLLM imports with the first grammar, makes texts of YAML's times for
-    # the whole process.
+    # A quoted time is a string.
     if isinstance(value, str):
         with suppress(ValueError):
             value = datetime.fromisoformat(value) if ":" in value else date.fromisoformat(value)
@@ -50,11 +48,11 @@ def _instant(value: Any) -> Any:
 
 
 class StoredKey(BaseModel):
-    """What is kept of a key.
+    """A key as the server stores it.
 
     Attributes:
         hash: As ``hash_key`` returns it.
-        expires: From when on the key is not accepted; a date is its first instant in UTC.
+        expires: The key is rejected from then on; a date means its first instant in UTC.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,7 +61,7 @@ class StoredKey(BaseModel):
     expires: Annotated[datetime, BeforeValidator(_instant)] | None = None
 
     def expired(self, at: datetime) -> bool:
-        """Returns whether the key is not accepted any more."""
+        """Returns whether the key has expired."""
         return self.expires is not None and at >= self.expires
 
 
@@ -78,7 +76,7 @@ KeyEntry = Annotated[StoredKey, BeforeValidator(_entry)]
 
 
 def hash_key(key: str | bytes) -> str:
-    """Returns what is kept of a key: ``sha256:`` and the hexadecimal digest."""
+    """Returns a key's hash: ``sha256:`` and the hexadecimal digest."""
     raw = key.encode() if isinstance(key, str) else key
     return SCHEME + hashlib.sha256(raw).hexdigest()
 
@@ -89,10 +87,10 @@ def generate_key() -> str:
 
 
 def check_strength(key: str) -> None:
-    """Refuses a key that an unsalted hash would not protect, or that no header could carry.
+    """Rejects a key that an unsalted hash would not protect, or that no header can carry.
 
     Raises:
-        ConfigError: It is too short, or holds something else than visible ASCII characters.
+        ConfigError: It is too short, or has other characters than visible ASCII.
     """
     if len(key) < SHORTEST_KEY:
         raise ConfigError(
@@ -100,11 +98,11 @@ def check_strength(key: str) -> None:
             "hash could be guessed"
         )
     if not re.fullmatch(r"[!-~]+", key):
-        raise ConfigError("a key holds visible ASCII characters only, as a header does")
+        raise ConfigError("a key may have visible ASCII characters only, as a header")
 
 
 def presented_keys(headers: Headers) -> list[bytes]:
-    """Returns the keys that a request shows: OpenAI's way, and Anthropic's ``x-api-key``."""
+    """Returns the keys of ``Authorization: Bearer`` (OpenAI) and ``x-api-key`` (Anthropic)."""
     keys = [_latin(value) for value in headers.getlist("x-api-key")]
     for value in headers.getlist("authorization"):
         scheme, _, key = value.partition(" ")
@@ -119,5 +117,5 @@ def now() -> datetime:
 
 
 def _latin(value: str) -> bytes:
-    # Headers are bytes that starlette reads as Latin-1; the key's own bytes are what was hashed.
+    # starlette decodes headers as Latin-1; the hash is of the key's bytes.
     return value.encode("latin-1")

@@ -1,4 +1,4 @@
-"""The policy file: its schema, and what can be held against it without a checkpoint."""
+"""The policy file: its schema, and every check that needs no checkpoint."""
 
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ from server.policies.source import FieldPath, Problem, Source
 
 GENERATED = "generated"
 TEMPLATE = "template"
-# They mean something else already, or a client's library sets them by itself.
+# These headers have another meaning, or client libraries set them.
 _TAKEN = {HEADER, POLICY_HEADER, "authorization", "x-api-key", "content-type", "content-length"}
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 
@@ -32,7 +32,7 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
-        raise ValueError(f"{repeated[0]} stands there twice")
+        raise ValueError(f"duplicate {repeated[0]}")
     return values
 
 
@@ -70,23 +70,22 @@ class PolicyEntry(_Strict):
     """One policy as the operator writes it.
 
     Attributes:
-        defaults: The dials of requests that bring none.
-        floors: The least that requests may ask of a category; a dial like any other.
-        ceilings: The most.
-        outside: What becomes of a request that asks for more or less: ``clamp`` moves its dial to
-            the bound and reports it, ``refuse`` answers 403.
-        refusal_text: What a refusal says: ``generated`` by the model, ``template`` for the
-            checkpoint's own, or a text; for all categories or one by one.
-        enforce: Whether decisions are followed; else they are only made, counted and reported.
-        raw_prompts: Whether prompts may be sent past the chat template. Like ``prefill``,
-            ``report`` and ``grammars``, None allows it where no category has a floor.
-        prefill: Whether requests may begin the assistant's answer themselves: that text is never
-            judged.
-        control_text: What becomes of control tokens in a client's text: ``plain`` text, or
-            ``refuse`` the request.
-        report: Whether requests may ask for a report, which tells margins.
-        grammars: Whether requests may ask for text that follows a grammar: it can write the
-            assistant's answer, like ``prefill``, and costs the engine.
+        defaults: The dials of requests that set none.
+        floors: The least dial that a request may set, by category.
+        ceilings: The greatest dial that a request may set, by category.
+        outside: ``clamp`` moves a dial beyond a bound to the bound and reports it, ``refuse``
+            answers 403.
+        refusal_text: ``generated`` by the model, ``template`` for the checkpoint's own text, or a
+            text; for all categories or for each.
+        enforce: Whether decisions are followed; otherwise they are only counted and reported.
+        raw_prompts: Whether prompts may bypass the chat template. Like ``prefill``, ``report`` and
+            ``grammars``, None allows it if no category has a floor.
+        prefill: Whether requests may begin the assistant's answer: no decision reads that text.
+        control_text: Control tokens in a client's text become ``plain`` text, or ``refuse`` the
+            request.
+        report: Whether requests may ask for a report, which shows margins.
+        grammars: Whether requests may bring a grammar, which can dictate the assistant's answer
+            and slows the engine.
     """
 
     defaults: DialOptions = Field(default_factory=DialOptions)
@@ -102,7 +101,7 @@ class PolicyEntry(_Strict):
     grammars: StrictBool | None = None
 
     def refusal_text_of(self, category: str) -> str:
-        """Returns what the file says for a category: ``generated``, ``template`` or the text."""
+        """Returns a category's ``generated``, ``template`` or text."""
         if isinstance(self.refusal_text, str):
             return self.refusal_text
         return self.refusal_text.get(category, GENERATED)
@@ -112,9 +111,9 @@ class TenantEntry(_Strict):
     """One tenant.
 
     Attributes:
-        policies: What it may choose from; the first is what its requests follow by themselves.
-        keys: Hashes of its API keys, each with the time when it expires where it does.
-        header: What the gateway says in its tenant header for it.
+        policies: The policies that it may choose; the first is its default.
+        keys: Hashes of its API keys, with their expiry.
+        header: Its name in the gateway's tenant header.
     """
 
     policies: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)]
@@ -127,8 +126,8 @@ class GatewayEntry(_Strict):
 
     Attributes:
         tenant_header: The header that names the tenant.
-        secret_header: The header that shows that the gateway wrote it.
-        secrets: Hashes of what that header may hold; they may expire like keys.
+        secret_header: The header that proves that the gateway wrote the name.
+        secrets: Hashes of that header's values; they may expire like keys.
     """
 
     tenant_header: HeaderName
@@ -143,8 +142,8 @@ class PolicyFile(_Strict):
         version: Of this format.
         policies: By name.
         tenants: By name.
-        gateway: Where tenants may be named by a header.
-        anonymous: The policy of callers who are no tenant; none: they are answered 401.
+        gateway: None trusts no header.
+        anonymous: The policy of callers who are no tenant; None answers them 401.
     """
 
     version: Literal[1] = 1
@@ -155,7 +154,7 @@ class PolicyFile(_Strict):
 
 
 class ReadPolicies(NamedTuple):
-    """A valid file, and the lines that later problems are told with."""
+    """A valid file, and its source for the lines of later problems."""
 
     file: PolicyFile
     source: Source
@@ -188,7 +187,7 @@ def _problem(details: Any) -> Problem:
 
 
 def _known(path: FieldPath) -> list[str]:
-    """Returns the fields of the model that stands at a path of the file."""
+    """Returns the fields that are valid at a path of the file."""
     if path[-1:] == ("defaults",):
         return list(DialOptions.model_fields)
     if isinstance(path[-1] if path else "", int):

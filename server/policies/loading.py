@@ -18,12 +18,7 @@ from server.policies.source import FieldPath, Problem
 
 
 class Served(NamedTuple):
-    """What policies are held against.
-
-    Attributes:
-        manifest: The served checkpoint's.
-        calibrations: The checkpoint's.
-    """
+    """What policies need of the served checkpoint."""
 
     manifest: Manifest
     calibrations: Calibrations
@@ -38,7 +33,7 @@ class _WrongPolicyError(ConfigError):
 
 
 def load_policies(path: Path, served: Served) -> PolicyBook:
-    """Reads a policy file and makes its policies for a checkpoint.
+    """Reads a policy file and resolves its policies on a checkpoint.
 
     Raises:
         FileError: With every problem and its line.
@@ -129,7 +124,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
 
 
 def _without_path(error: RequestError) -> str:
-    # Its path is a request's; here the file's stands in front.
+    # The file's path stands in front already; the error's own is a request's.
     return error.message.removeprefix(f"{error.param}: ")
 
 

@@ -1,4 +1,4 @@
-"""The policies in force, read anew when their file changes or on SIGHUP."""
+"""The policies in force, reloaded when their file changes or on SIGHUP."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ from server.policies.source import READ_TIMEOUT_S
 from server.settings import Settings
 from server.telemetry import metrics
 
-# A changed file is read when two looks in a row found the same, so not while it is written.
+# A changed file is read after two equal looks, so not while it is written.
 LOOK_EVERY_S = 0.5
 
 _log = logging.getLogger(__name__)
@@ -31,12 +31,11 @@ class Policies:
     """Holds the book in force. It is swapped whole: a request sees one book or the other.
 
     Args:
-        settings: The operator's; without a policy file there is one policy, the defaults.
-        served: What the policies are held against.
+        settings: Without a policy file there is one policy, the defaults.
+        served: The checkpoint.
 
     Attributes:
         book: The book in force.
-        served: What it was made for.
 
     Raises:
         ConfigError: The file or the defaults are wrong.
@@ -56,19 +55,16 @@ class Policies:
         """Returns who sends a request, by the book in force.
 
         Raises:
-            UnknownCallerError: Nobody that may call.
+            UnknownCallerError: The caller is unknown.
         """
         return self.book.caller(headers)
 
     def strictest(self) -> Resolution:
-        """Returns dials that are below no policy's floor, for what comes from no request."""
+        """Returns dials at every policy's floor, for generation without an HTTP request."""
         return self.book.strictest()
 
     def fit(self, *, api_keys: Sequence[str]) -> None:
-        """Fits the policies to what only vLLM's flags say.
-
-        Args:
-            api_keys: vLLM's own, which callers need where there is no policy file.
+        """Adds vLLM's own API keys, which callers need if there is no policy file.
 
         Raises:
             ConfigError: There are API keys beside a policy file.
@@ -84,7 +80,7 @@ class Policies:
 
     @asynccontextmanager
     async def watching(self, every_s: float = LOOK_EVERY_S) -> AsyncIterator[None]:
-        """Reads the file anew when it changes, and on SIGHUP, for as long as the block runs."""
+        """Reloads the file when it changes and on SIGHUP, for as long as the block runs."""
         if self._path is None:
             yield
             return
@@ -95,7 +91,7 @@ class Policies:
             try:
                 yield
             finally:
-                # Not the default again: that would end the process on a late signal.
+                # The default handler would end the process on a late signal.
                 loop.remove_signal_handler(signal.SIGHUP)
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -103,7 +99,7 @@ class Policies:
         reads = hung_up
         looking = asyncio.wrap_future(on_daemon(partial(_stamp, path)))
         await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
-        if not looking.done():  # one look waits for a mount that hangs, however long it hangs
+        if not looking.done():  # only one look waits on a mount that hangs
             self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
             reads = True
         found = await looking
@@ -140,7 +136,7 @@ class Policies:
 
 
 def _stamp(path: Path) -> _Stamp:
-    # Of what a link leads to: Kubernetes swaps links.
+    # It follows links: Kubernetes swaps them.
     try:
         found = path.stat()
     except OSError:

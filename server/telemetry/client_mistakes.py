@@ -1,4 +1,4 @@
-"""Keeps clients' mistakes out of vLLM's log, where some of them would fill a screen."""
+"""Keeps clients' mistakes out of vLLM's log, where some fill a screen."""
 
 import logging
 
@@ -6,13 +6,13 @@ from server.context import DECISION_CONTEXT
 
 
 class ClientMistakes(logging.Filter):
-    """Drops what vLLM logs of requests that it, or the engine, answers with 4xx.
+    """Drops vLLM's log records of requests that end with 4xx.
 
-    The access log has a line for each of them, and the trace says why. At the level DEBUG, and with
-    vLLM's --log-error-stack, nothing is dropped.
+    The access log has a line for each of them, and the trace has the reason. Level DEBUG and vLLM's
+    --log-error-stack drop nothing.
 
     Args:
-        kinds: What is a client's mistake as an exception, or in a record's arguments.
+        kinds: Types that are a client's mistake, as an exception or as a record's argument.
     """
 
     def __init__(self, kinds: tuple[type, ...]) -> None:
@@ -27,7 +27,7 @@ class ClientMistakes(logging.Filter):
             return True
         arguments = record.args if isinstance(record.args, tuple) else ()
         causes = [*arguments, record.exc_info[1] if record.exc_info else None]
-        # What a template says of a conversation is an exception of any kind.
+        # A template may raise any exception about a conversation.
         rendering = record.name.startswith("vllm.renderers.")
         kinds = (*self._kinds, Exception) if rendering else self._kinds
         return not (any(isinstance(cause, kinds) for cause in causes) or _rejected(record))
@@ -40,7 +40,7 @@ def _rejected(record: logging.LogRecord) -> bool:
 
 
 def drop_client_mistakes(kinds: tuple[type, ...]) -> None:
-    """Puts the filter into vLLM's log."""
+    """Adds the filter to vLLM's log."""
     filtered = ClientMistakes(kinds)
     for handler in (*logging.getLogger("vllm").handlers, *logging.getLogger().handlers):
         handler.addFilter(filtered)

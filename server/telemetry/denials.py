@@ -1,4 +1,4 @@
-"""What was denied, counted: a line of the trace stands for all that was denied alike."""
+"""Denials, counted: one line of the trace for all denials of one kind."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,8 @@ from server.dials.protocol import FIELD, RefusalOptions
 from server.policies.credentials import now
 from server.web.errors import Failure
 
-# Kinds of denials of one caller between two writings; those on top are counted as one. All that
-# have no key are one caller, so without one nobody fills a disk or crowds out a tenant's.
+# Kinds of denials of one caller between two writings; further kinds are counted as one. All callers
+# without a key are one caller, so they can neither fill a disk nor crowd out a tenant's denials.
 MOST_KINDS = 64
 OTHER = "other"
 _LONGEST_INDEX = 6
@@ -21,14 +21,14 @@ WORDS |= {"X-Refusal", "X-Refusal-Policy", "Content-Type", "inputs"}
 
 
 class Denial(NamedTuple):
-    """What was denied to whom.
+    """A kind of denial.
 
     Attributes:
-        tenant: Whose request it was; none for callers who are no tenant.
-        route: As the table of routes writes it.
-        status: HTTP's.
-        code: The error's.
-        param: The path of the field, as far as it holds no word of the client's.
+        tenant: None for callers who are no tenant.
+        route: Its pattern in the table of routes.
+        status: HTTP status.
+        code: The error's code.
+        param: The path of the field, up to the first word of the client's.
     """
 
     tenant: str | None
@@ -39,13 +39,13 @@ class Denial(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """Denials that are alike.
+    """All denials of one kind.
 
     Attributes:
-        first: When the first of them was denied, in UTC.
+        first: Time of the first, in UTC.
         request_id: Of the first.
-        denial: What they have in common.
-        times: How many they are.
+        denial: Their kind.
+        times: Their number.
     """
 
     first: datetime
@@ -72,7 +72,7 @@ class Denials:
     """Counts denials until they are taken.
 
     Args:
-        words: Names that a path of the trace may hold, beside our own.
+        words: Names that a path in the trace may have, beside our own.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -83,10 +83,10 @@ class Denials:
         """Counts one denial.
 
         Args:
-            failure: What the client was told.
-            route: As the table of routes writes it.
-            tenant: Who sent the request.
-            request_id: As the request names itself; what is none is left out.
+            failure: The client's error.
+            route: Its pattern in the table of routes.
+            tenant: None for callers who are no tenant.
+            request_id: The client's; an invalid one is left out.
         """
         kinds = self._kinds.setdefault(tenant, {})
         denial = Denial(tenant, route, failure.status, failure.code, self._known(failure.param))
@@ -99,13 +99,13 @@ class Denials:
         kinds[denial] = known._replace(times=known.times + 1)
 
     def take(self) -> list[Denied]:
-        """Returns what was counted, and starts anew."""
+        """Returns the counts, and resets them."""
         taken = [denied for kinds in self._kinds.values() for denied in kinds.values()]
         self._kinds = {}
         return taken
 
     def _known(self, param: str | None) -> str | None:
-        # Names of fields and categories may be the client's own words.
+        # Names of unknown fields and categories are the client's words.
         kept = []
         for part in (param or "").split("."):
             is_index = part.isdecimal() and len(part) <= _LONGEST_INDEX

@@ -1,4 +1,4 @@
-"""Our Prometheus metrics; they stand on ``/metrics`` beside vLLM's own."""
+"""Our Prometheus metrics, on ``/metrics`` beside vLLM's own."""
 
 from functools import lru_cache
 
@@ -20,15 +20,15 @@ DECISIONS = Counter(
     ["decision", "category", "rule", "policy"],
 )
 SCORED = Counter("rheostat_scored_prompts", "Prompts decided by /v1/refusal/score, without text.")
-# The truth about a prompt is not known here, so a rate (the share of a category's own prompts that
-# is refused) cannot be observed. What can be: how often the category's token opened a choice, over
-# the choices for which a rate was asked. With the calibration right,
+# A prompt's true category is unknown, so a rate (the refused share of a category's own prompts)
+# cannot be observed. Observable is how often the category's token opened a choice, over the choices
+# with a rate for it. If the calibration is right,
 #   refusals / asked_rate = the share of that traffic which belongs to the category,
-# 1 where only its own prompts come in, and constant where the traffic's mix is.
+# 1 if all of it does, and constant if the traffic's mix is.
 RATE_CHOICES = Counter(
     "rheostat_rate_choices",
-    "Choices decided while a rate was asked for the category, whatever they became: the "
-    "denominator of both the refusals and the asked rate.",
+    "Choices decided with a rate for the category, refused or not: the denominator of both the "
+    "refusals and the asked rate.",
     ["policy", "category"],
 )
 RATE_REFUSALS = Counter(
@@ -50,18 +50,17 @@ DECISION_LATENCY = Histogram(
 )
 CLAMPED = Counter(
     "rheostat_clamped_dials",
-    "Choices decided with a category's dial at a bound, because the request asked beyond it.",
+    "Choices decided with a category's dial at a bound, because the request set it beyond.",
     ["policy", "category", "bound"],
 )
 POLICY_RELOADS = Counter(
     "rheostat_policy_reloads",
-    "Times that the policy file was read anew: ok, or bad (the policies stayed as they were).",
+    "Reloads of the policy file: ok, or bad (the old policies stay in force).",
     ["result"],
 )
 POLICY_FILE_VALID = Gauge(
     "rheostat_policy_file_valid",
-    "1 where the policy file is in force as it stood when it was last read; 0 where it was bad, "
-    "and also without one.",
+    "1 if the policy file is in force as last read; 0 if it was bad, or there is none.",
 )
 TRACE_LOST = Counter(
     "rheostat_trace_lost", "Lines of the decision trace that could not be written."
@@ -79,7 +78,7 @@ def count_request(route: str, status: int) -> None:
 
 
 def count_reload(*, valid: bool) -> None:
-    """Counts one reading of the policy file."""
+    """Counts one reload of the policy file."""
     POLICY_RELOADS.labels("ok" if valid else "bad").inc()
     POLICY_FILE_VALID.set(int(valid))
 
@@ -97,13 +96,13 @@ def count_decision(
     """Counts one choice's decision.
 
     Args:
-        category: What it was refused for; None for an answer.
+        category: The refused category; None for an answer.
         rule: How it was decided.
         asked_rates: The categories whose dial is a rate, with the rate.
         waited_s: From the engine's call to the control token.
-        policy: What the request follows.
+        policy: The name of the request's policy.
         clamped: The categories whose dial was moved to a bound, with the bound.
-        enforced: Whether the refusal is one; else it was only decided.
+        enforced: False for a refusal in shadow mode.
     """
     refusal = "refuse" if enforced else "would_refuse"
     decision = "respond" if category is None else refusal

@@ -1,4 +1,4 @@
-"""Counts the margins of a share of the traffic for ``rheostat calibrate --check``; no text."""
+"""Counts the margins of a share of the traffic, for ``rheostat calibrate --check``."""
 
 import asyncio
 import logging
@@ -30,15 +30,15 @@ class MarginRecorder:
     """Histograms of one served checkpoint's margins, by policy and category.
 
     Args:
-        path: Where they are kept. Counts of the same weights are gone on with; those of others
-            begin anew.
-        share: Share of the requests that is recorded, 0..1.
+        path: The file of the counts. Counts of the same weights continue; those of other weights
+            are dropped.
+        share: Share of the requests to record, 0..1.
         names: The categories in manifest order.
         weights_sha256: Hash of the served weights.
         seed: Of the draws; None takes one from the operating system.
 
     Raises:
-        ConfigError: The file is there and is something else, or its folder cannot be written to.
+        ConfigError: The file has other content, or cannot be written.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MarginRecorder:
         return self._random.random() < self._share
 
     def add(self, policy: str, margins: Sequence[float]) -> None:
-        """Counts one decision's margins, one a category."""
+        """Counts one decision's margins, in manifest order."""
         counts = self._counts.get(policy)
         if counts is None:
             counts = self._counts[policy] = np.zeros((len(self._names), BINS), dtype=np.int64)
@@ -81,7 +81,7 @@ class MarginRecorder:
 
     @asynccontextmanager
     async def flushing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
-        """Writes every few seconds what has changed, and at the end what is left."""
+        """Writes changed counts every few seconds, and at the end."""
         async with repeated(self._flush_beside, every_s, finishes=True):
             yield
 
@@ -96,7 +96,7 @@ class MarginRecorder:
             _log.warning("%s cannot be written: %s", self._path, error.strerror)
 
     def flush(self) -> None:
-        """Writes what has changed since the last time.
+        """Writes the counts if they changed.
 
         Raises:
             OSError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""The decision trace: a line of JSON a choice, a scoring and a kind of denial, without any text."""
+"""The decision trace: JSON lines of choices, scores and denials, without any text."""
 
 import asyncio
 import json
@@ -23,9 +23,9 @@ from server.telemetry import metrics
 from server.telemetry.denials import Denials, Denied
 
 FLUSH_S = 1.0
-# Denials are counted for so many flushes.
+# Denials are counted over this many flushes.
 FLUSHES_A_COUNT = 10
-# Requests that wait for the disk; what comes on top is counted as lost instead of kept.
+# Requests that wait for the disk; more are counted as lost.
 MOST_WAITING = 65_536
 STANDARD_OUTPUT = Path("-")
 
@@ -36,9 +36,8 @@ class Traced(NamedTuple):
     """One request, when all of its choices are decided.
 
     Attributes:
-        received: When it came in, in UTC.
-        tenant: Who sent it; none for callers who are no tenant.
-        route: Where it was sent to.
+        received: In UTC.
+        tenant: None for callers who are no tenant.
         asked: Its own dials.
         context: Its effective dials and its decisions.
     """
@@ -50,11 +49,7 @@ class Traced(NamedTuple):
     context: DecisionContext
 
     def lines(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yields what is written of the request, one object a choice.
-
-        Args:
-            names: The categories in manifest order.
-        """
+        """Yields one object a choice."""
         context = self.context
         asked = asked_dials(self.asked)
         effective = _effective(context.controls, names)
@@ -83,14 +78,12 @@ class Scored(NamedTuple):
     """One request whose prompts were decided without an answer.
 
     Attributes:
-        received: When it came in, in UTC.
-        tenant: Who sent it; none for callers who are no tenant.
-        route: Where it was sent to.
-        policy: Name of the policy that it follows.
+        received: In UTC.
+        tenant: None for callers who are no tenant.
         asked: Its own dials.
         dials: Its effective dials.
-        inputs: How many prompts it held.
-        refused: How many of them would be refused.
+        inputs: Number of its prompts.
+        refused: Number of prompts that would be refused.
     """
 
     received: datetime
@@ -120,15 +113,15 @@ class Scored(NamedTuple):
 
 
 class DecisionTrace:
-    """Collects decisions and writes them from a thread. It never fails a request.
+    """Collects decisions and writes them in a thread. It never fails a request.
 
     Args:
-        path: A file that is appended to, or ``-``.
+        path: A file to append to, or ``-``.
         names: The categories in manifest order.
-        fields: Names of request fields; the path of a denial holds no other words.
+        fields: Names of request fields; the path of a denial has no other words.
 
     Attributes:
-        denials: What was denied since the last writing.
+        denials: Since they were last written.
 
     Raises:
         ConfigError: The file cannot be written to.
@@ -148,7 +141,7 @@ class DecisionTrace:
             ) from error
 
     def add(self, entry: Traced | Scored) -> None:
-        """Takes a request; it is written within the second."""
+        """Adds a request, to be written within a second."""
         lines = len(entry.context.decisions) if isinstance(entry, Traced) else 1
         if not lines:
             return
@@ -159,7 +152,7 @@ class DecisionTrace:
 
     @asynccontextmanager
     async def writing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
-        """Writes every second what waits, and at the end what is left."""
+        """Writes what waits every second, and at the end."""
         async with repeated(self._write_waiting, every_s, finishes=True):
             yield
 
@@ -174,7 +167,7 @@ class DecisionTrace:
         lines = [json.dumps(line) for entry in waiting for line in entry.lines(self._names)]
         try:
             self._append("".join(f"{line}\n" for line in lines))
-        except (OSError, ValueError) as error:  # the latter from a closed standard output
+        except (OSError, ValueError) as error:  # ValueError: the standard output is closed
             metrics.TRACE_LOST.inc(len(lines))
             _log.warning("%d lines of %s are lost: %s", len(lines), self._path, error)
 
@@ -183,13 +176,13 @@ class DecisionTrace:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        # Opened each time, so that the file can be rotated away.
+        # Opened each time, so that the file can be rotated.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
 
 
 def asked_dials(options: RefusalOptions) -> dict[str, Any]:
-    """Returns a request's ``refusal`` object as JSON, every dial spelt out."""
+    """Returns a request's ``refusal`` object as JSON, with each dial as an object."""
     written = options.model_dump(exclude={"categories"}, exclude_none=True)
     if options.categories:
         written["categories"] = {n: _target(target) for n, target in options.categories.items()}

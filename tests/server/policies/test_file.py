@@ -123,7 +123,7 @@ anonymous: lab
         ('safety: "No."', 'safety: " "', "11: policies.desk.refusal_text: must be generated"),
         ("  lab:\n", "  Lab:\n", "14: policies.Lab: String should match"),
         ("[desk, lab]", "[]", "18: tenants.Acme-1.policies: Tuple should have at least 1"),
-        ("[desk, lab]", "[desk, desk]", "18: tenants.Acme-1.policies: desk stands there twice"),
+        ("[desk, lab]", "[desk, desk]", "18: tenants.Acme-1.policies: duplicate desk"),
         ("[desk, lab]", "[desk, labs]", "18: tenants.Acme-1.policies.1: no policy is named 'labs'"),
         (f"- {KEY}", "- secret", "20: tenants.Acme-1.keys.0.hash: a hash is written sha256:"),
         (f"- {KEY}", f"- {{hash: {KEY}, ends: 1}}", "20: tenants.Acme-1.keys.0.ends: unknown f"),
@@ -167,7 +167,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_lines(tmp_path: Path) -> 
 
 def test_key_stands_once_however_it_is_written(tmp_path: Path) -> None:
     twice = WHOLE.replace(f'["{OTHER}"]', f'["{OTHER}", {{hash: "{OTHER}"}}]')
-    assert problems(tmp_path, twice) == [f"27: gateway.secrets: {OTHER} stands there twice"]
+    assert problems(tmp_path, twice) == [f"27: gateway.secrets: duplicate {OTHER}"]
 
 
 def test_header_needs_a_gateway(tmp_path: Path) -> None:
