@@ -1,15 +1,12 @@
 import copy
 import json
-import math
 from typing import Any
 
 import pytest
 
-from models.controls import Controls, Rule
 from server.apis.shaping import Shaper
 from server.apis.verdicts import Verdicts
 from server.context import Decision, DecisionContext
-from server.dials.board import Resolution
 from tests.server.contexts import context_of, context_of_calls
 from tests.server.manifests import MANIFEST
 from tests.server.recordings import recorded_answer, recorded_events
@@ -19,14 +16,12 @@ SAFETY = Decision(0)
 HUMANIZING = Decision(1)
 
 
-def shaper_for(context: DecisionContext, *, choices_per_prompt: int = 1) -> Shaper:
-    return Shaper(Verdicts(MANIFEST, context, choices_per_prompt=choices_per_prompt))
+def shaper_for(context: DecisionContext) -> Shaper:
+    return Shaper(Verdicts(MANIFEST, context))
 
 
-def shaper_of(
-    *decisions: Decision, echo: bool = False, report: bool = False, beams: bool = False
-) -> Shaper:
-    context = context_of(*decisions, report=report, beam_search=beams)
+def shaper_of(*decisions: Decision, echo: bool = False, report: bool = False) -> Shaper:
+    context = context_of(*decisions, report=report)
     return Shaper(Verdicts(MANIFEST, context), echo=echo)
 
 
@@ -72,17 +67,6 @@ def test_choices_are_shaped_each_by_its_own_decision() -> None:
     assert [m.get("refusal") for m in shaped] == [None, "b", "c"]
     assert [m["content"] for m in shaped] == ["a", None, None]
     assert [m.get("refusal_category") for m in shaped] == [None, "safety", "humanizing"]
-
-
-def test_conversations_of_a_batch_are_shaped_each_by_its_own_call() -> None:
-    context = context_of_calls({(0, 0): RESPOND, (1, 0): SAFETY, (2, 0): HUMANIZING})
-    shaped = messages(shaper_for(context).shape_answer(chat("a", "b", "c")))
-    assert [m.get("refusal_category") for m in shaped] == [None, "safety", "humanizing"]
-
-
-def test_all_beams_share_the_one_decision() -> None:
-    shaped = messages(shaper_of(SAFETY, beams=True).shape_answer(chat("a", "b")))
-    assert [m["refusal"] for m in shaped] == ["a", "b"]
 
 
 def test_refusal_under_a_forced_tool_is_no_tool_call() -> None:
@@ -229,47 +213,11 @@ def reported(margins: tuple[float, float], category: int | None = None) -> Decis
     return Decision(category, margins)
 
 
-def completion(choices: int) -> dict[str, Any]:
-    return {
-        "object": "text_completion",
-        "choices": [{"index": index, "text": str(index)} for index in range(choices)],
-    }
-
-
-def test_reports_of_several_prompts_stand_at_their_own_choices() -> None:
-    # Two prompts of two choices each: vLLM numbers them 0 to 3.
-    context = DecisionContext(
-        Resolution(Controls(Rule.SAMPLE, (0.0, 0.0), (False, False))),
-        report=True,
-        decisions={
-            (call, index): reported((10.0 * call + index, -1.0), 0)
-            for call in range(2)
-            for index in range(2)
-        },
-        calls=2,
-    )
-    shaper = shaper_for(context, choices_per_prompt=2)
-    choices = shaper.shape_answer(completion(4))["choices"]
-    margins = [c["refusal_report"]["decisions"]["safety"]["margin"] for c in choices]
-    assert margins == [0.0, 1.0, 10.0, 11.0]
-    assert [c["text"] for c in choices] == ["0", "1", "2", "3"]
-
-
-def test_report_by_hand() -> None:
-    answer = shaper_of(reported((0.0, -math.log(4)), 0), report=True).shape_answer(completion(1))
-    assert answer["choices"][0]["refusal_report"] == {
-        "refused": True,
-        "category": "safety",
-        "decisions": {
-            "safety": {"probability": 0.5, "margin": 0.0, "bias": 0.0, "refused": True},
-            "humanizing": {
-                "probability": pytest.approx(0.2),
-                "margin": pytest.approx(-1.3862943611198906),
-                "bias": 0.0,
-                "refused": False,
-            },
-        },
-    }
+def test_refused_completion_keeps_its_text_beside_its_report() -> None:
+    answer = {"object": "text_completion", "choices": [{"index": 0, "text": "No."}]}
+    shaper = shaper_of(reported((1.0, -1.0), 0), report=True)
+    (choice,) = shaper.shape_answer(answer)["choices"]
+    assert (choice["text"], choice["refusal_report"]["category"]) == ("No.", "safety")
 
 
 def test_report_is_in_the_first_chunk_of_each_choice_only() -> None:
@@ -278,11 +226,6 @@ def test_report_is_in_the_first_chunk_of_each_choice_only() -> None:
     shaped = [event["choices"][0] for (event,) in events]
     assert ["refusal_report" in choice for choice in shaped] == [True, True, False, False]
     assert shaped[1]["refusal_report"]["refused"] is False
-
-
-def test_no_report_without_being_asked() -> None:
-    answer = shaper_of(reported((1.0, 1.0), 0)).shape_answer(completion(1))
-    assert "refusal_report" not in answer["choices"][0]
 
 
 def test_headers_are_left_out_where_proxies_would_refuse_them() -> None:

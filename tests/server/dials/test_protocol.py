@@ -28,10 +28,8 @@ def refused(value: Any) -> RequestError:
     [
         (1.2, "between 0 and 1"),
         (-0.1, "between 0 and 1"),
-        (2, "between 0 and 1"),
         (math.nan, "finite number"),
         (INF, "finite number"),
-        (-INF, "finite number"),
         (10**400, "finite number"),
         ("0.5", "never, default, always"),
         ("Never", "never, default, always"),
@@ -39,33 +37,23 @@ def refused(value: Any) -> RequestError:
         ("\ud800", "never, default, always"),
         ("x" * 10_000, "never, default, always"),
         (True, "finite number"),
-        (False, "finite number"),
         (None, "finite number"),
-        ([], "finite number"),
         ([0.5], "finite number"),
         ({}, "exactly one of sensitivity, bias"),
         ({"bias": 1.0, "sensitivity": 0.5}, "exactly one of sensitivity, bias"),
         ({"threshold": 0.5}, "got ['threshold']"),
-        ({"bias": 1.0, "colour": "red"}, "exactly one of"),
         ({"\ud800": 1}, "exactly one of"),
         ({"sensitivity": 1.2}, "between 0 and 1"),
         ({"sensitivity": "never"}, "finite number"),
-        ({"sensitivity": None}, "finite number"),
-        ({"sensitivity": math.nan}, "finite number"),
         ({"bias": "1"}, "finite number"),
         ({"bias": True}, "finite number"),
-        ({"bias": None}, "finite number"),
-        ({"bias": {}}, "finite number"),
         ({"bias": math.nan}, "finite number"),
         ({"bias": INF}, "finite number"),
         ({"bias": -INF}, "finite number"),
         ({"bias": -(10**400)}, "finite number"),
         ({"rate": 1.01}, "between 0 and 1"),
         ({"rate": -0.01}, "between 0 and 1"),
-        ({"rate": math.nan}, "finite number"),
         ({"rate": "0.3"}, "finite number"),
-        ({"rate": True}, "finite number"),
-        ({"rate": None}, "finite number"),
         ({"rate": 0.3, "false_refusal_rate": 0.1}, "exactly one of"),
         ({"false_refusal_rate": 1}, "below 1"),
         ({"false_refusal_rate": -0.01}, "between 0 and 1"),
@@ -83,32 +71,24 @@ def test_wrong_dial_is_refused_with_its_path(dial: Any, said: str) -> None:
     ("value", "param"),
     [
         ([], "refusal"),
-        ("x", "refusal"),
-        (5, "refusal"),
+        ({"\ud800": 1}, "refusal"),
         (None, "refusal"),
-        (False, "refusal"),
         ({"policy": 5}, "refusal.policy"),
         ({"Categories": {}}, "refusal.Categories"),
         ({"decision": "thermal"}, "refusal.decision"),
         ({"decision": "GREEDY"}, "refusal.decision"),
-        ({"decision": 0}, "refusal.decision"),
         ({"report": "yes"}, "refusal.report"),
         ({"report": 1}, "refusal.report"),
         ({"categories": []}, "refusal.categories"),
         ({"categories": None}, "refusal.categories"),
-        ({"categories": "safety"}, "refusal.categories"),
         ({"categories": {"weather": 0.5}}, "refusal.categories.weather"),
-        ({"categories": {"Safety": 0.5}}, "refusal.categories.Safety"),
         ({"categories": {"": 0.5}}, "refusal.categories."),
         ({"false_refusal_rate": 1.0}, "refusal.false_refusal_rate"),
         ({"false_refusal_rate": -0.1}, "refusal.false_refusal_rate"),
         ({"false_refusal_rate": "0.1"}, "refusal.false_refusal_rate"),
-        ({"false_refusal_rate": True}, "refusal.false_refusal_rate"),
-        ({"false_refusal_rate": math.nan}, "refusal.false_refusal_rate"),
         ({"calibration": 5}, "refusal.calibration"),
         ({"calibration": ""}, "refusal.calibration"),
         ({"calibration": "../default"}, "refusal.calibration"),
-        ({"calibration": "a/b"}, "refusal.calibration"),
         ({"calibration": "x" * 65}, "refusal.calibration"),
     ],
 )
@@ -121,19 +101,13 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
     assert "decision, report, categories" in refused({"polcy": "x"}).message
 
 
-def test_key_that_is_no_text_is_refused() -> None:
-    assert refused({"\ud800": 1}).param == "refusal"
-
-
 @pytest.mark.parametrize(
     ("dial", "bias"),
     [
         (0, -INF),
-        (0.0, -INF),
         (0.5, 0.0),
         (0.75, math.log(3)),
         (1, INF),
-        (1.0, INF),
         ("never", -INF),
         ("default", 0.0),
         ("always", INF),
@@ -141,7 +115,6 @@ def test_key_that_is_no_text_is_refused() -> None:
         ({"sensitivity": 0}, -INF),
         ({"bias": -2.0}, -2.0),
         ({"bias": 3}, 3.0),
-        ({"bias": 0}, 0.0),
     ],
 )
 def test_right_dial_gives_its_bias(dial: Any, bias: float) -> None:
@@ -154,7 +127,6 @@ def test_right_dial_gives_its_bias(dial: Any, bias: float) -> None:
     ("dial", "target"),
     [
         ({"rate": 0.3}, Target(rate=0.3)),
-        ({"rate": 0}, Target(rate=0.0)),
         ({"rate": 1}, Target(rate=1.0)),
         ({"false_refusal_rate": 0.01}, Target(false_refusal_rate=0.01)),
         ({"false_refusal_rate": 0}, Target(false_refusal_rate=0.0)),
@@ -162,9 +134,3 @@ def test_right_dial_gives_its_bias(dial: Any, bias: float) -> None:
 )
 def test_rates_are_targets(dial: Any, target: Target) -> None:
     assert parse_dial(dial) == target
-
-
-def test_parsing_leaves_the_clients_object_alone() -> None:
-    value = {"categories": {"safety": {"sensitivity": 0.5}}}
-    parse_options(value)
-    assert value == {"categories": {"safety": {"sensitivity": 0.5}}}

@@ -201,14 +201,6 @@ def test_reports_may_be_kept_from_a_policys_requests(tmp_path: Path) -> None:
         policy.reports(parse_options({"report": True}))
 
 
-def test_caller_keeps_its_policies_whatever_is_loaded_later(
-    policies: PolicyBook, tmp_path: Path
-) -> None:
-    before = policies.caller(headers(x_api_key=ACME_KEY))
-    book(tmp_path, TWO_TENANTS.replace("safety: 0.8", "safety: 0.85"))
-    assert before.policy() is policies.policies["desk"]
-
-
 # what a tenant is told
 
 

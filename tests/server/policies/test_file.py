@@ -199,7 +199,3 @@ def test_file_that_lets_nobody_call_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "5", "policies", "policies: []", "policies: {}"])
 def test_file_that_is_something_else_is_refused(tmp_path: Path, text: str) -> None:
     assert problems(tmp_path, text)
-
-
-def test_document_that_holds_itself_is_refused(tmp_path: Path) -> None:
-    assert problems(tmp_path, "policies: &p\n  a: *p\nanonymous: a\n")

@@ -4,12 +4,10 @@ from pathlib import Path
 import pytest
 
 from models.controls import bias_of_sensitivity
-from models.errors import ConfigError
 from server.dials.protocol import parse_options
 from server.policies.book import ActivePolicy
-from server.policies.loading import default_policies
 from server.policies.source import FileError
-from tests.server.policybooks import book, served
+from tests.server.policybooks import book
 
 INF = math.inf
 
@@ -217,9 +215,3 @@ def test_problems_of_all_policies_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         book(tmp_path, text)
     assert len(caught.value.problems) == 2
-
-
-def test_defaults_that_cannot_be_met_are_told_by_their_variable() -> None:
-    defaults = parse_options({"categories": {"weather": 0.5}})
-    with pytest.raises(ConfigError, match=r"^RHEOSTAT_DEFAULTS: refusal\.categories\.weather: "):
-        default_policies(defaults, served())
