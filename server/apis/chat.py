@@ -29,7 +29,6 @@ def annotate(messages: list[Any], manifest: Manifest) -> tuple[list[Any], int]:
 
     Args:
         messages: The client's; not changed.
-        manifest: The served checkpoint's.
 
     Returns:
         The messages for the chat template, and the number of inserted tokens.
@@ -99,7 +98,6 @@ def opening_token(category: Any, manifest: Manifest, path: str, *, refused: bool
 
     Args:
         category: The turn's ``refusal_category``, any JSON value.
-        manifest: The served checkpoint's.
         path: Of the turn in the body, for the error.
         refused: Whether the turn is a refusal, by default of the first category.
 
@@ -146,7 +144,6 @@ class ChoicesShape:
     its report says that it is a refusal.
 
     Args:
-        verdicts: The request's decisions.
         echo: Whether the client asked for its own last message back.
     """
 

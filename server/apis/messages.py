@@ -21,7 +21,6 @@ def annotate_messages(messages: list[Any], manifest: Manifest) -> tuple[list[Any
 
     Args:
         messages: The client's; not changed.
-        manifest: The served checkpoint's.
 
     Returns:
         The messages for vLLM, and the number of inserted tokens.
@@ -83,9 +82,6 @@ class MessageShape:
 
     In the stream of a refusal, one text block replaces vLLM's content blocks: a tool or reasoning
     parser may have parsed the text as something else.
-
-    Args:
-        verdicts: The request's decisions.
     """
 
     def __init__(self, verdicts: Verdicts) -> None:

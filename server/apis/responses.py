@@ -47,7 +47,6 @@ def annotate_input(items: list[Any], manifest: Manifest) -> tuple[list[Any], int
 
     Args:
         items: The client's; not changed.
-        manifest: The served checkpoint's.
 
     Returns:
         The items for vLLM, and the number of inserted tokens.
@@ -143,9 +142,6 @@ class ResponseShape:
 
     In the stream of a refusal, our events replace vLLM's events of output items, numbered without a
     gap: a tool or reasoning parser may have parsed the text as something else.
-
-    Args:
-        verdicts: The request's decisions.
     """
 
     def __init__(self, verdicts: Verdicts) -> None:

@@ -29,7 +29,6 @@ class Shaper:
     """Shapes the answer of one request.
 
     Args:
-        verdicts: The request's decisions.
         echo: Whether the client asked for its own last message back.
     """
 

@@ -37,7 +37,6 @@ def open_turns(body: dict[str, Any], path: str, manifest: Manifest) -> Turns:
     Args:
         body: The client's JSON object; not changed.
         path: Its route.
-        manifest: The served checkpoint's.
 
     Raises:
         RequestError: A turn's category or content is wrong, or a refusal is to be continued.

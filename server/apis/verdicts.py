@@ -11,8 +11,6 @@ class Verdicts:
     """The decisions of one request, by the index of a choice in the answer.
 
     Args:
-        manifest: The served checkpoint's.
-        context: The request's, with the engine's decisions.
         choices_per_prompt: The request's ``n``; vLLM numbers the choices of all prompts in one
             sequence.
     """

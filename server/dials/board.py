@@ -46,9 +46,7 @@ class DialBoard:
 
     Args:
         names: The checkpoint's categories, in manifest order.
-        defaults: The operator's dials.
-        calibrations: The checkpoint's.
-        bounds: The operator's floors and ceilings; None lets requests move dials freely.
+        bounds: None lets requests move dials freely.
 
     Attributes:
         unasked: The dials of requests that set none.
@@ -80,7 +78,6 @@ class DialBoard:
         """Resolves one request, from the cache if possible.
 
         Args:
-            options: The request's.
             explain: Whether to add a forecast, if a calibration is loaded.
 
         Raises:

@@ -83,10 +83,7 @@ class Calibrations:
         """Returns the bias that meets one category's target by its own token, all others off.
 
         Args:
-            name: The calibration.
-            category: The category.
-            target: Its target.
-            param: The path of the field for an error.
+            param: The path of the field, for an error.
 
         Raises:
             RequestError: No calibration has that name, or it cannot certify the bound.
@@ -159,8 +156,6 @@ def load_calibrations(
     """Loads and verifies every calibration of a checkpoint.
 
     Args:
-        directory: The checkpoint's folder.
-        manifest: Its manifest.
         hashes: The checkpoint's; None computes them if there is a calibration.
 
     Raises:

@@ -112,7 +112,6 @@ def forecast(
 
     Args:
         calibration: The calibration's name.
-        solution: Its solution.
         targets: The request's, in manifest order.
         total: The request's bound of all false refusals together.
         clamped: Indices of the categories that were moved to a policy's bound.
@@ -162,8 +161,6 @@ def build_report(
         names: The categories in manifest order.
         category: The category that is refused; None for an answer.
         margins: fp32 log-odds, in manifest order.
-        controls: The request's effective dials.
-        predicted: What a calibration expects of them.
         clamped: The bound that a category's dial was moved to, by category.
         replaced_decision: The requested rule, if it was replaced.
     """

@@ -159,7 +159,6 @@ class PolicyBook:
         """Returns the book of a server without a policy file.
 
         Args:
-            board: The operator's defaults, without bounds.
             api_keys: vLLM's; if there are any, callers need one.
         """
         policy = ActivePolicy(DEFAULT_POLICY, board)
