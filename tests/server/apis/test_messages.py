@@ -166,13 +166,6 @@ def test_refusal_of_which_vllm_sent_no_block_has_one() -> None:
     ]
 
 
-def test_answered_stream_and_pings_stay_as_they_are() -> None:
-    ping = {"type": "ping"}
-    recorded = [ping, *recorded_events("message_answered")]
-    shape = shape_of(context_of(ANSWERED))
-    assert [one for e in copy.deepcopy(recorded) for one in shape.event(e)] == recorded
-
-
 def test_report_stands_where_the_message_is_told() -> None:
     for decision in (Decision(None, (-1.0, -2.0)), Decision(0, (1.0, -2.0))):
         shape = shape_of(context_of(decision, report=True))
@@ -198,16 +191,3 @@ def test_refused_message_is_one_text_block(name: str) -> None:
     assert "stop_sequence" not in answer
     assert answer["usage"] == usage
     assert Message.model_validate(answer | {"stop_details": None}).stop_reason == "refusal"
-
-
-def test_refused_message_has_its_report() -> None:
-    answer = recorded_answer("message_refused")
-    shape_of(context_of(Decision(0, (1.0, -2.0)), report=True)).answer(answer)
-    assert answer["refusal_report"]["category"] == "safety"
-
-
-def test_answered_message_stays_as_it_is() -> None:
-    answer = recorded_answer("message_answered")
-    before = copy.deepcopy(answer)
-    shape_of(context_of(ANSWERED)).answer(answer)
-    assert answer == before

@@ -253,3 +253,18 @@ def test_every_api_finds_its_own_shape(name: str) -> None:
     if name != "response_called":
         events = [one for e in recorded_events(name) for one in shaper.shape_event(e)]
         assert "refusal" in json.dumps(events)
+
+
+@pytest.mark.parametrize("name", ["response_answered", "response_called", "message_answered"])
+def test_answers_of_every_api_stay_as_they_are(name: str) -> None:
+    shaper = shaper_of(RESPOND)
+    events = [{"type": "ping"}, *recorded_events(name)]
+    assert [one for e in copy.deepcopy(events) for one in shaper.shape_event(e)] == events
+    assert shaper.shape_answer(recorded_answer(name)) == recorded_answer(name)
+
+
+@pytest.mark.parametrize("name", ["response_refused", "message_refused"])
+def test_refusals_of_every_api_have_their_report(name: str) -> None:
+    answer = shaper_of(reported((1.0, -2.0), 0), report=True).shape_answer(recorded_answer(name))
+    assert answer["refusal_report"]["category"] == "safety"
+    assert answer["refusal_report"]["decisions"]["safety"]["margin"] == 1.0
