@@ -288,11 +288,8 @@ def test_without_gradients_only_the_value_is_computed() -> None:
         found = problem.fused(chunk_tokens=3)
 
     assert not found.loss_sum.requires_grad
+    assert not problem.fused().log_probs.requires_grad
     torch.testing.assert_close(found.loss_sum, problem.plain().loss_sum.detach())
-
-
-def test_log_probs_have_no_gradient() -> None:
-    assert not Problem().fused().log_probs.requires_grad
 
 
 def test_bias_counts_and_gets_its_gradient() -> None:
