@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -74,6 +75,12 @@ def _turns(number: int) -> list[dict[str, str]]:
         {"role": "user", "content": f"Tell me about {number}."},
         {"role": "assistant", "content": f"It is the number {number}."},
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    # Tiny models: threads that wait for each other cost more than they compute.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
