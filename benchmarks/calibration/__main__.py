@@ -54,6 +54,7 @@ def draw(cases: Sequence[Case], moved: Floats, names: Sequence[str], path: Path)
             ylabel="refused of other prompts (%)",
         )
     left.legend(frameon=False)
+    right.grid(visible=False)
     right.imshow(100 * moved, cmap="Blues", vmin=0, vmax=100)
     for (row, column), value in np.ndenumerate(100 * moved):
         colour = "white" if value > 50 else "black"
