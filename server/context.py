@@ -37,7 +37,7 @@ class Decision:
     shadow: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class DecisionContext:
     """One HTTP request on its way through the engine. The engine fills in the decisions.
 
@@ -84,8 +84,8 @@ class DecisionContext:
     calls: int = 0
     beam_token: int = -1
     beam_start: int = 0
-    grammars: bool = True
-    has_floor: bool = False
+    grammars: bool = False
+    has_floor: bool = True
     logprobs: int = sys.maxsize
     piece_logprobs: int = sys.maxsize
     prompts: int = 1

@@ -103,19 +103,14 @@ def check_strength(key: str) -> None:
 
 def presented_keys(headers: Headers) -> list[bytes]:
     """Returns the keys of ``Authorization: Bearer`` (OpenAI) and ``x-api-key`` (Anthropic)."""
-    keys = [_latin(value) for value in headers.getlist("x-api-key")]
-    for value in headers.getlist("authorization"):
-        scheme, _, key = value.partition(" ")
-        if scheme.lower() == "bearer":
-            keys.append(_latin(key))
-    return [key.strip() for key in keys if key.strip()]
+    keys = []
+    for name, value in headers.raw:
+        scheme, _, key = value.partition(b" ") if name == b"authorization" else (b"", b"", value)
+        if name == b"x-api-key" or scheme.lower() == b"bearer":
+            keys.append(key.strip())
+    return list(filter(None, keys))
 
 
 def now() -> datetime:
     """Returns the time in UTC."""
     return datetime.now(UTC)
-
-
-def _latin(value: str) -> bytes:
-    # starlette decodes headers as Latin-1; the hash is of the key's bytes.
-    return value.encode("latin-1")

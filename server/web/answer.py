@@ -101,7 +101,7 @@ class Answer:
         if self._shaper is None:
             await self._start(message)
             return
-        media_type = next((v for k, v in message["headers"] if k == b"content-type"), b"")
+        media_type = _media_type(message["headers"])
         if media_type.startswith(b"text/event-stream"):
             self._held, self._take = message, self._stream
             return
@@ -173,7 +173,7 @@ class Answer:
         if events and self._shaper.needed:
             events = shape_events(events, self._shaper.shape_event)
             end = end if events else b""
-        if (failure := failure_in(events)) is not None:
+        if b"error" in events and (failure := failure_in(events)) is not None:
             events = self._with_failure(events, failure)
         body = events + end
         if not more:
@@ -200,6 +200,13 @@ class Answer:
             told.event(self._path, self._events_sent + place) if failure_in(event) else event
             for place, event in enumerate(events.split(SEPARATOR))
         )
+
+
+def _media_type(headers: Headers) -> bytes:
+    for name, value in headers:
+        if name == b"content-type":
+            return value
+    return b""
 
 
 async def _drop(_: Message) -> None:

@@ -78,7 +78,7 @@ def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
     Raises:
         RequestError: A header is wrong, or the body says the same thing too.
     """
-    if not any(name in _SAY_DIALS for name, _ in headers.raw):
+    if _SAY_DIALS.isdisjoint([name for name, _ in headers.raw]):
         return body
     dials = headers.getlist(HEADER)
     if dials and FIELD in body:
@@ -101,7 +101,7 @@ def with_header_dials(body: dict[str, Any], headers: Headers) -> dict[str, Any]:
 
 def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
     """Returns a request's headers with the length of another body."""
-    kept = [(name, value) for name, value in headers if name != b"content-length"]
+    kept = [header for header in headers if header[0] != b"content-length"]
     return [*kept, (b"content-length", b"%d" % length)]
 
 

@@ -25,6 +25,7 @@ class Arrival:
     Attributes:
         scope: ASGI's.
         path: As the router matches it.
+        headers: Those of the scope.
         route: Where it leads; None where there is no such route.
         caller: Who sends it; None on routes that are no tenant's.
         raw: Its body; None on open routes, where nothing is read.
@@ -33,6 +34,7 @@ class Arrival:
 
     scope: Scope
     path: str = field(init=False)
+    headers: Headers = field(init=False)
     route: Route | None = None
     caller: Caller | None = None
     raw: bytes | None = None
@@ -40,6 +42,7 @@ class Arrival:
 
     def __post_init__(self) -> None:
         self.path = route_path(self.scope)
+        self.headers = Headers(scope=self.scope)
 
 
 class Gate:
@@ -71,7 +74,7 @@ class Gate:
         arrival.route = route = self._table.find(scope["method"], arrival.path)
         if route.access is Access.OPEN:
             return
-        headers = Headers(scope=scope)
+        headers = arrival.headers
         if route.access is Access.TENANT:
             refuse_headers(headers)
             arrival.caller = self._callers.caller(headers)
@@ -95,19 +98,18 @@ class Gate:
             )
 
     def _check_declared(self, headers: Headers) -> None:
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding != "identity":
-            raise RequestError(
-                "send the body as it is, without Content-Encoding",
-                status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            )
-        declared = headers.get("content-length", "")
         limit = self._settings.max_body_bytes
-        if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
-            raise RequestError(
-                f"the body is larger than {limit} bytes ({PREFIX}MAX_BODY_BYTES)",
-                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            )
+        for name, value in headers.raw:
+            if name == b"content-encoding" and value.strip().lower() != b"identity":
+                raise RequestError(
+                    "send the body as it is, without Content-Encoding",
+                    status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+                )
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > limit:
+                raise RequestError(
+                    f"the body is larger than {limit} bytes ({PREFIX}MAX_BODY_BYTES)",
+                    status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                )
 
     async def _read(self, receive: Receive) -> bytes:
         limit_s = self._settings.body_timeout_s

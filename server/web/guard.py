@@ -20,6 +20,7 @@ from server.web.places import (
     ARGUMENTS,
     CONTAINERS,
     CONVERSATIONS,
+    PROTOCOL,
     RAW,
     ROLES,
     STRUCTURE,
@@ -102,14 +103,14 @@ class Guard:
                 there is more text than its prompts may have.
         """
         for name in CONVERSATIONS:
-            self._check_roles(body.get(name), name)
+            if isinstance(body.get(name), list):
+                self._check_roles(body[name], name)
         texts, names = _strings(body, self._words)
-        most = self._characters * prompts_in(body)
         if cut := _cut_by(body):
-            _Room(most).take("".join(texts), cut)
+            self._room(body).take("".join(texts), cut)
         if not self._special.may_meet(texts, names):
             return body
-        room = _Room(most)
+        room = self._room(body)
         try:
             changed = {
                 name: value if name in UNRENDERED else self._field(name, value, refuse, room)
@@ -118,6 +119,9 @@ class Guard:
         except RecursionError as error:
             raise RequestError("the body nests too deeply", status=400) from error
         return body if all(changed[name] is body[name] for name in body) else changed
+
+    def _room(self, body: dict[str, Any]) -> _Room:
+        return _Room(self._characters * prompts_in(body))
 
     def _field(self, name: str, value: Any, refuse: bool, room: _Room) -> Any:
         special = self._control if name in RAW else self._special
@@ -128,8 +132,8 @@ class Guard:
             return special.unspelt(value) if walk.looks_closer(value, name) else value
         return walk.walked(value, name, place_of(name))
 
-    def _check_roles(self, messages: Any, path: str) -> None:
-        for place, message in enumerate(messages if isinstance(messages, list) else ()):
+    def _check_roles(self, messages: list[Any], path: str) -> None:
+        for place, message in enumerate(messages):
             if isinstance(message, list):
                 self._check_roles(message, f"{path}.{place}")
                 continue
@@ -156,8 +160,12 @@ def _strings(body: dict[str, Any], words: frozenset[str]) -> tuple[list[str], se
     protocol: list[Any] = []
     others: list[Any] = []
     for name, value in body.items():
-        if name not in UNRENDERED:
-            (protocol if place_of(name) == "protocol" else others).append(value)
+        if name in UNRENDERED:
+            continue
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, _HOLDS_TEXT):
+            (protocol if name in PROTOCOL else others).append(value)
     for nodes, exempt in ((protocol, words), (others, frozenset[str]())):
         for node in nodes:  # which grow on the way
             if isinstance(node, list):

@@ -100,7 +100,7 @@ def check_head(scope: Scope, settings: Settings) -> None:
     headers = scope["headers"]
     if len(headers) > settings.max_headers:
         raise _beyond("the number of headers", len(headers), "max_headers", settings)
-    size = sum(len(name) + len(value) for name, value in headers)
+    size = sum([len(name) + len(value) for name, value in headers])
     if size > settings.max_header_bytes:
         raise _beyond("the size of all headers", size, "max_header_bytes", settings)
 
@@ -189,6 +189,8 @@ def _check_counts(body: dict[str, Any], settings: Settings) -> None:
     for name, conversation in _all_conversations(body):
         entries = _entries(conversation, settings.max_messages)
         _hold(name, entries, "max_messages", settings, name)
+    if _COUNTED.isdisjoint(body) and not _conversations(body.get("messages")):
+        return  # one choice of one prompt
     for name, bound, counted in _COUNTS:
         if name in body:
             _hold(name, counted(body[name]), bound, settings, name)
@@ -291,6 +293,8 @@ _COUNTS: tuple[tuple[str, str, Callable[[Any], int]], ...] = (
 )
 # Each is looked for in every token's text, or encoded before the engine sees the request.
 _WORDS = ("stop", "stop_sequences", "bad_words")
+_COUNTED = frozenset({"n", "best_of", "use_beam_search", *_WORDS, *(name for name, *_ in _COUNTS)})
+_COUNTED -= {"messages"}
 
 
 def _hold(
@@ -340,6 +344,8 @@ RESERVED: Mapping[str, tuple[str, frozenset[str]]] = {
     "chat_template_kwargs": ("an argument of the renderer", TEMPLATE_ARGUMENTS),
     "vllm_xargs": ("an argument of the engine's own", ENGINE_ARGUMENTS),
 }
+_NAMES = frozenset(COPIED)
+_CHECKED = frozenset({*REFUSED, *RESERVED})
 
 
 def refuse_fields(body: Mapping[str, Any]) -> None:
@@ -348,13 +354,15 @@ def refuse_fields(body: Mapping[str, Any]) -> None:
     Raises:
         RequestError: With the field's path and the reason.
     """
+    for name in _NAMES.intersection(body):
+        value = body[name]
+        if isinstance(value, str) and len(value) > MOST_NAME_CHARACTERS:
+            raise _too_long(name, len(value))
+    if _CHECKED.isdisjoint(body):
+        return
     for name, (reason, counts) in REFUSED.items():
         if name in body and counts(body[name]):
             raise _refused(name, reason)
-    for name in COPIED:
-        value = body.get(name)
-        if isinstance(value, str) and len(value) > MOST_NAME_CHARACTERS:
-            raise _too_long(name, len(value))
     for name, (what, keys) in RESERVED.items():
         given = body.get(name)
         reserved = sorted(keys.intersection(given)) if isinstance(given, dict) else []

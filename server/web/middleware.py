@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.errors import NotAllowedError, RequestError
@@ -125,7 +124,7 @@ class RefusalMiddleware:
 
     async def _prepared(self, arrival: Arrival, body: dict[str, Any]) -> Prepared:
         assert arrival.caller is not None
-        body = with_header_dials(body, Headers(scope=arrival.scope))
+        body = with_header_dials(body, arrival.headers)
         options = parse_options(body[FIELD]) if FIELD in body else RefusalOptions()
         policy = arrival.caller.policy(options.policy)
         size = len(arrival.raw or b"")
@@ -167,7 +166,7 @@ class RefusalMiddleware:
         # A client that has gone was denied nothing.
         if self._trace is None or failure is None or failure.status >= CLIENT_GONE:
             return
-        request_id = Headers(scope=arrival.scope).get("x-request-id")
+        request_id = arrival.headers.get("x-request-id")
         self._trace.denials.add(failure, label, _tenant(arrival), request_id)
 
     def _prepare(
@@ -175,7 +174,8 @@ class RefusalMiddleware:
     ) -> Prepared:
         # Takes our field out of a body and writes the history's control tokens into it.
         report = policy.reports(options)
-        unread = {k: v for k, v in body.items() if k != FIELD} if FIELD in body else body
+        unread = {**body}
+        unread.pop(FIELD, None)
         opens_turn = not (path in RAW_PROMPTS or (path == INVOCATIONS and "prompt" in body))
         if not opens_turn:
             policy.check_raw_prompts()
@@ -203,11 +203,15 @@ class RefusalMiddleware:
             logprobs=self._settings.max_logprobs,
             piece_logprobs=self._settings.max_logprobs // 8,
             prompts=prompts_in(body),
-            names_length=any(body.get(name) is not None for name in LENGTHS),
+            names_length=_names_length(body),
         )
         if context.beam_search:
             _check_beams(body, has_floor=context.has_floor)
         return Prepared(write_json(turns.body), options, context)
+
+
+def _names_length(body: dict[str, Any]) -> bool:
+    return [body.get(name) for name in LENGTHS] != [None] * len(LENGTHS)
 
 
 def _tenant(arrival: Arrival) -> str | None:

@@ -27,6 +27,8 @@ TEXTS = frozenset({"system", "instructions", "input", "prompt", "suffix"})
 # Their writer makes the turns, so only control tokens are broken in them.
 RAW = frozenset({"prompt", "suffix"})
 CONVERSATIONS = ("messages", "input")
+# The fields that hold words of the protocol's own.
+PROTOCOL = frozenset({*CONVERSATIONS, "system"})
 # A grammar may be made of them: a mark in one would come back in the answer. Prose is safe.
 SCHEMAS = frozenset(
     {"tools", "functions", "tool_choice", "response_format", "output_config", "definition"}
@@ -89,7 +91,7 @@ def place_of(name: str) -> Place:
     """Returns the place that a field of a body is."""
     if name in SCHEMAS:
         return "schema"
-    return "protocol" if name in CONVERSATIONS or name == "system" else "text"
+    return "protocol" if name in PROTOCOL else "text"
 
 
 def place_in(place: Place, key: str, entry: Any) -> Place:

@@ -67,11 +67,9 @@ class SpecialText:
             texts: Those that a template may print.
             names: Those that it prints as names, if at all.
         """
-        stripped = [text.strip() for text in texts]
         return (
             self.may_spell("\n".join((*texts, *names)))
-            or not self._middles.isdisjoint(stripped)
-            or any(text.startswith(self._tails) for text in stripped)
+            or any(map(self._continues, texts))
             or any(map(self._is_framed, names))
         )
 

@@ -87,12 +87,20 @@ def test_grammar_of_a_request_is_checked_before_vllm_reads_it() -> None:
     context = DecisionContext(engine.unsteered(), grammars=False)
     token = DECISION_CONTEXT.set(context)
     try:
+        long = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a" * 65))
+        with pytest.raises(VLLMValidationError, match="65 bytes, and at most 64 here"):
+            engine.generate("Hi", long, "id")
+        short = SamplingParams(structured_outputs=StructuredOutputsParams(json={"enum": ["a"]}))
+        engine.generate("Hi", short, "id")
+        context.grammars = False
         with pytest.raises(GracefulHTTPError, match="policy allows no grammars") as raised:
             engine.generate("Hi", short, "id")
     finally:
         DECISION_CONTEXT.reset(token)
     assert raised.value.http_status == 403
     assert context.failure is not None
+    with pytest.raises(GracefulHTTPError, match="policy allows no grammars"):  # of no request
+        engine.generate("Hi", short, "id")
 
 
 def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
