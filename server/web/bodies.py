@@ -32,7 +32,8 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
     """Reads a request's whole body.
 
     Raises:
-        RequestError: It is larger than the limit, or the client goes away before its end.
+        RequestError: It is larger than the limit, the client goes away before its end, or it does
+            not come in time (server/web/connection.py).
     """
     parts: list[bytes] = []
     size = 0

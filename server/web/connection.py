@@ -7,14 +7,14 @@ exception although its answer promised to keep it open: a pooling client loses i
 import asyncio
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from models.errors import RequestError
-from server.settings import Settings
+from server.settings import PREFIX, Settings
 from server.web.errors import error_response
 
 # Far above the gate's own bounds (server/web/limits.py), which are exact.
@@ -32,7 +32,11 @@ _ANSWER = (
 def connection_options(settings: Settings) -> dict[str, Any]:
     """Returns what uvicorn is to be told of its connections."""
     return {
-        "http": partial(BoundedConnection, head_timeout_s=settings.head_timeout_s),
+        "http": partial(
+            BoundedConnection,
+            head_timeout_s=settings.head_timeout_s,
+            body_timeout_s=settings.body_timeout_s,
+        ),
         "timeout_keep_alive": settings.idle_timeout_s,
         # By then the engine has ended; a client that does not read would hold the process.
         "timeout_graceful_shutdown": FLUSH_S,
@@ -42,22 +46,30 @@ def connection_options(settings: Settings) -> dict[str, Any]:
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Ends a connection whose next head is too long or does not come in time.
+    """Ends a connection whose next head is too long, or whose head or body does not come in time.
 
     httptools joins the pieces of a header anew with each one that comes, so a head of 50 MB would
     hold the event loop for minutes.
 
     Args:
         head_timeout_s: For the whole head, from its first byte or from the connection's start.
+        body_timeout_s: For the whole body, from its request's start.
     """
 
     _in_head = True
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    # One for all requests of a connection: one of its own would cost a request more than its head.
+    _body_timer: asyncio.TimerHandle | None = None
+    _exchange: "_Exchange"
+    _body_until_s = 0.0
 
-    def __init__(self, *args: Any, head_timeout_s: float, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, head_timeout_s: float, body_timeout_s: float, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._head_timeout_s = head_timeout_s
+        self._body_timeout_s = body_timeout_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Waits for the first head."""
@@ -67,6 +79,8 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits no longer."""
         self._stop_waiting()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -139,8 +153,12 @@ class BoundedConnection(HttpToolsProtocol):
         self._feed(head + rest)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        announced: Any = _Announced(app, cycle)
-        super()._start_asgi_task(cycle, announced)
+        self._exchange = _Exchange(app, cycle)
+        self._body_until_s = self.loop.time() + self._body_timeout_s
+        if self._body_timer is None:
+            self._await_body(self._body_timeout_s)
+        exchange: Any = self._exchange
+        super()._start_asgi_task(cycle, exchange)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -152,6 +170,19 @@ class BoundedConnection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _await_body(self, wait_s: float) -> None:
+        self._body_timer = self.loop.call_later(wait_s, self._end_body)
+
+    def _end_body(self) -> None:
+        self._body_timer = None
+        if not self._exchange.is_reading:
+            return  # the next request waits anew
+        left_s = self._body_until_s - self.loop.time()
+        if left_s > 0:
+            self._await_body(left_s)
+        else:
+            self._exchange.end_reading(self._body_timeout_s)
 
     def _end_waiting(self) -> None:
         if self._in_head and self._head_bytes:
@@ -170,11 +201,12 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.close()
 
 
-class _Announced:
-    """Announces with ``Connection: close`` that an answer came before its request's end.
+class _Exchange:
+    """One request and its answer: ends the reading of a late body, and announces an early end.
 
-    What the client still sends is read for a while then, so that the answer reaches it. Answers of
-    5xx, after which the connection ends too, say so themselves (server/web/errors.py).
+    An answer that comes before its request's end says ``Connection: close``. What the client still
+    sends is read for a while then, so that the answer reaches it. Answers of 5xx, after which the
+    connection ends too, say so themselves (server/web/errors.py).
 
     Args:
         app: Answers the request.
@@ -185,17 +217,37 @@ class _Announced:
         self._app = app
         self._cycle = cycle
         self._lingers = False
+        self._late: RequestError | None = None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the body is still missing, and somebody may wait for it."""
+        return self._cycle.more_body and not self._cycle.response_complete
+
+    def end_reading(self, timeout_s: float) -> None:
+        """Wakes who waits for the body."""
+        self._late = RequestError(
+            f"the body did not come within {timeout_s:g} s ({PREFIX}BODY_TIMEOUT_S)",
+            status=HTTPStatus.REQUEST_TIMEOUT,
+        )
+        self._cycle.message_event.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._cycle.more_body:
             send = self._announcing(receive, send)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, self._receive, send)
         except Exception as error:
             if not self._cycle.response_complete:
                 raise
             # uvicorn would close a connection that was promised to stay.
             self._cycle.logger.error("Exception in ASGI application\n", exc_info=error)
+
+    async def _receive(self) -> Message:
+        message: Any = await self._cycle.receive()
+        if self._late is not None and message.get("more_body", False):
+            raise self._late
+        return cast("Message", message)
 
     def _announcing(self, receive: Receive, send: Send) -> Send:
         async def announce(message: Message) -> None:

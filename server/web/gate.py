@@ -1,6 +1,5 @@
 """What may come in: known routes, known callers, bodies within their bounds."""
 
-import asyncio
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -81,7 +80,7 @@ class Gate:
         else:
             self._check_operator(route, headers)
         self._check_declared(headers)
-        arrival.raw = await self._read(receive)
+        arrival.raw = await read_body(receive, self._settings.max_body_bytes)
         is_tenants = route.access is Access.TENANT
         if arrival.raw and (is_tenants or arrival.path in self._reads):
             arrival.body = read_json(arrival.raw, self._settings)
@@ -110,14 +109,3 @@ class Gate:
                     f"the body is larger than {limit} bytes ({PREFIX}MAX_BODY_BYTES)",
                     status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 )
-
-    async def _read(self, receive: Receive) -> bytes:
-        limit_s = self._settings.body_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await read_body(receive, self._settings.max_body_bytes)
-        except TimeoutError as error:
-            raise RequestError(
-                f"the body did not come within {limit_s:g} s ({PREFIX}BODY_TIMEOUT_S)",
-                status=HTTPStatus.REQUEST_TIMEOUT,
-            ) from error

@@ -98,9 +98,9 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
         raise BrokenError
 
 
-def failing_app(body_timeout_s: float = 30) -> Starlette:
+def failing_app() -> Starlette:
     """Returns the app, built as vLLM's is: starlette's own middleware outside of ours."""
-    settings = Settings(max_body_bytes=MOST_BODY_BYTES, body_timeout_s=body_timeout_s)
+    settings = Settings(max_body_bytes=MOST_BODY_BYTES)
     callers = PolicyBook.for_everybody(board(), ["tenant"])
     layer = Middleware(
         RefusalMiddleware, manifest=MANIFEST, settings=settings, guard=GUARD, callers=callers

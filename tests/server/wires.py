@@ -13,9 +13,19 @@ from server.web.connection import connection_options
 
 
 @contextmanager
-def listening(app: Any, *, head_timeout_s: float = 30, idle_timeout_s: float = 30) -> Iterator[int]:
+def listening(
+    app: Any,
+    *,
+    head_timeout_s: float = 30,
+    idle_timeout_s: float = 30,
+    body_timeout_s: float = 30,
+) -> Iterator[int]:
     """Serves an app as server/engine.py does, and gives its port."""
-    settings = Settings(head_timeout_s=head_timeout_s, idle_timeout_s=idle_timeout_s)
+    settings = Settings(
+        head_timeout_s=head_timeout_s,
+        idle_timeout_s=idle_timeout_s,
+        body_timeout_s=body_timeout_s,
+    )
     options = connection_options(settings)
     config = uvicorn.Config(app, lifespan="off", log_level="critical", **options)
     server = uvicorn.Server(config)

@@ -14,7 +14,7 @@ HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer tenant\r\n".en
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[int]:
-    with listening(failing_app(body_timeout_s=0.2)) as port:
+    with listening(failing_app(), body_timeout_s=0.2) as port:
         yield port
 
 
@@ -58,6 +58,15 @@ def test_body_that_stops_short_is_408_and_the_end(impatient: int) -> None:
             assert received.startswith(b"HTTP/1.1 408 ")
             assert b"\r\nconnection: close\r\n" in received
             assert b"within 0.2 s (RHEOSTAT_BODY_TIMEOUT_S)" in received
+
+
+def test_body_that_stops_short_behind_another_request_is_408(impatient: int) -> None:
+    whole = KINDS["422"].content()
+    with connect(impatient) as connection:
+        connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(whole) + whole)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 422 ")
+        connection.sendall(HEAD + b"content-length: 9\r\n\r\n{")
+        assert b"HTTP/1.1 408 " in until_closed(connection)
 
 
 def test_body_that_comes_in_drops_is_408(impatient: int) -> None:
