@@ -64,3 +64,38 @@ def test_unfinished_refusal_is_refused() -> None:
     with pytest.raises(RequestError) as caught:
         open_turns({"input": [USER, refused]}, RESPONSES, MANIFEST)
     assert (caught.value.param, caught.value.status) == ("input", 400)
+
+
+CONTINUE = {"continue_final_message": True}
+
+
+@pytest.mark.parametrize(
+    ("messages", "continues"),
+    [
+        ([USER, ANSWERED], True),
+        ([ANSWERED, USER], False),
+        ([[USER, ANSWERED], [ANSWERED]], True),
+        ([[USER], [USER]], False),
+        ([[]], False),
+        (["no message"], False),
+    ],
+)
+def test_continued_turn_is_an_assistants(messages: list[Any], continues: bool) -> None:
+    for path in READS_CHAT:
+        turns = open_turns({"messages": messages, **CONTINUE}, path, MANIFEST)
+        assert turns.continues is continues
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "refusal": "No"}],
+        [USER, {"role": "assistant", "content": "No", "refusal_category": "safety"}],
+        [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}],
+        [[USER, ANSWERED], [USER]],
+    ],
+)
+def test_continuing_what_has_no_respond_token_is_refused(messages: list[Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        open_turns({"messages": messages, **CONTINUE}, "/v1/chat/completions", MANIFEST)
+    assert (caught.value.param, caught.value.status) == ("continue_final_message", 400)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -64,68 +63,13 @@ def test_header_form_is_the_refusal_object() -> None:
     assert server.body == {"messages": [USER]}
 
 
-def test_several_headers_are_one() -> None:
-    headers = [("X-Refusal", "safety=always"), ("X-Refusal", "humanizing=bias:-2")]
-    context = steered(CHAT, {"messages": [USER]}, headers=headers)
-    assert context.controls.bias == (math.inf, -2.0)
-
-
-@pytest.mark.parametrize(
-    ("headers", "body", "param"),
-    [
-        ([("X-Refusal", "safety")], {}, "X-Refusal"),
-        ([("X-Refusal", "")], {}, "X-Refusal"),
-        ([("X-Refusal", "safety=1,safety=0")], {}, "X-Refusal"),
-        ([("X-Refusal", "safety=0.5"), ("X-Refusal", "safety=0")], {}, "X-Refusal"),
-        ([("X-Refusal", "safety=0.5")], {"refusal": {}}, "X-Refusal"),
-        ([("X-Refusal", "safety=nan")], {}, "refusal.categories.safety"),
-        ([("X-Refusal", "safety=1.2")], {}, "refusal.categories.safety"),
-        ([("X-Refusal", "safety=rate:0.3")], {}, "refusal.categories.safety"),
-        ([("X-Refusal", "safety=rate:1.3")], {}, "refusal.categories.safety"),
-        ([("X-Refusal", "safety=false_refusal_rate:x")], {}, "refusal.categories.safety"),
-        ([("X-Refusal", "bogus=0.3")], {}, "refusal.categories.bogus"),
-        ([("X-Refusal-Policy", "a"), ("X-Refusal-Policy", "a")], {}, "X-Refusal-Policy"),
-        ([("X-Refusal-Policy", "a")], {"refusal": {"policy": "a"}}, "X-Refusal-Policy"),
-        ([("X-Refusal-Policy", "a")], {"refusal": 5}, "refusal"),
-    ],
-)
-def test_wrong_header_names_its_place(
-    headers: Sequence[tuple[str, str]], body: dict[str, Any], param: str
-) -> None:
-    server = FakeServer()
-    answer = send_to(server, CHAT, {"messages": [USER], **body}, headers=headers)
-    assert answer.status_code == 422
-    assert answer.json()["error"]["param"] == param
-    assert server.calls == 0
-
-
-def test_header_takes_rates() -> None:
-    header = asked_with({}, [("X-Refusal", "safety=rate:0.25, humanizing=false_refusal_rate:0.05")])
-    body = asked_with(
-        {"categories": {"safety": {"rate": 0.25}, "humanizing": {"false_refusal_rate": 0.05}}}
-    )
-    assert header.controls == body.controls
-    assert -10.5 <= header.controls.bias[0] < -9.5
-    assert header.dials.asked_rates == (("safety", 0.25),)
-
-
 def test_report_explains_the_dials_where_a_calibration_is_loaded() -> None:
-    assert asked_with({"categories": {"safety": 0.9}}).dials.forecast is None
-    explained = asked_with({"report": True, "categories": {"safety": 0.9}})
+    body: Any = {"messages": [USER], "refusal": {"categories": {"safety": 0.9}}}
+    assert steered(CHAT, body, calibrations=["default"]).dials.forecast is None
+    body["refusal"]["report"] = True
+    explained = steered(CHAT, body, calibrations=["default"])
     assert explained.dials.forecast is not None
     assert explained.dials.forecast.calibration == "default"
-
-
-def asked_with(
-    refusal: dict[str, Any], headers: Sequence[tuple[str, str]] = (), **body: Any
-) -> DecisionContext:
-    """Returns the context of a chat request to a server with a calibration."""
-    server = FakeServer()
-    content = {"messages": [USER], **body, **({"refusal": refusal} if refusal else {})}
-    answer = send_to(server, CHAT, content, headers=headers, calibrations=("default",))
-    assert answer.status_code == 200, answer.text
-    assert server.context is not None
-    return server.context
 
 
 def test_history_gets_its_control_tokens() -> None:
@@ -142,15 +86,6 @@ def test_history_gets_its_control_tokens() -> None:
     assert server.context is not None
     assert server.context.history == (2,)
     assert server.context.continues is False
-
-
-def test_history_of_a_batch_is_counted_by_conversation() -> None:
-    server = FakeServer()
-    conversations = [[USER], [USER, ANSWERED, USER]]
-    send_to(server, "/v1/chat/completions/batch", {"messages": conversations})
-    assert server.context is not None
-    assert server.context.history == (0, 1)
-    assert server.body["messages"][1][1]["content"] == "[respond]Hi"
 
 
 @pytest.mark.parametrize("path", sorted(GENERATING - READS_CHAT - {MESSAGES}))
@@ -198,42 +133,6 @@ def test_conversations_open_a_turn_and_raw_prompts_do_not(path: str) -> None:
         assert not context.opens_turn
 
 
-def test_items_and_blocks_of_earlier_turns_get_their_control_tokens() -> None:
-    server = FakeServer()
-    refused = {
-        "type": "message",
-        "role": "assistant",
-        "content": [{"type": "refusal", "refusal": "No"}],
-        "refusal_category": "humanizing",
-    }
-    send_to(server, RESPONSES, {"input": [USER, refused, USER]})
-    assert server.body["input"][1]["content"][0]["text"] == "[refuse:humanizing]No"
-    assert server.context is not None
-    assert server.context.history == (1,)
-    assert server.context.continues is False
-
-    server = FakeServer()
-    block = {"type": "text", "text": "No", "refusal_category": "safety"}
-    turn = {"role": "assistant", "content": [block]}
-    send_to(server, MESSAGES, {"messages": [USER, turn, USER, ANSWERED, USER]})
-    assert server.body["messages"][1]["content"] == [{"type": "text", "text": "[refuse:safety]No"}]
-    assert server.body["messages"][3]["content"] == "[respond]Hi"
-    assert server.context is not None
-    assert server.context.history == (2,)
-
-
-def test_unfinished_last_message_is_continued() -> None:
-    server = FakeServer()
-    parts = [{"type": "output_text", "text": "The capital"}]
-    last = {"type": "message", "role": "assistant", "content": parts, "status": "incomplete"}
-    send_to(server, RESPONSES, {"input": [USER, last]})
-    assert server.context is not None
-    assert server.context.continues is True
-    refused = {**last, "content": [{"type": "refusal", "refusal": "No"}]}
-    server = FakeServer()
-    assert_refused(send_to(server, RESPONSES, {"input": [USER, refused]}), server, 400, "input")
-
-
 def test_invocations_take_messages_or_a_prompt() -> None:
     server = FakeServer()
     answer = send_to(server, "/invocations", {"prompt": "[respond]", "messages": [ANSWERED]})
@@ -245,9 +144,11 @@ def test_invocations_take_messages_or_a_prompt() -> None:
 @pytest.mark.parametrize("path", sorted(GENERATING))
 def test_every_generating_route_is_steered(path: str) -> None:
     server = FakeServer()
-    send_to(server, path, {"input": "x", "refusal": {"categories": {"safety": "always"}}})
+    refusal = {"report": True, "categories": {"safety": "always"}}
+    send_to(server, path, {"input": "x", "refusal": refusal})
     assert server.context is not None
     assert server.context.controls.bias == (float("inf"), 0.0)
+    assert server.context.report is True
     assert server.body == {"input": "x"}
 
 
@@ -264,20 +165,6 @@ def test_report_of_the_request_wins_over_the_default() -> None:
     body = {"messages": [USER], "refusal": {"report": False}}
     context = steered(CHAT, body, settings=Settings(defaults=defaults))
     assert context.report is False
-
-
-ON: list[Any] = [True, 1, "true", "yes", "on", 1.0]
-OFF: list[Any] = [False, 0, "false", None, "nonsense", [], 2]
-
-
-@pytest.mark.parametrize(
-    ("flag", "expected"), [*((flag, True) for flag in ON), *((flag, False) for flag in OFF)]
-)
-def test_flags_are_read_as_vllm_reads_them(flag: Any, expected: bool) -> None:
-    beams = steered(COMPLETIONS, {"prompt": "x", "use_beam_search": flag})
-    assert beams.beam_search is expected
-    continued = steered(CHAT, {"messages": [ANSWERED], "continue_final_message": flag})
-    assert continued.continues is expected
 
 
 @pytest.mark.parametrize(
@@ -306,37 +193,6 @@ def test_flags_that_vllm_would_drop_steer_nothing(path: str) -> None:
     chat = path in (CHAT, "/invocations")
     assert context.continues is (chat or path == "/v1/chat/completions/batch")
     assert context.beam_search is (chat or path == COMPLETIONS)
-
-
-@pytest.mark.parametrize(
-    ("messages", "continues"),
-    [
-        ([USER, ANSWERED], True),
-        ([ANSWERED, USER], False),
-        ([[USER, ANSWERED], [ANSWERED]], True),
-        ([[USER], [USER]], False),
-        ([[]], False),
-        (["no message"], False),
-    ],
-)
-def test_continued_turn_is_an_assistants(messages: list[Any], continues: bool) -> None:
-    context = steered(CHAT, {"messages": messages, "continue_final_message": True})
-    assert context.continues is continues
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [USER, {"role": "assistant", "refusal": "No"}],
-        [USER, {"role": "assistant", "content": "No", "refusal_category": "safety"}],
-        [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No"}]}],
-        [[USER, ANSWERED], [USER]],
-    ],
-)
-def test_continuing_what_has_no_respond_token_is_refused(messages: list[Any]) -> None:
-    server = FakeServer()
-    answer = send_to(server, CHAT, {"messages": messages, "continue_final_message": True})
-    assert_refused(answer, server, 400, "continue_final_message")
 
 
 @pytest.mark.parametrize(
@@ -490,12 +346,6 @@ def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -
 )
 def test_generating_routes_are_known_under_any_root_path(root_path: str, path: str) -> None:
     steered(path, {"messages": [USER], "refusal": {}}, root_path=root_path)
-
-
-@pytest.mark.parametrize("path", sorted(GENERATING))
-def test_every_generating_route_takes_a_report(path: str) -> None:
-    context = steered(path, {"refusal": {"report": True}})
-    assert context.report is True
 
 
 def test_disconnect_reaches_the_server_after_the_body() -> None:
