@@ -57,6 +57,19 @@ class ActivePolicy:
         if not self.raw_prompts:
             raise NotAllowedError("the policy allows no raw prompts: send messages", param="prompt")
 
+    def check_prefill(self, param: str) -> None:
+        """Raises a NotAllowedError where a request may not begin the answer itself.
+
+        Args:
+            param: The field by which it does.
+        """
+        if not self.prefill:
+            raise NotAllowedError(
+                "the policy allows no prefill: end with another role's turn than the assistant's, "
+                "and leave continue_final_message and an unfinished status out",
+                param=param,
+            )
+
     def describe(self) -> dict[str, Any]:
         """Returns the policy as its tenants see it, as JSON."""
         bounds, unasked = self.board.bounds, self.board.unasked.controls

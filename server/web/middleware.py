@@ -181,12 +181,8 @@ class RefusalMiddleware:
             policy.check_raw_prompts()
         guarded = self._guard.guarded(unread, refuse=policy.control_text == "refuse")
         turns = open_turns(guarded, path, self._manifest)
-        if turns.continues and not policy.prefill:
-            raise NotAllowedError(
-                "the policy allows no prefill: end with another role's turn than the assistant's, "
-                "and leave continue_final_message and an unfinished status out",
-                param="input" if path == RESPONSES else "continue_final_message",
-            )
+        if turns.continues:
+            policy.check_prefill("input" if path == RESPONSES else "continue_final_message")
         context = DecisionContext(
             dials=policy.board.resolve(options, explain=report),
             report=report,
