@@ -254,14 +254,6 @@ def test_page_of_another_origin_may_read_errors_of_ours() -> None:
     assert inside.scopes == []
 
 
-def test_error_of_what_stands_behind_is_shaped() -> None:
-    async def missing(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 404, "headers": []})
-        await send({"type": "http.response.body", "body": b'{"detail":"Not Found"}'})
-
-    assert_refused(ask("GET", "/v1/models", missing), 404, "Not Found")
-
-
 def test_lifespan_passes() -> None:
     inside = Inside()
 
