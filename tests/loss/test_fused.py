@@ -32,15 +32,10 @@ class Problem:
         return self
 
     def fused(
-        self,
-        q: Parameter = 0.7,
-        gamma: Parameter = 2.0,
-        *,
-        bias: Tensor | None = None,
-        trained_rows: TrainedRows | None = None,
-        **rest: Any,
+        self, q: Parameter = 0.7, gamma: Parameter = 2.0, *added: Any, **rest: Any
     ) -> FusedLoss:
-        layer = OutputLayer(self.weight, bias, trained_rows)
+        """``added``: the layer's bias and trained rows."""
+        layer = OutputLayer(self.weight, *added)
         return fused_flexible_loss(
             self.hidden, layer, self.targets, self.token_weights, q, gamma, **rest
         )
@@ -296,7 +291,7 @@ def test_bias_counts_and_gets_its_gradient() -> None:
     problem = Problem()
     bias = torch.linspace(-1.0, 1.0, 11, dtype=torch.float64, requires_grad=True)
 
-    found, wanted = problem.fused(bias=bias, chunk_tokens=3), problem.plain(bias=bias)
+    found, wanted = problem.fused(0.7, 2.0, bias, chunk_tokens=3), problem.plain(bias=bias)
 
     leaves = (problem.hidden, problem.weight, bias)
     torch.testing.assert_close(found, wanted)
@@ -313,7 +308,7 @@ def test_trained_rows_stand_in_for_the_matrix_s(dtype: torch.dtype) -> None:
     whole.hidden, whole.targets = problem.hidden, problem.targets
     whole.weight = problem.weight.index_copy(0, ids, values)
 
-    found = problem.fused(trained_rows=TrainedRows(ids, values), chunk_tokens=2)
+    found = problem.fused(0.7, 2.0, None, TrainedRows(ids, values), chunk_tokens=2)
 
     leaves = (problem.hidden, problem.weight, values)
     tolerance = 1e-12 if dtype == torch.float64 else 0.03

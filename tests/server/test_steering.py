@@ -69,15 +69,13 @@ class Request:
         self.output: list[int] = []
 
     def reference(self, config: Any, row: torch.Tensor) -> int:
-        """Decides alone, in a batch of one, with a fresh processor."""
-        alone = SteeringV1(config, torch.device("cpu"), is_pin_memory=False)
-        alone.update_state(BatchUpdate(1, [], [(0, self.params, None, [])], []))
-        return int(alone.apply(row.clone().unsqueeze(0)).argmax())
+        """Decides in a batch of one."""
+        return int(v1(config, self).apply(row.clone().unsqueeze(0)).argmax())
 
 
-def v1(served: Served, *requests: Request) -> SteeringV1:
+def v1(config: Any, *requests: Request) -> SteeringV1:
     """Returns the V1 processor with these requests in its batch."""
-    processor = SteeringV1(served.config, torch.device("cpu"), is_pin_memory=False)
+    processor = SteeringV1(config, torch.device("cpu"), is_pin_memory=False)
     added = [(i, request.params, None, request.output) for i, request in enumerate(requests)]
     processor.update_state(BatchUpdate(len(requests), [], added, []))
     return processor
@@ -150,12 +148,11 @@ def assert_text_row(before: torch.Tensor, after: torch.Tensor, manifest: Manifes
 
 def test_v1_first_step_decides_and_later_steps_only_mask(served: Served) -> None:
     request = Request(random.Random(1))
-    processor = v1(served, request)
+    processor = v1(served.config, request)
     first = logits(1, 1)
     token = chosen(processor.apply(first.clone())[0])
     assert token == request.reference(served.config, first[0])
     assert token in served.manifest.control_ids
-
     request.output.append(token)
     processor.update_state(None)
     later = logits(1, 2)
@@ -163,7 +160,7 @@ def test_v1_first_step_decides_and_later_steps_only_mask(served: Served) -> None
 
 
 def test_v1_batches_of_other_dials_are_decided_anew(served: Served) -> None:
-    processor, decided = v1(served), []
+    processor, decided = v1(served.config), []
     # Each asks twice: the second time the processor has seen its dials before.
     for category in (0, CATEGORIES - 1) * 2:
         request = Request(random.Random(1))
@@ -183,14 +180,14 @@ def test_v1_decides_the_same_on_a_slice_of_padded_logits(served: Served) -> None
     padded[:, :VOCABULARY] = logits(3, 53)
     view = padded[:, :VOCABULARY]
     expected = [r.reference(served.config, row) for r, row in zip(requests, view, strict=True)]
-    processor = v1(served, *requests)
+    processor = v1(served.config, *requests)
     assert [chosen(row) for row in processor.apply(view)] == expected
     assert (padded[:, VOCABULARY:] == 99.0).all()
 
 
 def test_v1_chunked_prefill_stays_undecided_until_the_first_token(served: Served) -> None:
     request = Request(random.Random(3))
-    processor = v1(served, request)
+    processor = v1(served.config, request)
     for seed in (4, 5, 6):
         row = logits(1, seed)
         token = chosen(processor.apply(row.clone())[0])
@@ -201,7 +198,7 @@ def test_v1_chunked_prefill_stays_undecided_until_the_first_token(served: Served
 def test_v1_resumed_request_is_not_decided_again(served: Served) -> None:
     request = Request(random.Random(4))
     request.output = [42, 43]
-    processor = v1(served, request)
+    processor = v1(served.config, request)
     row = logits(1, 7)
     assert_text_row(row[0], processor.apply(row.clone())[0], served.manifest)
 
@@ -209,7 +206,7 @@ def test_v1_resumed_request_is_not_decided_again(served: Served) -> None:
 def test_v1_moves_swaps_and_replacements_follow_the_request(served: Served) -> None:
     """A random walk over vLLM's batch updates, each step checked request by request."""
     rng = random.Random(11)
-    processor = v1(served)
+    processor = v1(served.config)
     batch: dict[int, Request] = {}
     for step in range(200):
         removed = [i for i in list(batch) if rng.random() < 0.2]
@@ -358,7 +355,7 @@ def test_v1_writes_the_margins_of_those_who_ask(served: Served, tmp_path: Path) 
     tickets = {index: asyncio.run(board.take()) for index in (1, 3)}
     for index, ticket in tickets.items():
         asking(requests[index], ticket)
-    processor = v1(served, *requests)
+    processor = v1(served.config, *requests)
     before = logits(4, 41)
     after = processor.apply(before.clone())
     for index, request in enumerate(requests):
