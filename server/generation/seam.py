@@ -6,8 +6,6 @@ it runs: what must be made of vLLM's classes, the engine makes.
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from models.errors import RequestError
@@ -87,46 +85,49 @@ class Engine(Protocol):
         """Returns what vLLM's routes answer to an error of vLLM's."""
 
 
-@dataclass(frozen=True)
 class Call:
     """One call of ``generate()``.
 
-    Attributes:
+    Args:
         engine: Runs it.
         context: Shared with the HTTP layer, and by all calls of the HTTP request.
         number: Of this call within the HTTP request, from 0.
         params: The client's; owned by the call.
         request_id: vLLM's, unique.
         options: The other arguments of ``generate()``.
+
+    Attributes:
         started_s: Start of the call, by the monotonic clock.
+        streamed: Whether each output holds only what is new.
+        texts: The fixed refusal texts, by the id of the refusal token: the policy's, and the
+            checkpoint's own where it does not keep the token in the context, for then no generated
+            text would follow the token.
     """
 
-    engine: Engine
-    context: DecisionContext
-    number: int
-    params: "SamplingParams"
-    request_id: str
-    options: dict[str, Any]
-    started_s: float = field(default_factory=time.monotonic)
-
-    @cached_property
-    def streamed(self) -> bool:
-        """Whether each output holds only what is new."""
-        return self.params.output_kind.name == "DELTA"
-
-    @cached_property
-    def texts(self) -> dict[int, str]:
-        """The fixed refusal texts, by the id of the refusal token.
-
-        The policy's; and the checkpoint's own, where it does not keep the token in the context,
-        for then nothing that is generated would follow the token.
-        """
-        manifest = self.engine.manifest
-        fixed: dict[int, str] = {}
-        if not manifest.kept:
-            fixed = {category.id: category.refusal_text for category in manifest.categories}
-        texts = zip(manifest.categories, self.context.texts, strict=False)  # a policy may have none
-        return fixed | {category.id: text for category, text in texts if text is not None}
+    def __init__(
+        self,
+        engine: Engine,
+        context: DecisionContext,
+        number: int,
+        params: "SamplingParams",
+        request_id: str,
+        options: dict[str, Any],
+    ) -> None:
+        self.engine = engine
+        self.context = context
+        self.number = number
+        self.params = params
+        self.request_id = request_id
+        self.options = options
+        self.started_s = time.monotonic()
+        self.streamed = params.output_kind.name == "DELTA"
+        self.texts: dict[int, str] = {}
+        categories = engine.manifest.categories
+        if not engine.manifest.kept:
+            self.texts = {category.id: category.refusal_text for category in categories}
+        if context.texts:
+            texts = zip(categories, context.texts, strict=True)
+            self.texts |= {category.id: text for category, text in texts if text is not None}
 
     def stock(self, prompt: TokenPrompt, params: "SamplingParams", suffix: str = "") -> Outputs:
         """Generates without any decision of ours.
