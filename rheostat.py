@@ -28,7 +28,7 @@ app.add_typer(training_commands.app)
 def main() -> None:
     """Runs the command line; an error raised on purpose is one line and exit status 1."""
     try:
-        app()
+        app(prog_name="rheostat")
     except RheostatError as error:
         typer.echo(f"rheostat: {error.message}", err=True)
         sys.exit(1)
