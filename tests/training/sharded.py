@@ -4,8 +4,6 @@
 the ways of sharding.
 """
 
-import os
-import sys
 from typing import Any
 
 import torch
@@ -68,18 +66,9 @@ def _compare(way: str) -> None:
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-5)
 
 
-def main() -> None:
-    """Compares every way and prints its name after it."""
-    rank, meeting, *ways = sys.argv[1:]
-    dist.init_process_group("gloo", f"file://{meeting}", rank=int(rank), world_size=2)
+def compare_in_process(rank: int, meeting: str, ways: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     for way in ways:
         _compare(way)
-        print(way, flush=True)  # noqa: T201
-    # Neither leaves while the other one compares, and gloo's threads, which may abort a process
-    # that ends in the usual way, are not joined.
-    dist.barrier()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    dist.destroy_process_group()

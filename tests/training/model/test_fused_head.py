@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from loss.flexible import flexible_loss
 from loss.fused import FusedLoss
 from models.errors import ConfigError
+from tests.training.killing import SPAWN
 from training.model.fused_head import FusedHead, supports
 
 VOCABULARY = 61
@@ -302,22 +301,20 @@ def test_a_head_that_is_used_twice_is_found() -> None:
 
 
 def test_processes_that_share_or_shard_the_model_get_the_same_gradients(tmp_path: Path) -> None:
+    # It takes the model and the batch from here.
+    from tests.training.sharded import compare_in_process
+
     ways = ["ddp", "fsdp2", "fsdp2-head", "fsdp1"]
     processes = [
-        subprocess.Popen(
-            [*SHARDED, str(rank), str(tmp_path / "meeting"), *ways],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        SPAWN.Process(target=compare_in_process, args=(rank, str(tmp_path / "meeting"), ways))
+        for rank in (0, 1)
     ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
     try:
-        for process in processes:
-            told, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors
-            assert told.split() == ways
+        assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
