@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,11 @@ from torch import nn
 from benchmarks.losses.label_noise import (
     Interval,
     as_markdown,
-    draw,
     interval,
     paces,
     ratio_to_first,
 )
-from benchmarks.losses.networks import HIDDEN, Candidate, accuracy, ranking, train
+from benchmarks.losses.networks import HIDDEN, Candidate, ranking, train
 from benchmarks.losses.noise import (
     BUDGETS,
     FAMILY,
@@ -74,15 +72,6 @@ def test_batched_networks_train_as_each_alone() -> None:
             alone = plain(few.x[s], few.y[s], posed.classes, seed, one)
             expected = alone(posed.test.x[s])
             torch.testing.assert_close(together.logits[s, c], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_watching_changes_nothing_and_ends_on_the_last_logits() -> None:
-    posed = problem("wine", 0.0, SEEDS)
-    silent = train(ROWS, posed.inner, posed.test, posed.classes, SEEDS, 10)
-    watched = train(ROWS, posed.inner, posed.test, posed.classes, SEEDS, 10, watch=True)
-    assert watched.logits.equal(silent.logits)
-    assert watched.accuracy.shape == (2, 2, 2)
-    assert watched.accuracy[..., -1].equal(accuracy(watched.logits, posed.test.y))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])
@@ -174,9 +163,3 @@ def test_report_tells_what_wins_and_what_loses() -> None:
     assert "-10.0 ± 0.0 | +10.0 ± 0.0" in text
     assert record["settings"]["wine, 40%"]["losses"]["MAE"]["pace"]["ratio"] is None
     json.dumps(record, allow_nan=False)
-
-
-def test_figure_is_drawn(tmp_path: Path) -> None:
-    curves = np.linspace(0.2, 0.9, 12).reshape(2, 2, 3)
-    draw({"wine, 0%": Outcome(curves, [], [])}, ["a", "b"], 5, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

@@ -15,7 +15,6 @@ from benchmarks.refusal.__main__ import (
     Setting,
     as_markdown,
     as_record,
-    draw,
     measured,
     summary,
     tuned,
@@ -148,9 +147,3 @@ def test_other_data_are_another_experiment(folder: Path) -> None:
     (folder / PARTS["report"]).write_text("")
 
     assert before != Setup(RECIPE, folder, None).key()
-
-
-def test_figure_is_drawn(tmp_path: Path) -> None:
-    draw([_result(CROSS_ENTROPY, 0, [0.5, 0.8])], tmp_path / "figure.png")
-
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

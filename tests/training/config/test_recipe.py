@@ -71,32 +71,6 @@ def test_wrong_field_of_the_model_names_no_internal_tag(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("seed", "4294967296"),
-        ("optimisation.epochs", ".inf"),
-        ("optimisation.learning_rate", ".nan"),
-        ("optimisation.weight_decay", ".inf"),
-        ("loss.decision.weight", ".inf"),
-        ("loss.decision.q", ".nan"),
-        ("loss.decision.gamma", "{safety: .inf}"),
-        ("loss.text.q", "{start: .nan, end: 1}"),
-    ],
-)
-def test_number_that_nothing_can_be_done_with_is_one_line(
-    tmp_path: Path, field: str, value: str
-) -> None:
-    *outer, name = field.split(".")
-    text = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(outer))
-
-    lines = _complaints(tmp_path, f"{RECIPE}{text}{'  ' * len(outer)}{name}: {value}\n")
-
-    assert len(lines) == 1
-    assert lines[0].startswith(f"{tmp_path / 'recipe.yaml'}: {field}")
-    assert "number" not in lines[0].split(": ")[1]
-
-
-@pytest.mark.parametrize(
     ("old", "new", "line"),
     [
         ("heads: 2", "heads: 4", "model: hidden_size / heads must be 32, 64 or 128, got 64 / 4"),
@@ -108,6 +82,11 @@ def test_number_that_nothing_can_be_done_with_is_one_line(
         ("", "refusal_texts: {medical: See a doctor.}", "refusal_texts names 'medical', which is"),
         ("", "categories: {Not Good: bad}", "categories.Not Good: string should match"),
         ("", "categories: {answer: bad}", "categories: answer is what the answers are called"),
+        ("", "seed: 4294967296", "seed: input should be less than 4294967296"),
+        ("", "optimisation: {epochs: .inf}", "optimisation.epochs: input should be a finite"),
+        ("", "loss: {decision: {q: .nan}}", "loss.decision.q: input should be"),
+        ("", "loss: {decision: {gamma: {safety: .inf}}}", "loss.decision.gamma.safety: input"),
+        ("", "loss: {text: {q: {start: .nan, end: 1}}}", "loss.text.q.start: input should be"),
         ("", "lora: {target_modules: []}", "lora.target_modules"),
         ("", "lora: {r: 8}", "lora adapts an existing model: give model.checkpoint"),
         ("", "optimisation: {gradient_accumulation_steps: 1000000}", "optimisation.gradient_accu"),
