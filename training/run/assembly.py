@@ -140,6 +140,7 @@ def _arguments(config: TrainConfig, folder: Path, watch: Watch) -> SFTConfig:
             per_device_train_batch_size=chosen.batch_size,
             gradient_accumulation_steps=chosen.gradient_accumulation_steps,
             learning_rate=chosen.learning_rate,
+            # Below 1 it is a share of all steps.
             warmup_steps=chosen.warmup_ratio,
             weight_decay=chosen.weight_decay,
             adam_beta2=chosen.beta2,
@@ -149,10 +150,12 @@ def _arguments(config: TrainConfig, folder: Path, watch: Watch) -> SFTConfig:
             bf16=chosen.bf16,
             gradient_checkpointing=chosen.gradient_checkpointing,
             seed=config.seed,
+            # The rows are encoded, weighed and cut already, and `weights` is no input of the model.
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            # All trained parameters take part in every step; looking for others costs a pass.
             ddp_find_unused_parameters=False,
             # `Rhythm` says when, so that what is saved is saved between two lines of the log.
             logging_strategy="no",

@@ -130,15 +130,15 @@ def test_one_token_for_all_refusals(config: TrainConfig, tmp_path: Path) -> None
     assert "[refuse:safety]" not in tokenizer.get_vocab()
 
 
-def test_changed_data_are_noticed(trained: Trained, tmp_path: Path, write_rows: WriteRows) -> None:
-    values = trained.config.model_dump(mode="json")
-    path = Path(values["data"]["train"][0]["path"])
-    kept = path.read_text()
-    path.write_text(kept.partition("\n")[2])
+def test_changed_data_are_noticed(trained: Trained, tmp_path: Path) -> None:
+    out = trained.copy(tmp_path / "out")
+    manifest = json.loads((out / "rheostat.json").read_text())
+    (path,) = manifest["recipe"]["data_sha256"]
+    manifest["recipe"]["data_sha256"][path] = "0" * 64
+    (out / "rheostat.json").write_text(json.dumps(manifest))
 
     with pytest.raises(ConfigError, match="other data"):
-        train(trained.config, trained.folder)
-    path.write_text(kept)
+        train(trained.config, out)
 
 
 def test_failed_run_leaves_no_finished_folder(
