@@ -95,18 +95,18 @@ class DialBoard:
         )
         if wanted.solves:
             question, solution, sides = self._solved(question, sides)
-            biases = self.bounds.held(solution.biases)
+            biases = self.bounds.clamp_all(solution.biases)
         else:
             biases = tuple(0.0 if t is None or t.bias is None else t.bias for t in question.targets)
             solution = self._calibrations.solve(question) if explains else None
         self._check_allowed(wanted, sides)
-        told = None
+        predicted = None
         if explains and solution is not None:
             name, total = question.calibration, question.total
-            told = forecast(name, solution, wanted.asked, total, clamped=sides)
+            predicted = forecast(name, solution, wanted.asked, total, clamped=sides)
         return Resolution(
             Controls(wanted.rule, biases, tuple(t is not None for t in question.targets)),
-            told,
+            predicted,
             self._rates(question.targets) if wanted.solves else (),
             calibrated=wanted.solves or self.bounds.calibrated,
             clamped=self._clamped(sides),
@@ -123,7 +123,7 @@ class DialBoard:
             solution = self._calibrations.solve(question)
             moved: dict[int, Target] = {}
             for c in _solved_for(question):
-                bias, side = self.bounds.hold(c, solution.biases[c])
+                bias, side = self.bounds.clamp(c, solution.biases[c])
                 if side is not None:
                     sides[c] = side
                     moved[c] = Target(bias=bias)

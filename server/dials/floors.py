@@ -55,7 +55,7 @@ class Bounds:
         """Whether any category has a floor."""
         return any(floor > -math.inf for floor in self.floors)
 
-    def hold(self, category: int, bias: float) -> Bounded:
+    def clamp(self, category: int, bias: float) -> Bounded:
         """Returns a category's bias, moved to the bound that it exceeds."""
         # Written so that NaN ends at the floor.
         if not bias >= self.floors[category]:
@@ -64,9 +64,9 @@ class Bounds:
             return Bounded(self.ceilings[category], "ceiling")
         return Bounded(bias, None)
 
-    def held(self, biases: Sequence[float]) -> tuple[float, ...]:
+    def clamp_all(self, biases: Sequence[float]) -> tuple[float, ...]:
         """Returns all biases, each within its bounds."""
-        return tuple(self.hold(c, bias).bias for c, bias in enumerate(biases))
+        return tuple(self.clamp(c, bias).bias for c, bias in enumerate(biases))
 
     def describe(self, category: int, side: Side) -> str:
         """Returns the most that a request may ask in one direction, in words."""
@@ -75,6 +75,6 @@ class Bounds:
         shown = {math.inf: "always", -math.inf: "never"}.get(bound, f"a bias of {bound:.6g}")
         return f"no {less} than its {side}, {shown}"
 
-    def resting(self, category: int) -> float:
+    def unset(self, category: int) -> float:
         """Returns the bias of an unset category: 0, or the nearest allowed bias."""
-        return self.hold(category, 0.0).bias
+        return self.clamp(category, 0.0).bias

@@ -131,10 +131,10 @@ class Overlay:
         targets: list[Target | None] = []
         sides: dict[int, Side] = {}
         for c, target in enumerate(asked):
-            if target is None and rests and self._bounds.resting(c) != 0:
-                target = Target(bias=self._bounds.resting(c))
+            if target is None and rests and self._bounds.unset(c) != 0:
+                target = Target(bias=self._bounds.unset(c))
             elif target is not None and target.bias is not None:
-                bias, side = self._bounds.hold(c, target.bias)
+                bias, side = self._bounds.clamp(c, target.bias)
                 if side is not None:
                     sides[c] = side
                     target = Target(bias=bias)

@@ -16,28 +16,28 @@ ASKED = (-INF, -1e39, -2.0, -0.0, 0.0, 1.0, 1.5, 1e39, INF)
 def test_every_bias_ends_within_its_bounds(floor: float, ceiling: float) -> None:
     bounds = Bounds((floor,), (ceiling,))
     for asked in ASKED:
-        held = bounds.hold(0, asked)
+        held = bounds.clamp(0, asked)
         assert floor <= held.bias <= ceiling
         assert (held.side is None) == (held.bias == asked)
         assert (held.side == "floor") == (asked < floor)
         assert (held.side == "ceiling") == (asked > ceiling)
-    assert bounds.held([asked]) == (held.bias,)
+    assert bounds.clamp_all([asked]) == (held.bias,)
 
 
 def test_no_number_ends_at_the_floor() -> None:
-    assert Bounds((1.0,), (INF,)).hold(0, math.nan) == Bounded(1.0, "floor")
-    assert Bounds.none(1).hold(0, math.nan) == Bounded(-INF, "floor")
+    assert Bounds((1.0,), (INF,)).clamp(0, math.nan) == Bounded(1.0, "floor")
+    assert Bounds.none(1).clamp(0, math.nan) == Bounded(-INF, "floor")
 
 
 def test_each_category_has_its_own_bounds() -> None:
     bounds = Bounds((1.0, -INF), (INF, -1.0))
     for asked in itertools.product(ASKED, repeat=2):
-        assert bounds.held(asked) == (max(1.0, asked[0]), min(-1.0, asked[1]))
+        assert bounds.clamp_all(asked) == (max(1.0, asked[0]), min(-1.0, asked[1]))
 
 
 def test_nobodys_dial_rests_as_trained_or_at_the_nearest_bound() -> None:
     bounds = Bounds((1.0, -INF, -1.0), (INF, -2.0, 1.0))
-    assert [bounds.resting(c) for c in range(3)] == [1.0, -2.0, 0.0]
+    assert [bounds.unset(c) for c in range(3)] == [1.0, -2.0, 0.0]
 
 
 def test_a_floor_at_never_guards_nothing() -> None:
