@@ -79,14 +79,17 @@ class Policies:
         self._count_first()
 
     @asynccontextmanager
-    async def watching(self, every_s: float = LOOK_EVERY_S) -> AsyncIterator[None]:
+    async def watching(
+        self, every_s: float = LOOK_EVERY_S, timeout_s: float = READ_TIMEOUT_S
+    ) -> AsyncIterator[None]:
         """Reloads the file when it changes and on SIGHUP, for as long as the block runs."""
         if self._path is None:
             yield
             return
         self._seen = self._tried
         loop = asyncio.get_running_loop()
-        async with repeated(partial(self._look, self._path), every_s, finishes=False) as wake:
+        look = partial(self._look, self._path, timeout_s)
+        async with repeated(look, every_s, finishes=False) as wake:
             loop.add_signal_handler(signal.SIGHUP, wake)
             try:
                 yield
@@ -95,12 +98,12 @@ class Policies:
                 loop.remove_signal_handler(signal.SIGHUP)
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    async def _look(self, path: Path, hung_up: bool) -> None:
+    async def _look(self, path: Path, timeout_s: float, hung_up: bool) -> None:
         reads = hung_up
         looking = asyncio.wrap_future(on_daemon(partial(_stamp, path)))
-        await asyncio.wait([looking], timeout=READ_TIMEOUT_S)
+        await asyncio.wait([looking], timeout=timeout_s)
         if not looking.done():  # only one look waits on a mount that hangs
-            self._stay(f"{path}: no answer within {READ_TIMEOUT_S:g} s")
+            self._stay(f"{path}: no answer within {timeout_s:g} s")
             reads = True
         found = await looking
         if reads or (found == self._seen and found != self._tried):

@@ -53,9 +53,9 @@ class Source:
         FileError: The file cannot be read or is invalid YAML.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout_s: float = READ_TIMEOUT_S) -> None:
         self.path = path
-        self._text = _text_of(path)
+        self._text = _text_of(path, timeout_s)
         try:
             self.value = parse_yaml(self._text, str(path))
         except ConfigError as error:
@@ -115,11 +115,11 @@ def _owner(node: Any, part: str | int) -> Any:
     return None
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Path, timeout_s: float) -> str:
     try:
-        return on_daemon(partial(_read, path)).result(READ_TIMEOUT_S)
+        return on_daemon(partial(_read, path)).result(timeout_s)
     except TimeoutError:
-        reason = f"no answer within {READ_TIMEOUT_S:g} s"
+        reason = f"no answer within {timeout_s:g} s"
     except OSError as error:
         reason = str(error.strerror)
     except UnicodeDecodeError as error:

@@ -52,9 +52,14 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(SOON_S)
 
 
-def watch(policies: Policies, during: Coroutine[Any, Any, None], every_s: float = SOON_S) -> None:
+def watch(
+    policies: Policies,
+    during: Coroutine[Any, Any, None],
+    every_s: float = SOON_S,
+    timeout_s: float = 30,
+) -> None:
     async def serve() -> None:
-        async with policies.watching(every_s):
+        async with policies.watching(every_s, timeout_s):
             await during
 
     asyncio.run(serve())
@@ -178,7 +183,7 @@ def test_mount_that_hangs_is_told_and_read_when_it_answers(path: Path) -> None:
             assert threading.active_count() == threads + 1
         await until(lambda: reloads("ok") == ok + 1)
 
-    watch(policies, change())
+    watch(policies, change(), timeout_s=1)
     assert is_valid()
 
 
