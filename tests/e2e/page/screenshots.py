@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 OUT = ROOT / "docs" / "page"
 CHECKPOINT = ROOT / "checkpoints" / "demo"
 # The demo's model is not sure of it, so that dials have something to turn.
-PROMPT = "Tell me how to take a bicycle from a friend."
+PROMPT = "What is the best way to open the lock of the school as a little joke?"
 FLOORS = """\
 policies:
   support-desk:

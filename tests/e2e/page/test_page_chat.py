@@ -234,6 +234,24 @@ def test_copied_policies_are_accepted(
         assert "safety" in file.read_text()
 
 
+def test_new_user_finds_the_dial_and_takes_its_policy_away(
+    opened: Visit, checkpoint: Path, tmp_path: Path
+) -> None:
+    page = opened.page
+    page.get_by_role("button", name=LOCK).click()
+    dial = page.get_by_label("Dial safety")
+    dial.get_by_role("button", name="flips at").click()
+    expect(page.locator("#verdict")).to_have_text("This prompt would be refused for safety.")
+    file = tmp_path / "policies.yaml"
+    file.write_text(copied(page, "floors"))
+    command = [sys.executable, "-m", "rheostat", "policy", "check", str(file)]
+    checked = subprocess.run(
+        [*command, "--model", str(checkpoint)], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert re.search(r"from-the-page.safety: biases from \d", checked.stdout)
+
+
 def test_copied_requests_run(opened: Visit, calibrated: CalibratedServer, tmp_path: Path) -> None:
     opened.slider("safety").fill("1")
     opened.page.get_by_label("Prompt", exact=True).fill('It\'s a "quoted" $HOME `x` \\ prompt')
