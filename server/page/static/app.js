@@ -63,7 +63,9 @@ function describe(policy) {
     told.push(`Hatched: outside the bounds of ${policy.name}. A request there is ${outside}.`);
   }
   if (state.categories.every(({ curve }) => curve === null)) {
-    told.push("No calibration is loaded, so the dials know no rates (rheostat calibrate makes one).");
+    told.push(
+      "No calibration is loaded, so the dials know no rates (rheostat calibrate makes one).",
+    );
   }
   if (policy.decision !== "greedy") {
     told.push(`The policy decides by ${policy.decision}; previews show greedy.`);

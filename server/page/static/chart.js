@@ -21,7 +21,9 @@ export class DialChart {
     this.host = host;
     new ResizeObserver(() => this.#resize()).observe(host);
     for (const scheme of ["dark", "light"]) {
-      matchMedia(`(prefers-color-scheme: ${scheme})`).addEventListener("change", () => this.restyle());
+      matchMedia(`(prefers-color-scheme: ${scheme})`).addEventListener("change", () =>
+        this.restyle(),
+      );
     }
   }
 

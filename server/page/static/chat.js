@@ -227,8 +227,11 @@ function reportTable(report, asked) {
     "details",
     {},
     el("summary", {}, "Margins and biases"),
-    el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "Margins and biases" },
-      el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))),
+    el(
+      "div",
+      { class: "scroll", tabindex: 0, role: "group", "aria-label": "Margins and biases" },
+      el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)),
+    ),
     replaced,
   );
 }

@@ -44,9 +44,12 @@ export class Comparison {
       { class: "comparison" },
       this.#referenceBar(),
       scrolled("Refused and falsely refused", this.rates.node),
-      el("div", { class: "matrices" },
+      el(
+        "div",
+        { class: "matrices" },
         scrolled("Confusion matrix", this.matrix.node),
-        scrolled("Confusion matrix, compared", this.matrixBefore.node)),
+        scrolled("Confusion matrix, compared", this.matrixBefore.node),
+      ),
       this.#filterBar(),
       this.list.node,
     );
@@ -94,25 +97,41 @@ export class Comparison {
     const again = () => this.#showList();
     const names = state.categories.map(({ name }) => name);
     const choice = (title, last) =>
-      el("select", { "aria-label": title, onchange: again },
+      el(
+        "select",
+        { "aria-label": title, onchange: again },
         el("option", { value: "" }, `${title}: all`),
-        ...[...names, last].map((name, c) => el("option", { value: c }, name)));
+        ...[...names, last].map((name, c) => el("option", { value: c }, name)),
+      );
     this.search = el("input", {
-      type: "search", placeholder: "Search", "aria-label": "Search prompts", oninput: again,
+      type: "search",
+      placeholder: "Search",
+      "aria-label": "Search prompts",
+      oninput: again,
     });
     this.label = choice("Label", "benign");
     this.decision = choice("Decision", "answered");
-    this.flipped = el("select", { "aria-label": "Flipped", onchange: again },
+    this.flipped = el(
+      "select",
+      { "aria-label": "Flipped", onchange: again },
       el("option", { value: "" }, "Flipped or not"),
       el("option", { value: "any" }, "Flipped"),
       el("option", { value: "refused" }, "Newly refused"),
-      el("option", { value: "answered" }, "Newly answered"));
+      el("option", { value: "answered" }, "Newly answered"),
+    );
     this.counted = el("span", { class: "hint" });
     const button = (text, work) => el("button", { type: "button", onclick: work }, text);
-    return el("div", { class: "bar-line" },
-      this.search, this.label, this.decision, this.flipped, this.counted,
+    return el(
+      "div",
+      { class: "bar-line" },
+      this.search,
+      this.label,
+      this.decision,
+      this.flipped,
+      this.counted,
       button("Export JSON", () => this.#exportJson()),
-      button("Export CSV", () => this.#exportCsv()));
+      button("Export CSV", () => this.#exportCsv()),
+    );
   }
 
   #reference() {
@@ -138,7 +157,8 @@ export class Comparison {
     const k = inForce.length;
     for (let row = 0; row < this.scores.length; row++) {
       let best = -Infinity;
-      for (let c = 0; c < k; c++) best = Math.max(best, this.scored.margins[row * k + c] + shift[c]);
+      for (let c = 0; c < k; c++)
+        best = Math.max(best, this.scored.margins[row * k + c] + shift[c]);
       this.scores[row] = best - shift[k];
     }
   }
@@ -171,7 +191,9 @@ export class Comparison {
   #listed() {
     const k = state.categories.length;
     const wanted = this.search.value.trim().toLowerCase();
-    const [label, decision] = [this.label.value, this.decision.value].map((v) => (v === "" ? null : Number(v)));
+    const [label, decision] = [this.label.value, this.decision.value].map((v) =>
+      v === "" ? null : Number(v),
+    );
     const flipped = this.flipped.value;
     const rows = Int32Array.from(this.now.keys()).filter((row) => {
       const [now, before] = [this.now[row], this.before[row]];
@@ -187,7 +209,12 @@ export class Comparison {
 
   #inOrder(rows) {
     const sign = this.#rising ? 1 : -1;
-    const keys = { label: this.scored.labels, now: this.now, before: this.before, score: this.scores };
+    const keys = {
+      label: this.scored.labels,
+      now: this.now,
+      before: this.before,
+      score: this.scores,
+    };
     const values = keys[this.#sorted];
     if (values) return rows.sort((a, b) => sign * (values[a] - values[b]) || a - b);
     return this.#rising ? rows : rows.reverse();
@@ -254,12 +281,12 @@ export class Comparison {
 const decisionText = (decision) =>
   decision === RESPOND ? "answered" : state.categories[decision].name;
 
-const named = (value) => Object.fromEntries(state.categories.map(({ name }, c) => [name, value(c)]));
+const named = (value) =>
+  Object.fromEntries(state.categories.map(({ name }, c) => [name, value(c)]));
 
 const finite = (value) => (Number.isFinite(value) ? value : null);
 
-const writtenBias = (bias) =>
-  bias === Infinity ? "always" : bias === -Infinity ? "never" : bias;
+const writtenBias = (bias) => (bias === Infinity ? "always" : bias === -Infinity ? "never" : bias);
 
 const scrolled = (label, table) =>
   el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": label }, table);

@@ -75,14 +75,17 @@ function python(value) {
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value !== "object") return literal(value);
-  const entries = Object.entries(value).map(([name, entry]) => `${literal(name)}: ${python(entry)}`);
+  const entries = Object.entries(value).map(
+    ([name, entry]) => `${literal(name)}: ${python(entry)}`,
+  );
   return `{${entries.join(", ")}}`;
 }
 
 // JSON's strings are Python's and YAML's too, but for line ends that only Unicode knows.
 function literal(value) {
-  return JSON.stringify(value).replace(/[\u007f-\u009f\u2028\u2029\ufeff]/g, (mark) =>
-    `\\u${mark.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  return JSON.stringify(value).replace(
+    /[\u007f-\u009f\u2028\u2029\ufeff]/g,
+    (mark) => `\\u${mark.charCodeAt(0).toString(16).padStart(4, "0")}`,
   );
 }
 

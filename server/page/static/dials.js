@@ -27,7 +27,9 @@ export function modesOf(category) {
   const curve = state.categories[category].curve;
   return Object.keys(MODES).filter((mode) => {
     if (mode === "rate") return curve !== null;
-    return mode !== "false_refusal_rate" || (curve !== null && curve[0].false_refusal_rate !== null);
+    return (
+      mode !== "false_refusal_rate" || (curve !== null && curve[0].false_refusal_rate !== null)
+    );
   });
 }
 

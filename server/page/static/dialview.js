@@ -63,7 +63,10 @@ export class DialView {
     this.slider.value = dial.value;
     const title = `${state.categories[category].name}: ${dials.MODES[dial.mode].title.toLowerCase()}`;
     this.slider.setAttribute("aria-label", title);
-    this.slider.setAttribute("aria-valuetext", `${dial.value.toFixed(3)}, bias ${format.bias(bias)}`);
+    this.slider.setAttribute(
+      "aria-valuetext",
+      `${dial.value.toFixed(3)}, bias ${format.bias(bias)}`,
+    );
     this.number.setAttribute("aria-label", `${title}, as a number`);
     this.number.step = dials.MODES[dial.mode].step;
     if (document.activeElement !== this.number) this.number.value = Number(dial.value.toFixed(3));

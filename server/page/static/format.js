@@ -3,7 +3,9 @@
 const MINUS = "−";
 
 export const percent = (share) =>
-  share === null || Number.isNaN(share) ? "–" : `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+  share === null || Number.isNaN(share)
+    ? "–"
+    : `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 
 export const interval = ([low, high]) => `${(low * 100).toFixed(0)}–${(high * 100).toFixed(0)} %`;
 

@@ -7,7 +7,7 @@ import { labelIndex } from "./reading.js";
 const SCORE = "v1/refusal/score";
 const PIECE = 128;
 const PIECE_CHARACTERS = 200_000;
-const ROUTE_OF_INPUT = /^inputs\.(\d+)/;
+const PLACE_OF_INPUT = /^inputs\.(\d+)/;
 
 export class PromptSet {
   /** rows: as `readPrompts` returns them. */
@@ -73,7 +73,7 @@ export class PromptSet {
         const answer = await postJson(SCORE, { model: state.model, inputs, refusal }, signal);
         return rows.map((row, at) => [row, answer.data[at].decisions]);
       } catch (error) {
-        const wrong = error instanceof ApiError ? ROUTE_OF_INPUT.exec(error.param ?? "") : null;
+        const wrong = error instanceof ApiError ? PLACE_OF_INPUT.exec(error.param ?? "") : null;
         if (wrong === null) throw error;
         this.failed.push({ row: rows[Number(wrong[1])], message: error.message });
         rows = rows.toSpliced(Number(wrong[1]), 1);

@@ -14,7 +14,11 @@ export class ReadingError extends Error {}
 export function readPrompts(text) {
   const start = text.trimStart();
   if (start === "") throw new ReadingError("The file has no prompts.");
-  const rows = start.startsWith("{") ? jsonLines(text) : start.startsWith("[") ? list(text) : csv(text);
+  const rows = start.startsWith("{")
+    ? jsonLines(text)
+    : start.startsWith("[")
+      ? list(text)
+      : csv(text);
   if (rows.length === 0) throw new ReadingError("The file has no prompts.");
   return rows;
 }

@@ -26,7 +26,13 @@ export class RowList {
     this.spacer = el("div", { class: "spacer", role: "presentation" });
     this.body = el(
       "div",
-      { class: "rows", role: "rowgroup", tabindex: 0, "aria-label": label, onscroll: () => this.draw() },
+      {
+        class: "rows",
+        role: "rowgroup",
+        tabindex: 0,
+        "aria-label": label,
+        onscroll: () => this.draw(),
+      },
       this.spacer,
     );
     const head = el("div", { class: "row head", role: "row" }, ...this.heads);

@@ -74,7 +74,9 @@ function begin(name, text) {
   try {
     const rows = readPrompts(text);
     if (rows.length > MOST_PROMPTS) {
-      say(`${name} has ${format.number(rows.length)} prompts; ${format.number(MOST_PROMPTS)} is the most.`);
+      say(
+        `${name} has ${format.number(rows.length)} prompts; ${format.number(MOST_PROMPTS)} is the most.`,
+      );
       return;
     }
     set = new PromptSet(name, rows);
@@ -131,7 +133,9 @@ function showResults(scored) {
     told.push(`${scored.failed.length} left out, the first is number ${row + 1}: ${message}`);
   }
   const strange = new Set(
-    scored.rows.map(({ label }) => label).filter((label) => labelIndex(label, scored.categories) < 0),
+    scored.rows
+      .map(({ label }) => label)
+      .filter((label) => labelIndex(label, scored.categories) < 0),
   );
   if (strange.size) {
     const shown = [...strange].slice(0, 5).map((label) => JSON.stringify(label));

@@ -49,7 +49,9 @@ export class RatesTable {
         ...shares(row.prompts, row.refused, row.own),
         ...falseShares(now[k * (k + 1) + c], benign),
         asked === null ? "–" : format.percent(asked),
-        asked === null || row.prompts === 0 ? "–" : format.points(row.refused / row.prompts - asked),
+        asked === null || row.prompts === 0
+          ? "–"
+          : format.points(row.refused / row.prompts - asked),
         format.points((row.refused - earlier.refused) / row.prompts),
       ]);
     });
