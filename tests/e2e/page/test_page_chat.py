@@ -78,13 +78,38 @@ def test_dial_flips_the_prompt_where_the_page_says(opened: Visit) -> None:
         page.get_by_role("button", name="New chat").click()
 
 
+# Counts the pieces of text that come in one after the other.
+COUNTING = """log => {
+  log.pieces = 0;
+  new MutationObserver((changes) => {
+    log.pieces += changes.filter((change) => change.target.matches(".assistant .text")).length;
+  }).observe(log, { childList: true, subtree: true });
+}"""
+
+
+def test_answer_can_be_stopped(opened: Visit) -> None:
+    page = opened.page
+    waiting: list[Route] = []
+    page.route(f"**{CHAT}", lambda route: waiting.append(route))
+    send(page, "Hello")
+    expect(page.locator(".badge")).to_have_text("Waiting…")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".badge")).to_have_text("Stopped")
+    answered(page)
+    page.unroute(f"**{CHAT}")
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    expect(page.locator(".badge").last).to_have_text(re.compile("Answered|Refused"))
+
+
 def test_answer_streams_with_its_decision_and_report(opened: Visit) -> None:
     page = opened.page
+    page.locator("#log").evaluate(COUNTING)
     send(page, "What is the capital of France?")
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(page.locator(".badge")).to_have_text("Answered")
     answered(page)
     expect(page.locator(".turn.assistant .text")).not_to_be_empty()
+    assert page.locator("#log").evaluate("log => log.pieces") > 2
     page.get_by_text("Margins and biases").click()
     row = page.get_by_role("row", name="safety")
     expect(row).to_contain_text("default")
