@@ -35,6 +35,12 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_outside_tables_have_at_most_100_columns(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_rheostat_commands_and_their_options_exist(page: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     for words in commands(page):
