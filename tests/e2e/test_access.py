@@ -126,7 +126,10 @@ def test_page_of_an_allowed_origin_may_ask(server: Server, keyed: Server) -> Non
     answer = httpx.options(keyed.url + "/v1/chat/completions", headers=asked, timeout=30)
     assert answer.status_code == 200
     assert answer.headers["access-control-allow-origin"] == "http://page"
-    assert httpx.options(keyed.url + "/sleepy", headers=asked, timeout=30).status_code == 404
+    for path, status in (("/v1/chat/completions", 401), ("/sleepy", 404)):
+        refused = httpx.post(keyed.url + path, headers=asked, timeout=30)
+        assert refused.status_code == status
+        assert refused.headers["access-control-allow-origin"] == "http://page"
     # vLLM allows no other origin by default.
     other = httpx.options(server.url + "/v1/chat/completions", headers=asked, timeout=30)
     assert other.status_code == 400
