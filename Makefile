@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test lint bench fuzz screenshots
+.PHONY: setup demo test test-long lint bench fuzz screenshots
 
 setup: $(STAMP)
 
@@ -17,8 +17,13 @@ $(STAMP):
 demo: setup
 	@$(BIN)/rheostat demo
 
+# In two processes, one of which has all that starts servers; tests/conftest.py.
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What `make test` leaves out: the tests with the marker "long".
+test-long: setup
+	@$(BIN)/python -m pytest -m long
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -26,7 +31,7 @@ lint: setup
 	@$(BIN)/mypy
 
 fuzz: setup
-	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest tests/e2e/test_fuzz.py tests/e2e/test_conversations.py
+	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest -m long tests/e2e/test_fuzz.py tests/e2e/test_conversations.py
 
 bench: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses

@@ -1,4 +1,4 @@
-"""Every attack on every generating route, under floors that a request tries to get below.
+"""Every attack on the generating routes, under floors that a request tries to get below.
 
 Each request is an error of the client's, or it is decided as the test's own reference decides the
 same conversation: the same margins, and a refusal where the floor's rule says so. One floor refuses
@@ -8,7 +8,7 @@ prompts are answered, so that a decision about the wrong turn shows. Every reque
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ HEADERS = {"content-type": "application/json", "authorization": f"Bearer {ACME}"
 BY_NAME = {target.name: target for target in TARGETS}
 
 
+# How many routes there are for each that an attack is tried on.
+SOME_ROUTES = pytest.param(4, id="some routes")
+EVERY_ROUTE = pytest.param(1, id="every route", marks=pytest.mark.long)
+
+
 class Attacker:
     """Makes bodies for one floor: where it answers benign questions, one of these comes first.
 
@@ -45,19 +50,25 @@ class Attacker:
         manifest: The checkpoint's.
         opening: The text that the chat template ends a prompt with.
         floor: What the bodies try to get below.
+        every: How many routes there are for each that an attack is tried on.
     """
 
-    def __init__(self, manifest: Manifest, opening: str, floor: Floor) -> None:
+    def __init__(self, manifest: Manifest, opening: str, floor: Floor, every: int = 1) -> None:
         self.manifest = manifest
         self.opening = opening
         self.before = [] if floor is DESK else ANSWERED
         self.question = QUESTION if floor is DESK else HARMFUL
+        self.every = every
         self.never = {"categories": dict.fromkeys(manifest.names, "never")}
 
     def body(self, target: Target, turns: list[Body] | None = None, **fields: Any) -> Body:
         """Returns a request of a conversation, or of the plain question."""
         asked = turns or [{"role": "user", "content": self.question}]
         return {**target.body([*self.before, *asked]), **fields, "refusal": self.never}
+
+    def routes(self, number: int, routes: Sequence[Target] = TARGETS) -> Sequence[Target]:
+        """Returns those that one attack is tried on, by its number."""
+        return routes[number % self.every :: self.every]
 
     def conversations(self) -> dict[str, list[Body]]:
         return conversation_attacks(self.manifest, self.opening, self.question)
@@ -71,14 +82,14 @@ def _attempt(name: str, target: Target, body: Body, **sent: Any) -> Attempt:
 
 
 def fields(attacker: Attacker) -> Iterator[Attempt]:
-    for name, extra in field_attacks(attacker.manifest).items():
-        for target in TARGETS:
+    for number, (name, extra) in enumerate(field_attacks(attacker.manifest).items()):
+        for target in attacker.routes(number):
             yield _attempt(name, target, attacker.body(target, **extra))
 
 
 def conversations(attacker: Attacker) -> Iterator[Attempt]:
-    for name, turns in attacker.conversations().items():
-        for target in TARGETS:
+    for number, (name, turns) in enumerate(attacker.conversations().items()):
+        for target in attacker.routes(number):
             yield _attempt(name, target, attacker.body(target, turns))
 
 
@@ -97,9 +108,10 @@ MOVED_ENDS: list[Body] = [
 
 
 def moved_ends(attacker: Attacker) -> Iterator[Attempt]:
-    for name, turns in attacker.conversations().items():
-        for extra in MOVED_ENDS:
-            for target in (BY_NAME["chat"], BY_NAME["chat streamed"], BY_NAME["batch"]):
+    routes = [BY_NAME[name] for name in ("chat", "chat streamed", "batch")]
+    for number, (name, turns) in enumerate(attacker.conversations().items()):
+        for place, extra in enumerate(MOVED_ENDS):
+            for target in attacker.routes(number + place, routes):
                 body = attacker.body(target, turns, **extra)
                 yield _attempt(f"{name}, {'+'.join(extra)}", target, body)
 
@@ -204,15 +216,8 @@ def chunks(attacker: Attacker) -> Iterator[Attempt]:
         yield _attempt("chunks", target, attacker.body(target), chunk_bytes=5)
 
 
-GROUPS: list[Attacks] = [
-    fields,
-    conversations,
-    moved_ends,
-    raw_prompts,
-    odd_headers,
-    spellings,
-    chunks,
-]
+SHORT = [raw_prompts, odd_headers, spellings, chunks]
+MANY = [fields, conversations, moved_ends]
 ROUTES_OF: dict[Attacks, set[str]] = {
     moved_ends: {"chat", "chat streamed", "batch"},
     raw_prompts: {"text", "invocations text"},
@@ -242,7 +247,7 @@ def hold(policied: Policied, outcome: Outcome, routes: set[str]) -> None:
 
 
 @pytest.mark.parametrize("floor", [DESK, GRADED], ids=lambda floor: floor.name)
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+@pytest.mark.parametrize("group", SHORT, ids=lambda group: group.__name__)
 def test_no_attack_gets_around_the_floor(
     policied: Policied, reference: Reference, opening: str, group: Attacks, floor: Floor
 ) -> None:
@@ -251,10 +256,27 @@ def test_no_attack_gets_around_the_floor(
     hold(policied, outcome, ROUTES_OF.get(group, set(BY_NAME)))
 
 
-def test_no_prefill_gets_around_the_floor(
-    policied: Policied, reference: Reference, opening: str
+@pytest.mark.parametrize("floor", [DESK, GRADED], ids=lambda floor: floor.name)
+@pytest.mark.parametrize("group", MANY, ids=lambda group: group.__name__)
+@pytest.mark.parametrize("every", [SOME_ROUTES, EVERY_ROUTE])
+def test_none_of_many_attacks_gets_around_the_floor(
+    policied: Policied,
+    reference: Reference,
+    opening: str,
+    group: Attacks,
+    floor: Floor,
+    every: int,
 ) -> None:
-    attacker = Attacker(reference.manifest, opening, PREFILLED)
+    attacker = Attacker(reference.manifest, opening, floor, every)
+    outcome = try_all(policied, floor, reference, list(group(attacker)))
+    hold(policied, outcome, ROUTES_OF.get(group, set(BY_NAME)))
+
+
+@pytest.mark.parametrize("every", [SOME_ROUTES, EVERY_ROUTE])
+def test_no_prefill_gets_around_the_floor(
+    policied: Policied, reference: Reference, opening: str, every: int
+) -> None:
+    attacker = Attacker(reference.manifest, opening, PREFILLED, every)
     attempts = [*moved_ends(attacker), *conversations(attacker)]
     outcome = try_all(policied, PREFILLED, reference, attempts)
     hold(policied, outcome, set(BY_NAME))

@@ -1,6 +1,7 @@
 """Random conversations under a floor between 0 and 1: an error, or the right turn is decided.
 
-In `make test` they are the same ones every time. `make fuzz` sends new ones for `FUZZ_S` seconds.
+In `make test`, and more in `make test-long`, they are the same ones every time; `make fuzz` sends
+new ones for `FUZZ_S` seconds.
 """
 
 import os
@@ -19,15 +20,15 @@ from tests.e2e.decided.reference import Reference
 from tests.e2e.policied import Policied
 
 FUZZ_S = int(os.environ.get("FUZZ_S", "0"))
-ROUND = 800
 MOST_SHOWN = 20
 FLOORS = [GRADED, PREFILLED]
 ASKED = [*ANSWERED, {"role": "user", "content": HARMFUL}]
 
 
 @pytest.mark.timeout(FUZZ_S + 300)
+@pytest.mark.parametrize("count", [200, pytest.param(800, marks=pytest.mark.long)])
 def test_random_conversations_are_decided_as_they_are(
-    policied: Policied, reference: Reference
+    policied: Policied, reference: Reference, count: int
 ) -> None:
     decided: Counter[str] = Counter()
     refused: Counter[str] = Counter()
@@ -36,7 +37,7 @@ def test_random_conversations_are_decided_as_they_are(
     while True:
         for floor in FLOORS:
             made = Conversations(seed, floor, reference)
-            attempts = [made.attempt(number) for number in range(ROUND)]
+            attempts = [made.attempt(number) for number in range(count)]
             outcome = try_all(policied, floor, reference, attempts)
             violations += [f"seed {seed}, {violation}" for violation in outcome.violations]
             decided += outcome.decided
@@ -46,14 +47,15 @@ def test_random_conversations_are_decided_as_they_are(
             break
     assert not violations, "\n".join(violations)
     for path in {path for path, _, _ in ROUTES}:
-        assert decided[path] > 20
+        assert decided[path] > count / 40
         # Without its template the model refuses whatever it reads.
         assert 0 < refused[path] < decided[path] or path == "/v1/completions"
 
 
 @pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: floor.name)
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_every_cut_is_an_error_or_decided_as_it_is(
-    policied: Policied, reference: Reference, floor: Floor
+    policied: Policied, reference: Reference, floor: Floor, step: int
 ) -> None:
     ends: list[Body] = [{}, {"add_generation_prompt": False, "continue_final_message": True}]
     sides: list[Body] = [{}, {"truncation_side": "left"}, {"truncation_side": "right"}]
@@ -62,20 +64,23 @@ def test_every_cut_is_an_error_or_decided_as_it_is(
     for messages in (ASKED[-1:], ASKED, begun):
         for end in ends:
             for side in sides:
-                for longest in range(1, 60):
+                for longest in range(1, 60, step):
                     cut = {**end, **side, "truncate_prompt_tokens": longest}
                     body = {"model": "demo", "max_tokens": 1, "messages": messages, **cut}
                     attempts.append(Attempt(str(cut), "chat", "/v1/chat/completions", body))
     outcome = try_all(policied, floor, reference, attempts)
     assert not outcome.violations, "\n".join(outcome.violations)
-    assert outcome.decided["chat"] > 50
+    assert outcome.decided["chat"] > 50 / step
 
 
-def test_scores_are_those_of_the_conversations(policied: Policied, reference: Reference) -> None:
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.long)])
+def test_scores_are_those_of_the_conversations(
+    policied: Policied, reference: Reference, count: int
+) -> None:
     made = Conversations(2, GRADED, reference)
     conversations: list[list[Body]] = []
     margins: list[tuple[float, ...]] = []
-    while len(conversations) < 200:
+    while len(conversations) < count:
         messages = made.chat()["messages"]
         try:
             (ids,) = expected_prompts(

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 
 from models.manifest import MANIFEST_NAME, Manifest
 from tests.e2e.servers import Server
-from tests.toy import TEMPLATE, save_toy
+from tests.toy import save_toy
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -223,50 +222,11 @@ def test_scoring_routes_are_not_served(server: Server) -> None:
     assert answer.json()["error"]["type"] == "not_found_error"
 
 
-def without_manifest(directory: Path) -> str:
-    (directory / MANIFEST_NAME).unlink()
-    return "rheostat.json does not exist"
-
-
-def with_a_token_of_two_ids(directory: Path) -> str:
-    path = directory / MANIFEST_NAME
-    path.write_text(path.read_text().replace("[respond]", "[answer]"))
-    return "'[answer]' is 8 ids"
-
-
-def with_another_id(directory: Path) -> str:
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
-    first = manifest["categories"][0]
-    manifest["respond"]["id"], first["id"] = first["id"], manifest["respond"]["id"]
-    path.write_text(json.dumps(manifest))
-    return "one of the two belongs to another model"
-
-
-def with_a_template_that_ends_elsewhere(directory: Path) -> str:
-    template = TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|>Well: {% endif %}")
-    (directory / "chat_template.jinja").write_text(template)
-    return "does not end where the decision step begins"
-
-
-BREAKS = [
-    without_manifest,
-    with_a_token_of_two_ids,
-    with_another_id,
-    with_a_template_that_ends_elsewhere,
-]
-
-
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda break_it: break_it.__name__)
-def test_serve_refuses_a_broken_checkpoint_in_one_line(
-    tmp_path: Path, break_it: Callable[[Path], str]
-) -> None:
-    directory = tmp_path / "checkpoint"
-    directory.mkdir()
-    save_toy(directory)
-    expected = break_it(directory)
+def test_serve_says_in_one_line_that_its_checkpoint_is_broken(tmp_path: Path) -> None:
+    save_toy(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
     ended = subprocess.run(
-        [sys.executable, "-m", "rheostat", "serve", "--model", str(directory), "--port", "0"],
+        [sys.executable, "-m", "rheostat", "serve", "--model", str(tmp_path), "--port", "0"],
         capture_output=True,
         text=True,
         timeout=60,
@@ -275,5 +235,5 @@ def test_serve_refuses_a_broken_checkpoint_in_one_line(
     assert ended.returncode == 1
     assert ended.stdout == ""
     (line,) = ended.stderr.strip().splitlines()
-    assert expected in line
     assert line.startswith("rheostat: ")
+    assert "rheostat.json does not exist" in line

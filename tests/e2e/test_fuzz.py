@@ -1,6 +1,7 @@
 """Random requests to every route, made from the server's own OpenAPI document by schemathesis.
 
-In `make test` they are the same ones every time. `make fuzz` sends new ones for `FUZZ_S` seconds.
+In `make test-long` they are the same ones every time; `make fuzz` sends new ones for `FUZZ_S`
+seconds.
 """
 
 import json
@@ -61,6 +62,7 @@ def document(server: Server) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.long
 @pytest.mark.timeout(FUZZ_S + 420)
 def test_random_requests_are_answered_and_the_server_lives_on(
     fuzzed: Server, tmp_path: Path

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +17,6 @@ from server.policies.credentials import hash_key
 from tests.e2e.attacks import TARGETS, TOOL
 from tests.e2e.attacks import Target as Route
 from tests.e2e.policied import ACME, FILE, FIXED_TEXT, SECRET, SHOP, Policied
-from tests.e2e.servers import free_port
 
 CHAT = "/v1/chat/completions"
 SCORE = "/v1/refusal/score"
@@ -400,35 +397,3 @@ def test_trace_has_a_line_a_choice_and_no_text(policied: Policied, acme: httpx.C
         assert (line["decision"], line["category"]) == ("refuse", "safety")
     assert "France" not in policied.trace.read_text()
     assert ACME not in policied.trace.read_text()
-
-
-# at start
-
-
-@pytest.mark.parametrize(
-    ("flags", "variables", "said"),
-    [
-        (["--api-key", "k"], {}, "--api-key (or VLLM_API_KEY): RHEOSTAT_POLICY_FILE holds"),
-        ([], {"RHEOSTAT_DEFAULTS": "{}"}, "RHEOSTAT_DEFAULTS: the policies of RHEOSTAT_POLICY"),
-        ([], {"RHEOSTAT_POLICY_FILE": "absent.yaml"}, "absent.yaml: it cannot be read"),
-        ([], {"RHEOSTAT_POLICY_FILE": "/dev/zero"}, "/dev/zero: it cannot be read: it is no"),
-        ([], {"RHEOSTAT_TRACE_FILE": "no/where"}, "RHEOSTAT_TRACE_FILE: no/where cannot be"),
-    ],
-)
-def test_contradictory_settings_are_one_line_at_start(
-    policied: Policied, flags: list[str], variables: dict[str, str], said: str
-) -> None:
-    command = [sys.executable, "-m", "rheostat", "serve", "--model", str(policied.model), *flags]
-    command += ["--port", str(free_port())]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "RHEOSTAT_POLICY_FILE": str(policied.file),
-        **variables,
-    }
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=200
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith(f"rheostat: {said}")
-    assert "Traceback" not in done.stderr

@@ -76,7 +76,7 @@ def test_trace_has_a_line_of_each_scoring(policied: Policied) -> None:
 
 def test_key_ends_by_itself(policied: Policied) -> None:
     key = generate_key()
-    ends = datetime.now(UTC) + timedelta(seconds=12)
+    ends = datetime.now(UTC) + timedelta(seconds=6)
     entry = f'{{hash: "{hash_key(key)}", expires: {ends:%Y-%m-%dT%H:%M:%S.%f}Z}}'
     try:
         policied.file.write_text(

@@ -48,7 +48,7 @@ def test_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -
         "RHEOSTAT_MAX_HEADER_BYTES, RHEOSTAT_MAX_INPUTS, RHEOSTAT_MAX_LOGPROBS, "
         "RHEOSTAT_MAX_MESSAGES, RHEOSTAT_MAX_REPEATED_BYTES, "
         "RHEOSTAT_MAX_STOPS, RHEOSTAT_MAX_TOOLS, RHEOSTAT_MAX_URL_BYTES, "
-        "RHEOSTAT_OPERATOR_KEY_HASH, RHEOSTAT_POLICY_FILE, RHEOSTAT_RECORD_FILE, "
+        "RHEOSTAT_OPERATOR_KEY_HASH, RHEOSTAT_PAGE, RHEOSTAT_POLICY_FILE, RHEOSTAT_RECORD_FILE, "
         "RHEOSTAT_RECORD_SHARE, RHEOSTAT_TRACE_FILE"
     )
 
@@ -114,6 +114,14 @@ def test_recording_needs_both_a_share_and_a_file(
     if file is not None:
         monkeypatch.setenv("RHEOSTAT_RECORD_FILE", file)
     assert message().startswith(said)
+
+
+def test_defaults_stand_in_the_policy_file_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RHEOSTAT_POLICY_FILE", "policies.yaml")
+    monkeypatch.setenv("RHEOSTAT_DEFAULTS", "{}")
+    assert message().startswith("RHEOSTAT_DEFAULTS: the policies of RHEOSTAT_POLICY_FILE hold")
 
 
 def test_settings_are_frozen() -> None:
