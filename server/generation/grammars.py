@@ -1,4 +1,4 @@
-"""What a request's grammar may cost: all requests share the engine that follows it."""
+"""Bounds of a request's grammar: all requests share the engine that follows it."""
 
 import json
 import re
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 PARAM = "structured_outputs"
-# Where the limit travels in vLLM's `additional_config`.
+# Key of the limit in vLLM's `additional_config`.
 LIMIT_KEY = "rheostat_max_grammar_s"
-# What vLLM calls the one of its libraries that bounds each of its steps.
+# vLLM's name of the grammar library that bounds each of its steps.
 BOUNDED_BACKEND = "guidance"
-# A stronger penalty moves a forced token aside once it was written, so that the next one follows.
+# A stronger penalty excludes a forced token once it was written, so that the next one follows.
 HARMLESS_REPETITION = (0.8, 1.5)
 _DICTATE = ("logit_bias", "allowed_token_ids", "bad_words")
 _KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
-# Keys of JSON schemas whose numbers say how many of something there are. llguidance writes one rule
-# for each item; it counts the characters of a string while these come.
+# Keys of JSON schemas with a number of items or properties: llguidance writes one rule for each. It
+# only counts the characters of a string, so the keys of lengths are left out.
 _COUNTS = re.compile("(?:min|max)(?!Length)[A-Z]")
-# Keys of JSON whose texts are patterns, or whose object has patterns for keys.
+# Keys of JSON whose value is a pattern, or an object with patterns as keys.
 _PATTERNS = re.compile("pattern|regex", re.IGNORECASE)
 # {m}, {m,} and {m,n}, and Lark's ~m and ~m..n, without white space.
 _REPEAT = re.compile(r"(.?)(?:\{([0-9]+)(?:,([0-9]*))?\}|~([0-9]+)(?:\.\.([0-9]+))?)")
-# What a group, a pattern of Lark's or a repeat ends with (an empty text: the repeat before): counts
-# behind these multiply the counts within.
+# Ends of a group, of a pattern of Lark's, or of a repeat (an empty text: the repeat before). A
+# count behind one of them multiplies the counts within.
 _GROUP_ENDS = frozenset(["", *")}?*+/"])
 _INLINE_SCHEMA = re.compile(r"%json\s*")
 
@@ -105,11 +105,11 @@ def _hold(what: str, found: int, most: int) -> None:
 
 
 def _repeats(pattern: str) -> int:
-    # From above, and without reading the pattern: a count behind a group or another count
-    # multiplies all the others together.
+    # An upper bound that needs no parser: a count behind a group or another count multiplies all
+    # the others.
     alone, multiplying = 0, 1
     for before, *numbers in _REPEAT.findall("".join(pattern.split())):
-        # More digits than that are beyond every bound.
+        # More digits exceed every bound.
         count = max(int(number.lstrip("0")[:18] or 0) for number in numbers)
         if before in _GROUP_ENDS:
             multiplying *= max(1, count)
@@ -162,8 +162,7 @@ def _read(text: str, start: int = 0) -> Any:
         return _JSON.raw_decode(text.lstrip() if start == 0 else text, start)[0]
     except (ValueError, RecursionError) as error:
         raise RequestError(
-            "the grammar that structured_outputs asks for holds what is no JSON, or nests too "
-            "deeply",
+            "the grammar of structured_outputs holds invalid JSON, or nests too deeply",
             param=PARAM,
             status=400,
         ) from error
@@ -181,13 +180,13 @@ def check_dictation(params: "SamplingParams") -> None:
         found.append("repetition_penalty")
     if found:
         raise NotAllowedError(
-            f"{found[0]}: the policy allows no grammars, and this can dictate an answer like one",
+            f"{found[0]}: the policy allows no grammars, and this field can dictate an answer too",
             param=found[0],
         )
 
 
 def grammar_failed() -> RequestError:
-    """Returns the error of a request whose grammar the engine gave up."""
+    """Returns the error of a request whose grammar the engine ended."""
     return RequestError(
         "no text follows the grammar that structured_outputs, response_format or the tools ask "
         f"for, or it takes more of the engine's time than {PREFIX}MAX_GRAMMAR_S allows",

@@ -155,7 +155,7 @@ def test_grammar_of_json_that_cannot_be_read_is_400(text: str) -> None:
     kinds = {"json": text, "structural_tag": text, "grammar": f"start: %json {text}"}
     for kind, written in kinds.items():
         grammar: dict[str, Any] = {kind: written}
-        with pytest.raises(RequestError, match="no JSON, or nests too deeply") as e:
+        with pytest.raises(RequestError, match="invalid JSON, or nests too deeply") as e:
             check(**grammar)
         assert e.value.status == 400
 
