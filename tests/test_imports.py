@@ -151,6 +151,7 @@ LIGHT = (
     "server.policies.reloading",
     "server.telemetry.trace",
     "server.commands",
+    "training.category_commands",
     "training.commands",
     "rheostat",
 )

@@ -286,7 +286,14 @@ def test_rheostat_commands_are_there() -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     used = {name for name, *_ in _tool("rheostat")}
 
-    assert used == {"train", "serve", "evaluate", "calibrate"}
+    assert used == {
+        "train",
+        "serve",
+        "evaluate",
+        "calibrate",
+        "add-category",
+        "remove-category",
+    }
     for name in used:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
         assert name in known

@@ -64,14 +64,14 @@ def _from_checkpoint(config: TrainConfig, source: CheckpointModel) -> Start:
     folder = model_folder(source)
     tokenizer = tokenizer_of(source, folder)
     manifest = add_control_tokens(tokenizer, config.token_categories)
-    stored = _stored_dtype(folder)
+    stored = stored_dtype(folder)
     # AdamW in bfloat16 loses small updates: bf16 training is autocast over fp32 weights, except
     # under adapters, where the stored weights are frozen and only fp32 adapters move.
     frozen = config.lora is not None and config.optimisation.bf16
     loaded_as = stored if frozen else "float32"
 
     def build() -> Any:
-        model = _load(folder, loaded_as)
+        model = load_model(folder, loaded_as)
         grow_embeddings(model, tokenizer, manifest)
         return model
 
@@ -129,11 +129,17 @@ def model_config(folder: Path) -> Any:
         raise _unloadable(folder, error) from error
 
 
-def _stored_dtype(folder: Path) -> str:
+def stored_dtype(folder: Path) -> str:
+    """Returns what the weights of an existing model are stored as, such as `bfloat16`."""
     return str(model_config(folder).dtype or "float32").removeprefix("torch.")
 
 
-def _load(folder: Path, dtype: str) -> Any:
+def load_model(folder: Path, dtype: str) -> Any:
+    """Loads an existing model, with every weight that its configuration names.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

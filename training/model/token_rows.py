@@ -49,11 +49,13 @@ class Fit(NamedTuple):
         rows: `[k, width]` fp64, one a category.
         strength: Of the penalty.
         losses: Cross-validated mean cross-entropy in nats, by strength.
+        held_out: `[n, k]` margins at that strength, each by rows that were learnt without it.
     """
 
     rows: Floats
     strength: float
     losses: dict[float, float]
+    held_out: Floats
 
 
 def fit(decisions: Decisions, categories: int, seed: int = 0) -> Fit:
@@ -91,28 +93,34 @@ def _fit(decisions: Decisions, fixed: Floats, categories: int, seed: int) -> Fit
     # A state that never changes tells nothing.
     scale = np.where(scale > 1e-6 * scale.max(), scale, np.inf)
     spread = decisions._replace(states=decisions.states / scale)
-    losses = _cross_validated(spread, fixed, categories, folds)
+    losses, held_out = _cross_validated(spread, fixed, categories, folds)
     strength = min(losses, key=losses.__getitem__)
     start = np.zeros((categories, spread.states.shape[1]))
-    return Fit(_minimised(spread, fixed, strength, start, FINELY) / scale, strength, losses)
+    return Fit(
+        _minimised(spread, fixed, strength, start, FINELY) / scale, strength, losses, held_out
+    )
 
 
 def _cross_validated(
     decisions: Decisions, fixed: Floats, categories: int, folds: NDArray[np.int64]
-) -> dict[float, float]:
+) -> tuple[dict[float, float], Floats]:
     rows = [np.zeros((categories, decisions.states.shape[1])) for _ in range(FOLDS)]
     losses: dict[float, float] = {}
+    margins, best = np.zeros((len(folds), categories)), np.zeros((len(folds), categories))
     for strength in STRENGTHS:
         held_out = []
         for fold in range(FOLDS):
             held = folds == fold
             learnt = decisions.of(~held)
             rows[fold] = _minimised(learnt, fixed[~held], strength, rows[fold], ROUGHLY)
+            margins[held] = decisions.states[held] @ rows[fold].T
             held_out.append(_loss(rows[fold], decisions.of(held), fixed[held])[0])
         losses[strength] = float(np.mean(held_out))
+        if losses[strength] == min(losses.values()):
+            best = margins.copy()
         if all(loss > min(losses.values()) for loss in list(losses.values())[-WORSE:]):
             break
-    return losses
+    return losses, best
 
 
 def _folds(labels: NDArray[np.int64], categories: int, seed: int) -> NDArray[np.int64]:

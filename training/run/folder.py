@@ -188,6 +188,6 @@ def put_in_place(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(replaced)
     partial.rename(out)
-    (out / IDENTITY_NAME).unlink()
+    (out / IDENTITY_NAME).unlink(missing_ok=True)
     if replaced.exists():
         shutil.rmtree(replaced)

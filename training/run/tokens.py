@@ -1,6 +1,5 @@
 """The way `tokens`: only the output rows of the control tokens are learnt, nothing is trained."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ import numpy as np
 
 from models.checkpoint import load_checkpoint
 from models.errors import ConfigError
-from models.files import write_atomically
 from models.manifest import Manifest
 from training.config.recipe import TrainConfig
 from training.data.encoding import Example, encode_rows
@@ -17,13 +15,12 @@ from training.data.mixture import decision_weights
 from training.data.rows import Row
 from training.measure.metrics import decision_metrics
 from training.model.gguf import cache_folder
+from training.model.output_rows import on_device, set_row
 from training.model.start import Start
 from training.model.states import decision_states
 from training.model.token_rows import Decisions, Fit, Floats, fit
+from training.run.kept_states import keep_states
 from training.run.resume import saved_silently
-
-# In a folder of its own: `*.safetensors` beside the weights would count as weights.
-KEPT_STATES = Path("decisions") / "states.safetensors"
 
 
 class Prompt(NamedTuple):
@@ -77,13 +74,18 @@ def learn_tokens(
         CheckpointError: What was written could not be served.
     """
     model = on_device(start.make())
-    decisions = decisions_of(config, start, model, rows)
+    examples = _encoded(config, start, rows, config.optimisation.max_length)
+    decisions = decisions_of(examples, start.manifest, model)
     fitted = fit(decisions, len(start.manifest.categories), config.seed)
     lines: list[dict[str, Any]] = [_told(decisions, fitted)]
     if held_out is not None:
-        measured = decisions_of(config, start, model, held_out, last_turns=True)
+        # Whole, as the server would read them.
+        whole = _encoded(config, start, held_out, None)
+        measured = decisions_of(whole, start.manifest, model, last_turns=True)
         lines.append({"final": _metrics(measured, fitted.rows, start.manifest, held_out)})
-    write_rows(model, start.manifest, fitted.rows)
+    for category, row in zip(start.manifest.categories, fitted.rows, strict=True):
+        set_row(model, category.id, row)
+    set_row(model, start.manifest.respond.id, np.zeros_like(fitted.rows[0]))
     save_model(model, start.dtype, folder)
     keep_states(folder, decisions, start.manifest.names)
     load_checkpoint(folder)
@@ -91,34 +93,13 @@ def learn_tokens(
 
 
 def decisions_of(
-    config: TrainConfig,
-    start: Start,
-    model: Any,
-    rows: Sequence[Row],
-    *,
-    last_turns: bool = False,
+    examples: Sequence[Example], manifest: Manifest, model: Any, *, last_turns: bool = False
 ) -> Decisions:
-    """Returns the decisions of rows, every assistant turn's or the last one's of each row.
-
-    Raises:
-        ConfigError: A row cannot be encoded.
-    """
-    examples = encode_rows(
-        rows,
-        start.tokenizer,
-        start.manifest,
-        decision_weights(rows, config.data, config.loss),
-        # Measured whole: as the server would read it.
-        None if last_turns else config.optimisation.max_length,
-        config.data.too_long,
-    )
-    turns = [prompts_of(example, start.manifest) for example in examples]
+    """Returns the decisions of rows: every assistant turn's, or the last one's of each row."""
+    turns = [prompts_of(example, manifest) for example in examples]
     prompts = [prompt for of_row in turns for prompt in (of_row[-1:] if last_turns else of_row)]
     states = decision_states(
-        model,
-        [prompt.ids for prompt in prompts],
-        start.manifest.control_ids,
-        cache_folder("states"),
+        model, [prompt.ids for prompt in prompts], manifest.control_ids, cache_folder("states")
     )
     return Decisions(
         states.astype(np.float64),
@@ -127,25 +108,12 @@ def decisions_of(
     )
 
 
-def on_device(model: Any) -> Any:
-    """Returns the model, ready to read prompts, on a GPU where there is one."""
-    import torch
-
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def write_rows(model: Any, manifest: Manifest, rows: Floats) -> None:
-    """Sets the output rows of the control tokens; the respond token's is zero.
-
-    With tied embeddings the same rows are read in as well. No prompt holds these tokens.
-    """
-    import torch
-
-    weight = model.get_output_embeddings().weight
-    with torch.no_grad():
-        for category, row in zip(manifest.categories, rows, strict=True):
-            weight[category.id] = torch.from_numpy(row).to(weight)
-        weight[manifest.respond.id] = 0
+def _encoded(
+    config: TrainConfig, start: Start, rows: Sequence[Row], max_length: int | None
+) -> list[Example]:
+    weights = decision_weights(rows, config.data, config.loss)
+    tokenizer, manifest = start.tokenizer, start.manifest
+    return encode_rows(rows, tokenizer, manifest, weights, max_length, config.data.too_long)
 
 
 def save_model(model: Any, dtype: str, folder: Path) -> None:
@@ -155,22 +123,6 @@ def save_model(model: Any, dtype: str, folder: Path) -> None:
     model.to(getattr(torch, dtype))
     with saved_silently():
         model.save_pretrained(folder)
-
-
-def keep_states(folder: Path, decisions: Decisions, names: Sequence[str]) -> None:
-    """Keeps what the rows were learnt from, for `rheostat add-category`."""
-    from safetensors.numpy import save
-
-    content = save(
-        {
-            "states": decisions.states.astype(np.float16),
-            "labels": decisions.labels,
-            "weights": decisions.weights,
-        },
-        metadata={"names": json.dumps(list(names))},
-    )
-    (folder / KEPT_STATES).parent.mkdir(exist_ok=True)
-    write_atomically(folder / KEPT_STATES, content)
 
 
 def _told(decisions: Decisions, fitted: Fit) -> dict[str, Any]:

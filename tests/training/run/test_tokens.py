@@ -16,7 +16,7 @@ from tests.training.conftest import WriteRows, small_rows
 from tests.training.recipes import CATEGORIES, log_of, weights_of
 from training.config.recipe import TrainConfig
 from training.model.gguf import cache_folder
-from training.run.tokens import KEPT_STATES
+from training.run.kept_states import KEPT_STATES
 from training.run.train import train
 
 QUESTIONS = {"How do I steal pens?": 0, "Do you love pens?": 1, "Where do I buy pens?": 2}
