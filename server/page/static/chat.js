@@ -237,7 +237,8 @@ function reportTable(report, asked) {
 }
 
 function askedText(asked) {
-  if (typeof asked !== "object") return String(asked);
+  if (typeof asked === "string") return asked;
+  if (typeof asked === "number") return asked.toFixed(3);
   const [[mode, value]] = Object.entries(asked);
-  return `${mode.replaceAll("_", " ")} ${value}`;
+  return `${mode.replaceAll("_", " ")} ${value.toFixed(3)}`;
 }
