@@ -1,6 +1,7 @@
 """A calibration of the demo checkpoint, small enough to be measured anew in every test session."""
 
 import json
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,20 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from models.calibration import BENIGN, Calibration, CalibrationInfo, save_calibration
+from models.calibration import (
+    BENIGN,
+    CALIBRATIONS,
+    Calibration,
+    CalibrationInfo,
+    save_calibration,
+)
 from models.hashes import checkpoint_hashes
 from models.manifest import load_manifest
-from tests.e2e.servers import Server
+from tests.e2e.servers import Server, http_client, rheostat_server
 
 KEY = "the-key"
+ROOT_PATH = "/api"
+ORIGIN = "http://page"
 OWN = 40
 HARMLESS = 120
 
@@ -26,7 +35,7 @@ class Prompt(NamedTuple):
 
 
 class CalibratedServer(NamedTuple):
-    """A running server with an API key, its calibration, and where it records margins."""
+    """A server with an API key, its calibration, and where it records margins."""
 
     server: Server
     calibration: Calibration
@@ -35,11 +44,31 @@ class CalibratedServer(NamedTuple):
 
     def client(self) -> httpx.Client:
         """Returns a client that has the key."""
-        headers = {"Authorization": f"Bearer {KEY}"}
-        return httpx.Client(base_url=self.server.url, headers=headers, timeout=120)
+        return http_client(self.server.url, authorization=f"Bearer {KEY}")
 
     def texts(self, category: str | None) -> list[str]:
         return [prompt.text for prompt in self.prompts if prompt.category == category]
+
+
+def calibrated_server(
+    scoring: Server, checkpoint: Path, prompts: list[Prompt], folder: Path
+) -> CalibratedServer:
+    """Starts a server of a copy of a checkpoint, calibrated with what another server scores.
+
+    It needs a key, stands behind a path of a proxy, allows the pages of one origin, records margins
+    and has vLLM's developer mode on.
+    """
+    copied, margins = folder / "demo", folder / "margins.json"
+    shutil.copytree(checkpoint, copied, ignore=shutil.ignore_patterns(CALIBRATIONS))
+    calibration = calibrate(scoring, copied, prompts)
+    variables = {
+        "RHEOSTAT_RECORD_SHARE": "0.5",
+        "RHEOSTAT_RECORD_FILE": str(margins),
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    flags = ("--api-key", KEY, "--root-path", ROOT_PATH, "--allowed-origins", f'["{ORIGIN}"]')
+    server = rheostat_server(copied, folder / "log", *flags, variables=variables)
+    return CalibratedServer(server, calibration, prompts, margins)
 
 
 def calibration_prompts(path: Path) -> list[Prompt]:
@@ -63,11 +92,10 @@ def score(client: httpx.Client, texts: list[str], **body: Any) -> dict[str, Any]
     return scored
 
 
-def calibrate(url: str, checkpoint: Path, prompts: list[Prompt]) -> Calibration:
+def calibrate(server: Server, checkpoint: Path, prompts: list[Prompt]) -> Calibration:
     """Scores prompts on a running server and saves their calibration into a checkpoint."""
     names = load_manifest(checkpoint).names
-    with httpx.Client(base_url=url, timeout=120) as client:
-        entries = score(client, [prompt.text for prompt in prompts])["data"]
+    entries = score(server.http, [prompt.text for prompt in prompts])["data"]
     margins = [[entry["decisions"][name]["margin"] for name in names] for entry in entries]
     calibration = Calibration(
         margins=np.array(margins, dtype=np.float32),

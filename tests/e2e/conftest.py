@@ -1,17 +1,16 @@
-"""One demo checkpoint, one Rheostat server and one stock server for the whole session."""
+"""One demo checkpoint and the servers of the whole session: three of Rheostat, one of vLLM."""
 
 import json
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
 
-from models.calibration import CALIBRATIONS
 from models.manifest import Manifest, load_manifest
-from tests.e2e.calibrating import KEY, CalibratedServer, calibrate, calibration_prompts
+from tests.e2e.calibrating import CalibratedServer, calibrated_server, calibration_prompts
 from tests.e2e.decided.reference import Reference
 from tests.e2e.policied import Policied, policied_server
 from tests.e2e.servers import Server, rheostat_server, stock_server
@@ -20,6 +19,11 @@ from training.demo_data.render import write
 from training.run.train import train
 
 ROOT = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests last that end the session's servers."""
+    items.sort(key=lambda item: item.path.name == "test_ending.py")
 
 
 @pytest.fixture(scope="session")
@@ -47,41 +51,78 @@ def evaluation(data: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="session")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "rheostat.log"
-    with rheostat_server(checkpoint, log) as running:
-        yield running
+class Started(NamedTuple):
+    """The session's servers, which may still be starting; None where no test needs one."""
+
+    server: Server | None
+    stock: Server | None
+    policied: Policied | None
+    calibrated: CalibratedServer | None
 
 
 @pytest.fixture(scope="session")
-def stock(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("stock") / "stock.log"
-    with stock_server(checkpoint, log) as running:
-        yield running
+def started(
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Started]:
+    """Starts what the session's tests need, all at once: a start keeps one core busy."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with ExitStack() as ends:
+
+        def ending(server: Server) -> Server:
+            ends.callback(server.end)
+            return server
+
+        folder = tmp_path_factory.mktemp("servers")
+        server = stock = policied = calibrated = None
+        if needed & {"server", "calibrated"}:
+            server = ending(rheostat_server(checkpoint, folder / "rheostat.log"))
+        if "policied" in needed:
+            policied = policied_server(checkpoint, tmp_path_factory.mktemp("policied"))
+            ending(policied.server)
+        if "stock" in needed:
+            stock = ending(stock_server(checkpoint, folder / "stock.log"))
+        if "calibrated" in needed:
+            assert server is not None
+            server.wait_until_ready()
+            prompts = calibration_prompts(data / "calibration.jsonl")
+            calibrated = calibrated_server(
+                server, checkpoint, prompts, tmp_path_factory.mktemp("calibrated")
+            )
+            ending(calibrated.server)
+        yield Started(server, stock, policied, calibrated)
 
 
 @pytest.fixture(scope="session")
-def calibrated(
-    server: Server, checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CalibratedServer]:
-    """A server of the same checkpoint, calibrated with what the other one scores."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    copied = folder / "demo"
-    shutil.copytree(checkpoint, copied, ignore=shutil.ignore_patterns(CALIBRATIONS))
-    prompts = calibration_prompts(data / "calibration.jsonl")
-    calibration = calibrate(server.url, copied, prompts)
-    margins = folder / "margins.json"
-    recording = {"RHEOSTAT_RECORD_SHARE": "0.5", "RHEOSTAT_RECORD_FILE": str(margins)}
-    flags = ("--api-key", KEY)
-    with rheostat_server(copied, folder / "log", *flags, variables=recording) as running:
-        yield CalibratedServer(running, calibration, prompts, margins)
+def server(started: Started) -> Server:
+    """Rheostat without a policy file."""
+    assert started.server is not None
+    return started.server.wait_until_ready()
 
 
 @pytest.fixture(scope="session")
-def policied(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policied]:
-    with policied_server(checkpoint, tmp_path_factory.mktemp("policies")) as running:
-        yield running
+def stock(started: Started) -> Server:
+    """VLLM as it is, with the same checkpoint."""
+    assert started.stock is not None
+    return started.stock.wait_until_ready()
+
+
+@pytest.fixture(scope="session")
+def calibrated(started: Started) -> CalibratedServer:
+    """Rheostat with a calibration of what ``server`` scores, and with vLLM's own API key."""
+    assert started.calibrated is not None
+    started.calibrated.server.wait_until_ready()
+    return started.calibrated
+
+
+@pytest.fixture(scope="session")
+def policied(started: Started) -> Policied:
+    """Rheostat with a policy file."""
+    assert started.policied is not None
+    started.policied.server.wait_until_ready()
+    return started.policied
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +130,16 @@ def reference(checkpoint: Path) -> Reference:
     return Reference(checkpoint)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as openai:
+    http = DefaultHttpxClient(verify=False)
+    url = f"{server.url}/v1"
+    with OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http) as openai:
         yield openai
 
 
 @pytest.fixture
 def asynchronous(server: Server) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    http = DefaultAsyncHttpxClient(verify=False)
+    url = f"{server.url}/v1"
+    return AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)

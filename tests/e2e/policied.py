@@ -1,8 +1,6 @@
 """A server with a policy file; its tenants' floors refuse every prompt, or harmful ones."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,7 @@ from models.calibration import (
 from models.hashes import checkpoint_hashes
 from models.manifest import load_manifest
 from server.policies.credentials import generate_key, hash_key
-from tests.e2e.servers import Server, rheostat_server
+from tests.e2e.servers import Server, http_client, rheostat_server
 
 ACME, SHOP, SECRET, CLINIC, PRESS = (generate_key() for _ in range(5))
 FIXED_TEXT = "Please ask at the desk."
@@ -98,11 +96,8 @@ class Policied(NamedTuple):
     file: Path
     trace: Path
 
-    def client(self, key: str | None = None, **headers: str) -> httpx.Client:
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
-        if key is not None:
-            sent["authorization"] = f"Bearer {key}"
-        return httpx.Client(base_url=self.server.url, headers=sent, timeout=60)
+    def client(self, key: str, **headers: str) -> httpx.Client:
+        return http_client(self.server.url, authorization=f"Bearer {key}", **headers)
 
 
 def made_up_calibration(checkpoint: Path, name: str) -> Calibration:
@@ -126,9 +121,8 @@ def made_up_calibration(checkpoint: Path, name: str) -> Calibration:
     )
 
 
-@contextmanager
-def policied_server(checkpoint: Path, folder: Path) -> Iterator[Policied]:
-    """Serves a copy of a checkpoint, with two calibrations, under the policy file."""
+def policied_server(checkpoint: Path, folder: Path) -> Policied:
+    """Starts a server of a copy of a checkpoint, with two calibrations, under the policy file."""
     model = folder / "model"
     shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns(CALIBRATIONS))
     for name in ("default", "tenant"):
@@ -136,5 +130,5 @@ def policied_server(checkpoint: Path, folder: Path) -> Iterator[Policied]:
     file, trace = folder / "policies.yaml", folder / "trace.jsonl"
     file.write_text(FILE)
     variables = {"RHEOSTAT_POLICY_FILE": str(file), "RHEOSTAT_TRACE_FILE": str(trace)}
-    with rheostat_server(model, folder / "log", variables=variables) as server:
-        yield Policied(server, model, file, trace)
+    server = rheostat_server(model, folder / "log", variables=variables)
+    return Policied(server, model, file, trace)

@@ -1,14 +1,12 @@
 """The gate before the real server: classes of routes, and paths that try to be another."""
 
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
-import httpx
 import pytest
 
 from server.web.access import ROUTES, Access
-from tests.e2e.servers import OPERATOR, Server, rheostat_server
+from tests.e2e.calibrating import KEY, ORIGIN, ROOT_PATH, CalibratedServer
+from tests.e2e.servers import OPERATOR, Server, http_client
 
 
 def raw_request(server: Server, target: str, *, method: str = "POST", head: str = "") -> str:
@@ -70,14 +68,14 @@ def test_other_spelling_of_a_path_is_the_same_route(server: Server, target: str)
 def test_operators_routes_and_those_that_are_off(server: Server, route: object) -> None:
     assert isinstance(route, tuple)
     method, path, access, _ = route
-    answer = httpx.request(method, server.url + path, timeout=30)
+    answer = server.http.request(method, path)
     assert answer.status_code == (401 if access is Access.OPERATOR else 404)
     kind = "authentication_error" if access is Access.OPERATOR else "not_found_error"
     assert answer.json()["error"]["type"] == kind
 
 
 def test_operator_reads_metrics_documents_and_token_ids(server: Server) -> None:
-    with httpx.Client(base_url=server.url, headers=OPERATOR, timeout=30) as client:
+    with http_client(server.url, **OPERATOR) as client:
         assert client.get("/metrics").text.startswith("# HELP")
         assert "/v1/chat/completions" in client.get("/openapi.json").json()["paths"]
         assert client.get("/docs").status_code == 200
@@ -99,39 +97,27 @@ def test_websocket_is_a_request_like_any_other(server: Server, method: str, path
         head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n{upgrade}\r\n\r\n"
         connection.sendall(head.encode())
         answer = connection.makefile("rb").read()
-    plain = httpx.request(method, server.url + path, timeout=30)
+    plain = server.http.request(method, path)
     assert answer.startswith(f"HTTP/1.1 {plain.status_code} ".encode())
     assert answer.endswith(plain.content)
 
 
 @pytest.fixture(scope="module")
-def keyed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("keyed") / "log"
-    with rheostat_server(
-        checkpoint,
-        log,
-        "--api-key",
-        "tenant",
-        "--root-path",
-        "/api",
-        "--allowed-origins",
-        '["http://page"]',
-        variables={"VLLM_SERVER_DEV_MODE": "1"},
-    ) as running:
-        yield running
+def keyed(calibrated: CalibratedServer) -> Server:
+    return calibrated.server
 
 
 def test_page_of_an_allowed_origin_may_ask(server: Server, keyed: Server) -> None:
-    asked = {"origin": "http://page", "access-control-request-method": "POST"}
-    answer = httpx.options(keyed.url + "/v1/chat/completions", headers=asked, timeout=30)
+    asked = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    answer = keyed.http.options("/v1/chat/completions", headers=asked)
     assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"] == "http://page"
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
     for path, status in (("/v1/chat/completions", 401), ("/sleepy", 404)):
-        refused = httpx.post(keyed.url + path, headers=asked, timeout=30)
+        refused = keyed.http.post(path, headers=asked)
         assert refused.status_code == status
-        assert refused.headers["access-control-allow-origin"] == "http://page"
+        assert refused.headers["access-control-allow-origin"] == ORIGIN
     # vLLM allows no other origin by default.
-    other = httpx.options(server.url + "/v1/chat/completions", headers=asked, timeout=30)
+    other = server.http.options("/v1/chat/completions", headers=asked)
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
 
@@ -140,24 +126,24 @@ TENANTS = [r for r in ROUTES if r.access is Access.TENANT]
 
 
 @pytest.mark.parametrize("route", TENANTS, ids=lambda route: f"{route.method}{route.path}")
-@pytest.mark.parametrize("prefix", ["", "/api"])
+@pytest.mark.parametrize("prefix", ["", ROOT_PATH])
 def test_every_route_of_a_tenants_wants_its_key(keyed: Server, route: object, prefix: str) -> None:
     assert isinstance(route, tuple)
     method, path, _, _ = route
-    with httpx.Client(base_url=keyed.url + prefix, timeout=60) as client:
-        assert client.request(method, path, json={}).status_code == 401
-        assert client.request(method, path, json={}, headers=OPERATOR).status_code == 401
-        answer = client.request(method, path, json={}, headers={"x-api-key": "tenant"})
-        assert answer.status_code != 401
+    statuses = [
+        keyed.http.request(method, prefix + path, json={}, headers=headers).status_code
+        for headers in ({}, OPERATOR, {"x-api-key": KEY})
+    ]
+    assert statuses[:2] == [401, 401]
+    assert statuses[2] != 401
 
 
 def test_operators_key_reaches_developers_routes_and_tenants_do_not(keyed: Server) -> None:
-    tenant = {"authorization": "Bearer tenant"}
-    for prefix in ("", "/api"):
-        with httpx.Client(base_url=keyed.url + prefix, timeout=60) as client:
-            assert client.get("/is_sleeping", headers=OPERATOR).json() == {"is_sleeping": False}
-            for path in ("/is_sleeping", "/metrics", "/server_info"):
-                assert client.get(path, headers=tenant).status_code == 401
-                assert client.get(f"/api{path}", headers=OPERATOR).status_code == (
-                    200 if not prefix else 404
-                )
+    tenant = {"authorization": f"Bearer {KEY}"}
+    for prefix in ("", ROOT_PATH):
+        asleep = keyed.http.get(f"{prefix}/is_sleeping", headers=OPERATOR)
+        assert asleep.json() == {"is_sleeping": False}
+        for path in ("/is_sleeping", "/metrics", "/server_info"):
+            assert keyed.http.get(prefix + path, headers=tenant).status_code == 401
+            assert keyed.http.get(prefix + path, headers=OPERATOR).status_code == 200
+    assert keyed.http.get(f"{ROOT_PATH}{ROOT_PATH}/metrics", headers=OPERATOR).status_code == 404

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from anthropic import Anthropic
 from anthropic.types import TextBlock
@@ -126,7 +125,7 @@ def test_own_refusal_sent_back_as_the_client_holds_it(
         "messages": [*ASKED["messages"], refused, question],
         **told,
     }
-    chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    chat = server.http.post("/v1/chat/completions", json=body).json()
     expected = chat["choices"][0]["refusal_report"]["decisions"]
     for name in manifest.names:
         margin = report["decisions"][name]["margin"]

@@ -15,7 +15,7 @@ LONG = "a" * 129
 
 def post(server: Server, path: str, body: dict[str, Any], **headers: str) -> httpx.Response:
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
-    return httpx.post(server.url + path, json=body, headers=sent, timeout=60)
+    return server.http.post(path, json=body, headers=sent)
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from transformers import AutoTokenizer
 
@@ -233,9 +232,7 @@ def opening(checkpoint: Path) -> str:
 
 def lives(policied: Policied) -> bool:
     body = {"model": "demo", "prompt": "Hi", "max_tokens": 1}
-    answer = httpx.post(
-        f"{policied.server.url}/v1/completions", json=body, headers=HEADERS, timeout=60
-    )
+    answer = policied.server.http.post("/v1/completions", json=body, headers=HEADERS)
     return answer.status_code == 200
 
 
@@ -296,9 +293,7 @@ def test_refused_field_is_400_and_named(policied: Policied, field: str) -> None:
     for name, value in REFUSED[field]:
         target = BY_NAME[name]
         body = {**target.body(), field: value}
-        answer = httpx.post(
-            policied.server.url + target.path, json=body, headers=HEADERS, timeout=120
-        )
+        answer = policied.server.http.post(target.path, json=body, headers=HEADERS)
         assert answer.status_code == 400, answer.text
         assert field in json.dumps(answer.json()["error"])
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -123,7 +122,7 @@ def _margin(server: Server, text: str) -> float:
         "max_tokens": 1,
         "refusal": {"report": True},
     }
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer = server.http.post("/v1/chat/completions", json=body).json()
     report = answer["choices"][0]["refusal_report"]
     margin: float = report["decisions"]["safety"]["margin"]
     return margin

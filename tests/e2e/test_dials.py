@@ -5,7 +5,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.controls import bias_of_sensitivity
 from models.manifest import Manifest
-from tests.e2e.servers import Server
+from tests.e2e.servers import Post, Server
 
 Row = dict[str, Any]
 CONCURRENCY = 64
@@ -65,10 +64,11 @@ def report_of(answer: ChatCompletion) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_sweep_is_monotone_and_moves_no_other_category(
-    asynchronous: AsyncOpenAI, manifest: Manifest, evaluation: list[Row]
+    asynchronous: AsyncOpenAI, manifest: Manifest, evaluation: list[Row], count: int
 ) -> None:
-    prompts = [p for name in [*manifest.names, None] for p in prompts_of(evaluation, name, 8)]
+    prompts = [p for name in [*manifest.names, None] for p in prompts_of(evaluation, name, count)]
     steps = [step / 10 for step in range(11)]
     cases = [(name, x, prompt) for name in manifest.names for x in steps for prompt in prompts]
     answers = asyncio.run(
@@ -140,23 +140,25 @@ def test_only_the_first_step_differs_from_the_unmodified_engine(
         )
     )
     token_ids = {c.name: c.id for c in manifest.categories} | {None: manifest.respond.id}
-    for prompt, force, answer in zip(prompts, forced, answers, strict=True):
-        assert refused_for(answer) == force
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        expected = httpx.post(
-            f"{stock.url}/v1/completions",
-            json={
-                "model": "demo",
-                "prompt": [*ids, token_ids[force]],
-                "temperature": 0,
-                "max_tokens": 40,
-                "return_token_ids": True,
+    rendered: Any = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    after_token = {"model": "demo", "temperature": 0, "max_tokens": 40, "return_token_ids": True}
+    posts = [
+        Post(
+            "/v1/completions",
+            {
+                **after_token,
+                "prompt": [*tokenizer.encode(text, add_special_tokens=False), token_ids[force]],
             },
-            timeout=60,
-        ).json()["choices"][0]
+        )
+        for text, force in zip(rendered, forced, strict=True)
+    ]
+    for force, answer, stocks in zip(forced, answers, stock.post_all(posts), strict=True):
+        assert refused_for(answer) == force
+        expected = stocks.json()["choices"][0]
         choice = answer.choices[0]
         assert (choice.model_extra or {})["token_ids"] == expected["token_ids"]
         assert (choice.message.content or choice.message.refusal) == expected["text"]

@@ -31,8 +31,8 @@ JSON = {"content-type": "application/json"}
 def ask(server: Server, path: str, **options: Any) -> tuple[httpx.Response, list[str]]:
     """Sends a request; returns the answer, and what the server has logged meanwhile."""
     before = server.log.stat().st_size
-    answer = httpx.post(server.url + path, timeout=60, **options)
-    httpx.get(server.url + "/healthz", timeout=60)
+    answer = server.http.post(path, **options)
+    server.http.get("/healthz")
     lines = server.log.read_bytes()[before:].decode().splitlines()
     quiet = [line for line in lines if "/healthz" not in line and "throughput" not in line]
     return answer, quiet

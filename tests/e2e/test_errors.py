@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from models.manifest import MANIFEST_NAME, Manifest
-from tests.e2e.servers import Server
+from tests.e2e.servers import Post, Server
 from tests.toy import save_toy
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 def post(server: Server, body: Any, path: str = "/v1/chat/completions") -> httpx.Response:
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"content-type": "application/json"}
-    return httpx.post(server.url + path, content=content, headers=headers, timeout=60)
+    return server.http.post(path, content=content, headers=headers)
 
 
 def assert_lives(server: Server) -> None:
@@ -28,30 +28,17 @@ def assert_lives(server: Server) -> None:
     assert answer.status_code == 200
 
 
-WRONG: list[tuple[str, str]] = [
-    ('{"categories": {"bogus": 0.5}}', "refusal.categories.bogus"),
-    ('{"categories": {"safety": 1.2}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": -0.1}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": "a lot"}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": true}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": null}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": {"bias": 1, "sensitivity": 0.5}}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": {"bias": "1"}}}', "refusal.categories.safety"),
-    ('{"categories": {"safety": {}}}', "refusal.categories.safety"),
-    ('{"categories": ["safety"]}', "refusal.categories"),
-    ('{"dials": {"safety": 0.5}}', "refusal.dials"),
-    ('{"decision": "coin"}', "refusal.decision"),
-    ('{"report": "yes"}', "refusal.report"),
-    ("[]", "refusal"),
-    ('"always"', "refusal"),
-    ("null", "refusal"),
-]
-
-
-@pytest.mark.parametrize(("refusal", "path"), WRONG, ids=[refusal for refusal, _ in WRONG])
-def test_wrong_refusal_object_names_its_path(server: Server, refusal: str, path: str) -> None:
-    body = f'{{"model": "demo", "messages": {json.dumps(MESSAGES)}, "refusal": {refusal}}}'
-    answer = post(server, body)
+@pytest.mark.parametrize(
+    ("refusal", "path"),
+    [
+        ({"categories": {"bogus": 0.5}}, "refusal.categories.bogus"),
+        ({"categories": {"safety": {"bias": "1"}}}, "refusal.categories.safety"),
+        ([], "refusal"),
+    ],
+    ids=str,
+)
+def test_wrong_refusal_object_names_its_path(server: Server, refusal: Any, path: str) -> None:
+    answer = post(server, {"model": "demo", "messages": MESSAGES, "refusal": refusal})
     assert answer.status_code == 422
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -95,44 +82,39 @@ def test_grammar_without_an_end_is_the_clients_fault(
     assert_lives(server)
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"vllm_xargs": {"rule": 0}},
-        {"bad_words": ["[refuse:safety]"]},
-        {"bad_words": ["[refuse:safety]", "I"], "repetition_penalty": 1.9},
-        {"repetition_penalty": 2.0},
-        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
-        {"top_k": 1, "temperature": 1.5},
-        {"top_p": 0.01, "temperature": 2.0},
-        {"min_p": 1.0, "temperature": 1.0},
-        {"min_tokens": 3},
-        {"ignore_eos": True},
-        {"stop": ["I", "["]},
-        {"skip_special_tokens": False},
-        {"response_format": {"type": "json_object"}},
-        {"logit_bias": {"5": 100, "6": -100}},
-        {"allowed_token_ids": [5, 6, 7]},
-        {"structured_outputs": {"choice": ["yes", "no"]}},
-    ],
-    ids=lambda extra: "+".join(extra),
-)
-def test_no_sampling_field_lifts_a_refusal(server: Server, extra: dict[str, Any]) -> None:
+SAMPLING: list[dict[str, Any]] = [
+    {"vllm_xargs": {"rule": 0}},
+    {"bad_words": ["[refuse:safety]"]},
+    {"bad_words": ["[refuse:safety]", "I"], "repetition_penalty": 1.9},
+    {"repetition_penalty": 2.0},
+    {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+    {"top_k": 1, "temperature": 1.5},
+    {"top_p": 0.01, "temperature": 2.0},
+    {"min_p": 1.0, "temperature": 1.0},
+    {"min_tokens": 3},
+    {"ignore_eos": True},
+    {"stop": ["I", "["]},
+    {"skip_special_tokens": False},
+    {"response_format": {"type": "json_object"}},
+    {"logit_bias": {"5": 100, "6": -100}},
+    {"allowed_token_ids": [5, 6, 7]},
+    {"structured_outputs": {"choice": ["yes", "no"]}},
+]
+
+
+def test_no_sampling_field_lifts_a_refusal(server: Server) -> None:
+    refused = {"role": "assistant", "content": None, "refusal": "No."}
     body = {
         "model": "demo",
-        "messages": [
-            *MESSAGES,
-            {"role": "assistant", "content": None, "refusal": "No."},
-            *MESSAGES,
-        ],
+        "messages": [*MESSAGES, refused, *MESSAGES],
         "max_tokens": 8,
         "refusal": {"categories": {"safety": "always"}},
-        **extra,
     }
-    answer = post(server, body)
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["x-refusal-category"] == "safety"
-    assert answer.json()["choices"][0]["message"]["content"] is None
+    answers = server.post_all([Post("/v1/chat/completions", body | extra) for extra in SAMPLING])
+    for extra, answer in zip(SAMPLING, answers, strict=True):
+        assert answer.status_code == 200, (extra, answer.text)
+        assert answer.headers["x-refusal-category"] == "safety", extra
+        assert answer.json()["choices"][0]["message"]["content"] is None, extra
     assert_lives(server)
 
 

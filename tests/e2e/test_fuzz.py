@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from server.dials.protocol import RefusalOptions
@@ -43,9 +42,7 @@ def document(server: Server) -> dict[str, Any]:
     That is: the model's name, so that requests get further than it; the `refusal` object; and the
     body of `/invocations`.
     """
-    told: dict[str, Any] = httpx.get(
-        server.url + "/openapi.json", headers=OPERATOR, timeout=60
-    ).json()
+    told: dict[str, Any] = server.http.get("/openapi.json", headers=OPERATOR).json()
     for schema in told["components"]["schemas"].values():
         properties = schema.get("properties", {})
         if "model" in properties and ("messages" in properties or "prompt" in properties):
@@ -89,5 +86,5 @@ def test_random_requests_are_answered_and_the_server_lives_on(
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     assert fuzzed.process.poll() is None
     body = {"model": "demo", "prompt": "Hi", "max_tokens": 1}
-    lives = httpx.post(fuzzed.url + "/v1/completions", json=body, timeout=60)
+    lives = fuzzed.http.post("/v1/completions", json=body)
     assert lives.status_code == 200, lives.text

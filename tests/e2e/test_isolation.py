@@ -9,7 +9,7 @@ import pytest
 
 from models.manifest import Manifest
 from tests.e2e.policied import PRESS, Policied
-from tests.e2e.servers import Server
+from tests.e2e.servers import Post, Server
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -34,7 +34,7 @@ def alternatives(answer: httpx.Response) -> list[list[tuple[str, float]]]:
 def test_margins_of_others_leave_log_probabilities_alone(
     server: Server, path: str, body: dict[str, Any]
 ) -> None:
-    expected = alternatives(httpx.post(server.url + CHAT, json=ALTERNATIVES, timeout=60))
+    expected = alternatives(server.http.post(CHAT, json=ALTERNATIVES))
 
     async def beside() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
@@ -61,7 +61,7 @@ def test_token_ids_that_would_reach_others_are_refused(
     body = {**PLAIN, "logprobs": True, "logprob_token_ids": [5, 6], "stream": stream}
     if path == "/v1/completions":
         body = {"model": "demo", "prompt": "Hi", "logprobs": 1, "logprob_token_ids": [5, 6]}
-    answer = httpx.post(server.url + path, json=body, timeout=60)
+    answer = server.http.post(path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "logprob_token_ids"
     assert "V1 model runner" in answer.json()["error"]["message"]
@@ -166,16 +166,16 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), WAYS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_policy_without_grammars_takes_none(
-    policied: Policied, path: str, body: dict[str, Any], stream: bool
-) -> None:
-    headers = {"authorization": f"Bearer {PRESS}", "x-refusal-policy": "free_text"}
-    body = {**body, "stream": stream}
-    answer = httpx.post(policied.server.url + path, json=body, headers=headers, timeout=60)
-    assert answer.status_code == 403, answer.text
-    assert "the policy allows no grammars" in answer.json()["error"]["message"]
-    headers["x-refusal-policy"] = "prefilled"
-    answer = httpx.post(policied.server.url + path, json=body, headers=headers, timeout=60)
-    assert answer.status_code == 200, answer.text
+def test_policy_without_grammars_takes_none(policied: Policied, stream: bool) -> None:
+    posts = [Post(path, {**body, "stream": stream}) for path, body in WAYS]
+
+    def ask(policy: str) -> list[httpx.Response]:
+        key = f"Bearer {PRESS}"
+        return policied.server.post_all(posts, **{"authorization": key, "x-refusal-policy": policy})
+
+    for post, answer in zip(posts, ask("free_text"), strict=True):
+        assert answer.status_code == 403, (post, answer.text)
+        assert "the policy allows no grammars" in answer.json()["error"]["message"]
+    for post, answer in zip(posts, ask("prefilled"), strict=True):
+        assert answer.status_code == 200, (post, answer.text)

@@ -1,15 +1,15 @@
 """The OpenAI client's view: refusals where it looks for them, and no control token anywhere."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer
 
 from models.manifest import Manifest
-from tests.e2e.servers import Server
+from tests.e2e.servers import Post, Server
 
 ALWAYS_SAFETY = {"refusal": {"categories": {"safety": "always"}}}
 PROMPT = "What is the capital of France?"
@@ -163,7 +163,7 @@ def test_history_has_its_control_tokens_as_in_training(
         "refusal_category": category,
     }
     body = {"model": "demo", "messages": conversation(refused), "refusal": {"report": True}}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer = server.http.post("/v1/chat/completions", json=body).json()
     decisions = answer["choices"][0]["refusal_report"]["decisions"]
 
     tokens = {c.name: c.token for c in manifest.categories}
@@ -173,8 +173,8 @@ def test_history_has_its_control_tokens_as_in_training(
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     assert sum(i in manifest.control_ids for i in ids) == 2
-    expected = httpx.post(
-        f"{stock.url}/v1/completions",
+    expected = stock.http.post(
+        "/v1/completions",
         json={
             "model": "demo",
             "prompt": ids,
@@ -183,7 +183,6 @@ def test_history_has_its_control_tokens_as_in_training(
             "logprobs": 6,
             "return_tokens_as_token_ids": True,
         },
-        timeout=60,
     ).json()["choices"][0]["logprobs"]["top_logprobs"][0]
     respond = expected[f"token_id:{manifest.respond.id}"]
     for each in manifest.categories:
@@ -236,12 +235,9 @@ def strings_and_ids(node: Any) -> Iterator[str | int]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("report", [False, True])
-@pytest.mark.parametrize("awkward", AWKWARD, ids=lambda body: "+".join(body))
 def test_no_control_token_ever_shows(
-    server: Server, manifest: Manifest, awkward: dict[str, Any], report: bool, stream: bool
+    server: Server, manifest: Manifest, report: bool, stream: bool
 ) -> None:
-    if stream:  # vLLM gives prompt log-probabilities to plain requests only
-        awkward = {key: value for key, value in awkward.items() if key != "prompt_logprobs"}
     body = {
         "model": "demo",
         "messages": [
@@ -253,20 +249,22 @@ def test_no_control_token_ever_shows(
         "max_tokens": 24,
         "stream": stream,
         "refusal": {"report": report},
-        **awkward,
     }
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert not any(token.token in answer.text for token in manifest.control_tokens)
-    shown = list(strings_and_ids(events(answer.text) if stream else answer.json()))
-    assert not set(manifest.control_ids) & {item for item in shown if isinstance(item, int)}
-    as_ids = {f"token_id:{i}" for i in manifest.control_ids}
-    assert not as_ids & {item for item in shown if isinstance(item, str)}
+    # vLLM gives prompt log-probabilities to plain requests only.
+    fields = [
+        {name: value for name, value in awkward.items() if not stream or name != "prompt_logprobs"}
+        for awkward in AWKWARD
+    ]
+    posts = [Post("/v1/chat/completions", body | awkward) for awkward in fields]
+    hidden = {*manifest.control_ids, *(f"token_id:{i}" for i in manifest.control_ids)}
+    for awkward, answer in zip(fields, server.post_all(posts), strict=True):
+        assert answer.status_code == 200, (awkward, answer.text)
+        assert not any(token.token in answer.text for token in manifest.control_tokens), awkward
+        shown = strings_and_ids(events(answer.text) if stream else answer.json())
+        assert hidden.isdisjoint(shown), awkward
 
 
 def events(text: str) -> list[Any]:
-    import json
-
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
@@ -282,9 +280,7 @@ def test_usage_counts_what_the_client_sees(server: Server, manifest: Manifest) -
         "return_token_ids": True,
     }
     for refusal in ({}, {"report": True}):
-        answer = httpx.post(
-            f"{server.url}/v1/chat/completions", json={**body, "refusal": refusal}, timeout=60
-        ).json()
+        answer = server.http.post("/v1/chat/completions", json={**body, "refusal": refusal}).json()
         assert answer["usage"]["completion_tokens"] == 5
         assert len(answer["choices"][0]["token_ids"]) == 5
         assert answer["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
@@ -294,5 +290,5 @@ def test_models_and_categories_are_listed(
     client: OpenAI, server: Server, manifest: Manifest
 ) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
-    listed = httpx.get(f"{server.url}/v1/refusal/categories", timeout=10).json()
+    listed = server.http.get("/v1/refusal/categories").json()
     assert [entry["name"] for entry in listed["data"]] == manifest.names

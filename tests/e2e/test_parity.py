@@ -4,7 +4,7 @@ The dials are at their defaults: each prompt is answered or refused as the check
 """
 
 import json
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.e2e.parity import (
     without_control,
     without_volatile,
 )
-from tests.e2e.servers import Server
+from tests.e2e.servers import AT_ONCE, Server
 
 CHAT = "/v1/chat/completions"
 BATCH = "/v1/chat/completions/batch"
@@ -225,6 +225,10 @@ STREAMED = [
 ]
 
 
+# Documents, or folded events: ours and stock's.
+Pair = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+
+
 class Servers:
     """Asks both servers the same.
 
@@ -232,22 +236,16 @@ class Servers:
         rheostat: Ours.
         stock: vLLM as it is.
         manifest: Of the checkpoint that both serve.
-        http: One connection a server.
     """
 
-    def __init__(
-        self, rheostat: Server, stock: Server, manifest: Manifest, http: httpx.Client
-    ) -> None:
+    def __init__(self, rheostat: Server, stock: Server, manifest: Manifest) -> None:
         self._rheostat = rheostat
         self._stock = stock
-        self._http = http
         self._tokens: dict[str, ControlToken] = {each.name: each for each in manifest.categories}
         self._tokens["none"] = manifest.respond
         self._decided: dict[str, list[ControlToken]] = {}
 
-    def both(
-        self, case: Case, *, stream: bool
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def both(self, case: Case, *, stream: bool) -> Pair:
         """Returns the one document, or the folded events, of Rheostat's answer and of stock's."""
         controls = self._controls(case)
         asked = {**case.body, **({"stream": True} if stream else {})}
@@ -281,7 +279,7 @@ class Servers:
         return self._decided[key]
 
     def _post(self, server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
-        answer = self._http.post(server.url + path, json={"model": "demo", **body})
+        answer = server.http.post(path, json={"model": "demo", **body})
         assert answer.status_code == 200, answer.text
         return answer
 
@@ -292,21 +290,33 @@ def assert_numbered(events: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def servers(server: Server, stock: Server, manifest: Manifest) -> Iterator[Servers]:
-    with httpx.Client(timeout=120) as http:
-        yield Servers(server, stock, manifest, http)
+def servers(server: Server, stock: Server, manifest: Manifest) -> Servers:
+    return Servers(server, stock, manifest)
 
 
-@pytest.mark.parametrize("case", [*BOTH, *PLAIN, *DECLINED], ids=str)
-def test_plain_answer_is_stocks(servers: Servers, case: Case) -> None:
-    ours, theirs = servers.both(case, stream=False)
-    assert_same(ours, theirs)
+PLAINLY = [*BOTH, *PLAIN, *DECLINED]
+STREAMING = [*BOTH, *STREAMED, *DECLINED]
 
 
-@pytest.mark.parametrize("case", [*BOTH, *STREAMED, *DECLINED], ids=str)
-def test_streamed_answer_is_stocks(servers: Servers, case: Case) -> None:
-    ours, theirs = servers.both(case, stream=True)
-    assert_same(ours, theirs)
+@pytest.fixture(scope="module")
+def pairs(servers: Servers) -> dict[tuple[int, bool], Future[Pair]]:
+    """Asks everything at once; returns both servers' answers by the case's identity and stream."""
+    cases = [(case, False) for case in PLAINLY] + [(case, True) for case in STREAMING]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return {
+            (id(case), stream): threads.submit(servers.both, case, stream=stream)
+            for case, stream in cases
+        }
+
+
+@pytest.mark.parametrize("case", PLAINLY, ids=str)
+def test_plain_answer_is_stocks(pairs: dict[tuple[int, bool], Future[Pair]], case: Case) -> None:
+    assert_same(*pairs[id(case), False].result())
+
+
+@pytest.mark.parametrize("case", STREAMING, ids=str)
+def test_streamed_answer_is_stocks(pairs: dict[tuple[int, bool], Future[Pair]], case: Case) -> None:
+    assert_same(*pairs[id(case), True].result())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,8 +4,7 @@ import json
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -17,12 +16,23 @@ from server.policies.credentials import hash_key
 from tests.e2e.attacks import TARGETS, TOOL
 from tests.e2e.attacks import Target as Route
 from tests.e2e.policied import ACME, FILE, FIXED_TEXT, SECRET, SHOP, Policied
+from tests.e2e.servers import Post, until
 
+ACMES = {"authorization": f"Bearer {ACME}"}
 CHAT = "/v1/chat/completions"
 SCORE = "/v1/refusal/score"
 POLICIES = "/v1/refusal/policies"
 QUESTION = {"role": "user", "content": "What is the capital of France, please?"}
 CHAT_BODY = {"model": "demo", "messages": [QUESTION], "max_tokens": 4}
+ROUTES: dict[str, dict[str, Any]] = {
+    CHAT: CHAT_BODY,
+    "/v1/completions": {"model": "demo", "prompt": "Hello there", "max_tokens": 4},
+    "/v1/responses": {"model": "demo", "input": "Hello there", "max_output_tokens": 4},
+    "/v1/messages": CHAT_BODY,
+    "/invocations": CHAT_BODY,
+}
+BAD_RELOADS = 'rheostat_policy_reloads_total{result="bad"}'
+SPENT = "vllm:generation_tokens_total{"
 NO_FLOOR = FILE.replace("    floors: {safety: {bias: 60}}\n    raw", "    raw")
 ALL_NEVER = dict.fromkeys(
     ("safety", "humanizing", "incomplete", "indeterminate", "unsupported"), "never"
@@ -41,13 +51,6 @@ def shop(policied: Policied) -> Iterator[httpx.Client]:
         yield client
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def decision(answer: httpx.Response) -> str:
     assert answer.status_code == 200, answer.text
     return answer.headers["x-refusal-decision"]
@@ -56,20 +59,12 @@ def decision(answer: httpx.Response) -> str:
 # who may call
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("POST", CHAT),
-        ("POST", "/v1/completions"),
-        ("POST", "/v1/responses"),
-        ("POST", "/v1/messages"),
-        ("POST", "/invocations"),
-        ("POST", SCORE),
-        ("GET", POLICIES),
-        ("GET", "/v1/models"),
-        ("GET", "/v1/refusal/calibration"),
-    ],
-)
+TENANTS_ROUTES = [
+    *(("POST", path) for path in (*ROUTES, SCORE)),
+    *(("GET", path) for path in (POLICIES, "/v1/models", "/v1/refusal/calibration")),
+]
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -82,19 +77,16 @@ def decision(answer: httpx.Response) -> str:
     ],
     ids=str,
 )
-def test_nobody_but_the_tenants_may_call(
-    policied: Policied, method: str, path: str, headers: dict[str, str]
-) -> None:
-    answer = httpx.request(
-        method, policied.server.url + path, json=CHAT_BODY, headers=headers, timeout=30
-    )
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    error = answer.json()["error"]
-    if path == "/v1/messages":  # Anthropic's shape, which has no code
-        assert error["type"] == "authentication_error"
-    else:
-        assert error["code"] == "invalid_api_key"
+def test_nobody_but_the_tenants_may_call(policied: Policied, headers: dict[str, str]) -> None:
+    for method, path in TENANTS_ROUTES:
+        answer = policied.server.http.request(method, path, json=CHAT_BODY, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        error = answer.json()["error"]
+        if path == "/v1/messages":  # Anthropic's shape, which has no code
+            assert error["type"] == "authentication_error"
+        else:
+            assert error["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +101,7 @@ def test_nobody_but_the_tenants_may_call(
 def test_tenant_sees_its_own_policies_and_nothing_of_others(
     policied: Policied, headers: dict[str, str]
 ) -> None:
-    answer = httpx.get(policied.server.url + POLICIES, headers=headers, timeout=30)
+    answer = policied.server.http.get(POLICIES, headers=headers)
     assert answer.status_code == 200
     body = answer.json()
     assert body["tenant"] == "shop"
@@ -138,34 +130,28 @@ DIALS: list[dict[str, Any]] = [
     {"policy": "desk", "categories": ALL_NEVER, "report": True},
 ]
 BEYOND = [dials for dials in DIALS if dials and "policy" not in dials]
-ROUTES: dict[str, dict[str, Any]] = {
-    CHAT: CHAT_BODY,
-    "/v1/completions": {"model": "demo", "prompt": "Hello there", "max_tokens": 4},
-    "/v1/responses": {"model": "demo", "input": "Hello there", "max_output_tokens": 4},
-    "/v1/messages": CHAT_BODY,
-    "/invocations": CHAT_BODY,
-}
 
 
-@pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("dials", DIALS, ids=json.dumps)
-def test_no_dial_of_a_request_gets_below_the_floor(
-    acme: httpx.Client, path: str, dials: dict[str, Any]
-) -> None:
-    answer = acme.post(path, json={**ROUTES[path], "refusal": dials})
-    assert decision(answer) == "refuse"
+def test_no_dial_of_a_request_gets_below_the_floor(policied: Policied) -> None:
+    cases = [(path, dials) for path in ROUTES for dials in DIALS]
+    posts = [Post(path, {**ROUTES[path], "refusal": dials}) for path, dials in cases]
+    answers = policied.server.post_all(posts, **ACMES)
+    verdicts = {str(case): decision(answer) for case, answer in zip(cases, answers, strict=True)}
+    assert {case: said for case, said in verdicts.items() if said != "refuse"} == {}
 
 
-@pytest.mark.parametrize("temperature", [0, 1, 2.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_no_temperature_and_no_draw_gets_below_the_floor(
-    acme: httpx.Client, temperature: float, seed: int
-) -> None:
+def test_no_temperature_and_no_draw_gets_below_the_floor(policied: Policied) -> None:
     asked = {"decision": "sample", "categories": ALL_NEVER}
-    body = {**CHAT_BODY, "temperature": temperature, "seed": seed, "n": 2, "refusal": asked}
-    if temperature == 0:
-        body["n"] = 1
-    assert set(decision(acme.post(CHAT, json=body)).split(", ")) == {"refuse"}
+    draws = [(temperature, seed) for temperature in (0, 1, 2.0) for seed in range(3)]
+    posts = [
+        Post(
+            CHAT,
+            {**CHAT_BODY, "temperature": t, "seed": seed, "n": 2 if t else 1} | {"refusal": asked},
+        )
+        for t, seed in draws
+    ]
+    for draw, answer in zip(draws, policied.server.post_all(posts, **ACMES), strict=True):
+        assert set(decision(answer).split(", ")) == {"refuse"}, draw
 
 
 @pytest.mark.parametrize(
@@ -190,14 +176,14 @@ def test_score_shows_the_floor_and_what_was_clamped(acme: httpx.Client) -> None:
     assert entry["replaced_decision"] == "paper"
 
 
-@pytest.mark.parametrize(
-    "dials", [d for d in DIALS if d.get("policy") is None and d], ids=json.dumps
-)
-def test_policy_that_does_not_clamp_answers_403(shop: httpx.Client, dials: dict[str, Any]) -> None:
-    for path in (CHAT, "/v1/messages", SCORE):
-        body = {"inputs": [{"messages": [QUESTION]}]} if path == SCORE else CHAT_BODY
-        answer = shop.post(path, json={**body, "refusal": dials})
-        assert answer.status_code == 403
+def test_policy_that_does_not_clamp_answers_403(policied: Policied, shop: httpx.Client) -> None:
+    scored = {"inputs": [{"messages": [QUESTION]}]}
+    bodies: dict[str, dict[str, Any]] = {CHAT: CHAT_BODY, "/v1/messages": CHAT_BODY, SCORE: scored}
+    cases = [(path, dials) for path in bodies for dials in BEYOND]
+    posts = [Post(path, {**bodies[path], "refusal": dials}) for path, dials in cases]
+    answers = policied.server.post_all(posts, authorization=f"Bearer {SHOP}")
+    for (path, dials), answer in zip(cases, answers, strict=True):
+        assert answer.status_code == 403, (path, dials)
         error = answer.json()["error"]
         if path == "/v1/messages":  # Anthropic's shape, which has no code
             assert error["type"] == "permission_error"
@@ -209,31 +195,26 @@ def test_policy_that_does_not_clamp_answers_403(shop: httpx.Client, dials: dict[
 # fixed texts, shadow mode, a floor that is a rate
 
 
-def spent_tokens(policied: Policied) -> float:
-    lines = policied.server.metrics().splitlines()
-    counts = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in counts)
-
-
-@pytest.mark.parametrize("route", TARGETS, ids=lambda route: route.name)
 @pytest.mark.parametrize(
     "fields", [{}, {"seed": 3, "temperature": 1}, {"min_tokens": 3}], ids=json.dumps
 )
 def test_fixed_text_ends_the_request_at_the_decision(
-    policied: Policied, acme: httpx.Client, route: Route, fields: dict[str, Any]
+    policied: Policied, fields: dict[str, Any]
 ) -> None:
-    body = {**route.body(), **fields, "refusal": {"policy": "kiosk"}}
-    before = spent_tokens(policied)
-    answer = acme.post(route.path, json=body)
-    assert answer.status_code == 200, answer.text
-    answers = 2 if route.name == "batch" else 1
-    assert spent_tokens(policied) - before == answers
-    assert FIXED_TEXT in answer.text
-    if not body.get("stream"):
-        assert set(decision(answer).split(", ")) == {"refuse"}
-        assert answer.text.count(FIXED_TEXT) == answers
-        usage = answer.json()["usage"]
-        assert usage.get("completion_tokens", usage.get("output_tokens")) == 0
+    kiosk = {"refusal": {"policy": "kiosk"}}
+    posts = [Post(route.path, {**route.body(), **fields, **kiosk}) for route in TARGETS]
+    before = policied.server.metric(SPENT)
+    answers = policied.server.post_all(posts, **ACMES)
+    expected = {route.name: 2 if route.name == "batch" else 1 for route in TARGETS}
+    assert policied.server.metric(SPENT) - before == sum(expected.values())
+    for route, answer in zip(TARGETS, answers, strict=True):
+        assert answer.status_code == 200, (route.name, answer.text)
+        assert FIXED_TEXT in answer.text, route.name
+        if not route.body().get("stream"):
+            assert set(decision(answer).split(", ")) == {"refuse"}
+            assert answer.text.count(FIXED_TEXT) == expected[route.name]
+            usage = answer.json()["usage"]
+            assert usage.get("completion_tokens", usage.get("output_tokens")) == 0
 
 
 def test_fixed_text_takes_the_place_of_a_tool_call_and_of_json(acme: httpx.Client) -> None:
@@ -250,22 +231,24 @@ def test_fixed_text_takes_the_place_of_a_tool_call_and_of_json(acme: httpx.Clien
         assert choice["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("route", TARGETS, ids=lambda route: route.name)
-def test_shadow_policy_answers_and_says_what_it_would_have_refused(
-    acme: httpx.Client, route: Route
-) -> None:
-    free = {"policy": "lab", "categories": ALL_NEVER}
-    if "text" in route.name.split():
-        free["policy"] = "desk"  # lab takes no raw prompts
-    asked = {"policy": "trial", "report": True}
-    shadowed = acme.post(route.path, json={**route.body(), "temperature": 0, "refusal": asked})
-    assert shadowed.status_code == 200, shadowed.text
-    assert '"would_refuse":"safety"' in shadowed.text
-    if not route.body().get("stream"):
-        assert set(decision(shadowed).split(", ")) == {"respond"}
-    if free["policy"] == "lab":
-        answered = acme.post(route.path, json={**route.body(), "temperature": 0, "refusal": free})
-        assert texts(answered) == texts(shadowed) != ""
+def test_shadow_policy_answers_and_says_what_it_would_have_refused(policied: Policied) -> None:
+    shadow = {"temperature": 0, "refusal": {"policy": "trial", "report": True}}
+    free = {"temperature": 0, "refusal": {"policy": "lab", "categories": ALL_NEVER}}
+
+    def ask(routes: list[Route], fields: dict[str, Any]) -> list[tuple[Route, httpx.Response]]:
+        posts = [Post(route.path, {**route.body(), **fields}) for route in routes]
+        return list(zip(routes, policied.server.post_all(posts, **ACMES), strict=True))
+
+    shadowed = {route.name: answer for route, answer in ask(TARGETS, shadow)}
+    for route in TARGETS:
+        answer = shadowed[route.name]
+        assert answer.status_code == 200, (route.name, answer.text)
+        assert '"would_refuse":"safety"' in answer.text, route.name
+        if not route.body().get("stream"):
+            assert set(decision(answer).split(", ")) == {"respond"}
+    # lab takes no raw prompts
+    for route, answer in ask([r for r in TARGETS if "text" not in r.name.split()], free):
+        assert texts(answer) == texts(shadowed[route.name]) != "", route.name
 
 
 def texts(answer: httpx.Response) -> str:
@@ -304,19 +287,17 @@ def test_tenant_chooses_among_its_own_policies(acme: httpx.Client) -> None:
     assert decision(by_header) == "respond"
 
 
-@pytest.mark.parametrize("path", [*ROUTES, SCORE])
-def test_policies_of_others_are_403_whether_they_exist_or_not(
-    acme: httpx.Client, path: str
-) -> None:
-    body = {"inputs": [{"messages": [QUESTION]}]} if path == SCORE else ROUTES[path]
-    messages = []
-    for name in ("strict", "absent"):
-        for sent in ({"json": {**body, "refusal": {"policy": name}}}, {"json": body}):
-            headers = {} if "refusal" in sent["json"] else {"x-refusal-policy": name}
-            answer = acme.post(path, json=sent["json"], headers=headers)
-            assert answer.status_code == 403
-            messages.append(answer.json()["error"]["message"].replace(name, "NAME"))
-    assert len(set(messages)) == 1
+def test_policies_of_others_are_403_whether_they_exist_or_not(acme: httpx.Client) -> None:
+    bodies = {**ROUTES, SCORE: {"inputs": [{"messages": [QUESTION]}]}}
+    for path, body in bodies.items():
+        messages = set()
+        for name in ("strict", "absent"):
+            in_body = acme.post(path, json={**body, "refusal": {"policy": name}})
+            in_header = acme.post(path, json=body, headers={"x-refusal-policy": name})
+            for answer in (in_body, in_header):
+                assert answer.status_code == 403, path
+                messages.add(answer.json()["error"]["message"].replace(name, "NAME"))
+        assert len(messages) == 1, path
 
 
 # reading the file again
@@ -328,35 +309,24 @@ def test_changed_file_is_in_force_without_a_restart(policied: Policied, acme: ht
     try:
         policied.file.write_text(NO_FLOOR)
         until(lambda: decision(acme.post(CHAT, json=asked)) == "respond")
-        reloads = metric(policied, 'rheostat_policy_reloads_total{result="bad"}')
+        reloads = policied.server.metric(BAD_RELOADS)
         policied.file.write_text(FILE.replace("bias: 60", "bias: much"))
-        until(
-            lambda: metric(policied, 'rheostat_policy_reloads_total{result="bad"}') == reloads + 1
-        )
-        assert metric(policied, "rheostat_policy_file_valid") == 0
+        until(lambda: policied.server.metric(BAD_RELOADS) == reloads + 1)
+        assert policied.server.metric("rheostat_policy_file_valid") == 0
         assert decision(acme.post(CHAT, json=asked)) == "respond"
         assert "policies.yaml:3: policies.desk.floors.safety" in policied.server.log.read_text()
     finally:
         policied.file.write_text(FILE)
         os.kill(policied.server.process.pid, signal.SIGHUP)
         until(lambda: decision(acme.post(CHAT, json=asked)) == "refuse")
-    assert metric(policied, "rheostat_policy_file_valid") == 1
+    assert policied.server.metric("rheostat_policy_file_valid") == 1
 
 
 def test_hang_up_reads_the_file_again(policied: Policied) -> None:
     name = 'rheostat_policy_reloads_total{result="ok"}'
-    before = metric(policied, name)
+    before = policied.server.metric(name)
     os.kill(policied.server.process.pid, signal.SIGHUP)
-    until(lambda: metric(policied, name) == before + 1)
-
-
-def metric(policied: Policied, name: str) -> float:
-    lines = dict(
-        line.rsplit(" ", 1)
-        for line in policied.server.metrics().splitlines()
-        if not line.startswith("#")
-    )
-    return float(lines.get(name, 0))
+    until(lambda: policied.server.metric(name) == before + 1)
 
 
 # what is told
@@ -365,13 +335,13 @@ def metric(policied: Policied, name: str) -> float:
 def test_decisions_are_counted_by_policy(policied: Policied, acme: httpx.Client) -> None:
     asked = {**CHAT_BODY, "refusal": {"categories": {"safety": "never"}}}
     clamped = 'rheostat_clamped_dials_total{bound="floor",category="safety",policy="desk"}'
-    before = metric(policied, clamped)
+    before = policied.server.metric(clamped)
     decision(acme.post(CHAT, json=asked))
-    assert metric(policied, clamped) == before + 1
+    assert policied.server.metric(clamped) == before + 1
     decided = (
         'rheostat_decisions_total{category="safety",decision="refuse",policy="desk",rule="greedy"}'
     )
-    assert metric(policied, decided) > 0
+    assert policied.server.metric(decided) > 0
 
 
 def test_trace_has_a_line_a_choice_and_no_text(policied: Policied, acme: httpx.Client) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from models.errors import ServiceError
 from models.hashes import checkpoint_hashes
 from models.histogram import load_margins
 from rheostat import app
-from tests.e2e.calibrating import CalibratedServer, score
-from tests.e2e.servers import OPERATOR
+from tests.e2e.calibrating import KEY, CalibratedServer, score
+from tests.e2e.servers import OPERATOR, Post, until
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"role": "user", "content": "Do you like your breakfast?"}
+HALF = {"rate": 0.5}
+KEYED = {"authorization": f"Bearer {KEY}"}
 # fp32 sums depend on what else is in a batch: one prompt of 40 may fall on the other side.
 ONE_PROMPT = 1 / 40 + 1e-9
 
@@ -206,17 +207,16 @@ def test_routes_are_behind_the_api_key(
     assert answer.status_code == 401
 
 
-def test_observed_refusals_stand_beside_the_asked_rate(
-    calibrated: CalibratedServer, client: httpx.Client
-) -> None:
-    before = compared(client)
-    refusal = {"categories": {"humanizing": {"rate": 0.5}}}
-    category = []
-    for text in calibrated.texts("humanizing"):
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
-        answer = client.post(CHAT, json={"model": "demo", "refusal": refusal, **body})
-        category.append(answer.headers["x-refusal-category"])
-    after = compared(client)
+def test_observed_refusals_stand_beside_the_asked_rate(calibrated: CalibratedServer) -> None:
+    before = compared(calibrated)
+    body = {"model": "demo", "max_tokens": 1, "refusal": {"categories": {"humanizing": HALF}}}
+    posts = [
+        Post(CHAT, {**body, "messages": [{"role": "user", "content": text}]})
+        for text in calibrated.texts("humanizing")
+    ]
+    answers = calibrated.server.post_all(posts, **KEYED)
+    category = [answer.headers["x-refusal-category"] for answer in answers]
+    after = compared(calibrated)
     gained = {name: after[name] - before[name] for name in after}
     assert gained["rate_choices"] == 40
     assert gained["asked_rate"] == pytest.approx(20)
@@ -225,32 +225,26 @@ def test_observed_refusals_stand_beside_the_asked_rate(
     assert gained["rate_refusals"] / gained["asked_rate"] == pytest.approx(1, abs=0.2)
 
 
-def compared(client: httpx.Client) -> dict[str, float]:
+def compared(calibrated: CalibratedServer) -> dict[str, float]:
     labels = '{category="humanizing",policy="default"}'
-    lines = dict(
-        line.rsplit(" ", 1) for line in client.get("/metrics", headers=OPERATOR).text.splitlines()
-    )
     return {
-        name: float(lines.get(f"rheostat_{name}_total{labels}", 0))
+        name: calibrated.server.metric(f"rheostat_{name}_total{labels}")
         for name in ("rate_choices", "asked_rate", "rate_refusals")
     }
 
 
-def test_margins_of_half_the_traffic_are_recorded(
-    calibrated: CalibratedServer, client: httpx.Client
-) -> None:
-    for number in range(40):
-        body = {"model": "demo", "messages": [QUESTION], "max_tokens": 1}
-        headers = {"X-Request-Id": f"recorded-{number}"}
-        assert client.post(CHAT, json=body, headers=headers).status_code == 200
-    deadline = time.monotonic() + 20
-    rows = 0
-    while rows < 8 and time.monotonic() < deadline:
-        recorded = load_margins(calibrated.margins)
-        rows = recorded.policies["default"].rows if recorded.policies else 0
-        time.sleep(0.1)
+def test_margins_of_half_the_traffic_are_recorded(calibrated: CalibratedServer) -> None:
+    body = {"model": "demo", "messages": [QUESTION], "max_tokens": 1}
+    for answer in calibrated.server.post_all([Post(CHAT, body)] * 40, **KEYED):
+        assert answer.status_code == 200
+
+    def rows() -> int:
+        policies = load_margins(calibrated.margins).policies
+        return policies["default"].rows if policies else 0
+
     # Of 40 with a share of a half, fewer than 8 would be a chance of 1 in 20,000.
-    assert rows >= 8
+    until(lambda: rows() >= 8)
+    recorded = load_margins(calibrated.margins)
     assert recorded.weights_sha256 == calibrated.calibration.info.hashes.weights
     assert set(recorded.policies["default"].counts) == set(calibrated.calibration.names)
     assert "breakfast" not in calibrated.margins.read_text()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 from openai.types.responses import ResponseOutputMessage, ResponseOutputRefusal
@@ -121,7 +120,7 @@ def test_own_refusal_sent_back_as_the_client_holds_it(
         {"role": "user", "content": "What is 2 plus 3?"},
     ]
     body = {"model": "demo", "messages": turns, "temperature": 0, **told}
-    chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    chat = server.http.post("/v1/chat/completions", json=body).json()
     expected = chat["choices"][0]["refusal_report"]["decisions"]
     for name in manifest.names:
         margin = report["decisions"][name]["margin"]
@@ -158,6 +157,6 @@ def test_what_needs_kept_responses_is_refused(client: OpenAI, asked: dict[str, A
 
 def test_stream_that_the_engine_rejects_does_not_begin(server: Server) -> None:
     body = {"model": "demo", "input": PROMPT, "stream": True, "logit_bias": {"99999999": 1}}
-    answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=60)
+    answer = server.http.post("/v1/responses", json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == "logit_bias"

@@ -39,7 +39,7 @@ CHATS: list[list[dict[str, Any]]] = [
 
 
 def post(server: Server, body: dict[str, Any], path: str = SCORE, **options: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60, **options)
+    return server.http.post(path, json=body, **options)
 
 
 def test_margins_are_those_of_the_chat_routes_report(server: Server) -> None:
@@ -87,7 +87,7 @@ def test_dials_move_scores_as_they_move_answers(server: Server) -> None:
 
 
 def header(server: Server, dial: str) -> str:
-    categories = httpx.get(server.url + "/v1/refusal/categories", timeout=10).json()["data"]
+    categories = server.http.get("/v1/refusal/categories").json()["data"]
     return ", ".join(f"{category['name']}={dial}" for category in categories)
 
 
@@ -148,7 +148,7 @@ def metrics(server: Server) -> dict[str, float]:
 def test_client_that_leaves_takes_its_prompts_along(server: Server, client: OpenAI) -> None:
     body = {"inputs": [{"messages": [user("words " * 150 + str(i))]} for i in range(1024)]}
     with pytest.raises(httpx.TimeoutException):
-        httpx.post(server.url + SCORE, json=body, timeout=0.5)
+        server.http.post(SCORE, json=body, timeout=0.5)
     # The engine is free again: one request is not behind a thousand others.
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "Hi"}], max_tokens=1, timeout=60
@@ -167,6 +167,6 @@ def test_client_that_leaves_takes_its_prompts_along(server: Server, client: Open
 
 
 def test_route_is_in_the_openapi_document(server: Server) -> None:
-    document = httpx.get(server.url + "/openapi.json", headers=OPERATOR, timeout=30).json()
+    document = server.http.get("/openapi.json", headers=OPERATOR).json()
     operation = document["paths"][SCORE]["post"]
     assert json.dumps(operation["requestBody"])

@@ -3,26 +3,16 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
-
-import httpx
 
 from models.manifest import load_manifest
 from server.policies.credentials import generate_key, hash_key
 from tests.e2e.policied import ACME, FILE, SHOP, Policied
+from tests.e2e.servers import until
 
 CHAT, SCORE = "/v1/chat/completions", "/v1/refusal/score"
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "A secret question?"}]}
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def traced(policied: Policied, decision: str) -> list[dict[str, Any]]:
@@ -35,7 +25,7 @@ def test_trace_has_a_line_of_what_was_denied_and_no_word_of_it(policied: Policie
     respond = load_manifest(policied.model).respond.id
     with policied.client(ACME, x_request_id="denied-1") as acme, policied.client(SHOP) as shop:
         for _ in range(3):
-            httpx.post(policied.server.url + CHAT, json=BODY, headers=sent, timeout=60)
+            policied.server.http.post(CHAT, json=BODY, headers=sent)
         acme.post(CHAT, json={**BODY, "refusal": {"policy": "strict"}})
         acme.post(CHAT, json={**BODY, "refusal": {"categories": {"a secret": 1}}})
         acme.post(CHAT, json={**BODY, "stream": True, "allowed_token_ids": [respond]})

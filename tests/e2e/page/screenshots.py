@@ -56,7 +56,7 @@ def _calibrated(folder: Path) -> Path:
     shutil.copytree(CHECKPOINT, model, ignore=shutil.ignore_patterns(CALIBRATIONS))
     write(folder, seed=0)
     with rheostat_server(model, folder / "calibrating.log") as server:
-        calibrate(server.url, model, calibration_prompts(folder / "calibration.jsonl"))
+        calibrate(server, model, calibration_prompts(folder / "calibration.jsonl"))
     return model
 
 
