@@ -154,6 +154,7 @@ class SteeredLLM(AsyncLLM):
         self.opening = opening_ids(tokenizer)
         self.turn_ids = frozenset(_additional(self.vllm_config)[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
+        self.count_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any

@@ -56,9 +56,13 @@ class Shaper:
             (b"x-refusal-category", ", ".join(c or "none" for c in categories).encode()),
         ]
 
-    def shape_answer(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Shapes a whole answer in place and returns it; unknown objects pass unchanged."""
-        if (shape := self._shape_of(answer)) is not None:
+    def shape_answer(self, answer: Any) -> Any:
+        """Shapes a whole answer in place and returns it; what is unknown passes unchanged.
+
+        vLLM answers ``null`` to a client that has gone.
+        """
+        shape = self._shape_of(answer) if isinstance(answer, dict) else None
+        if shape is not None:
             shape.answer(answer)
         return answer
 

@@ -7,7 +7,7 @@ from models.errors import RequestError
 from server.context import Decision, DecisionContext
 from server.generation.deciding import Decider
 from server.generation.grammars import check_dictation, check_grammar
-from server.generation.parameters import check_params, logprobs_of
+from server.generation.parameters import check_params, check_room, logprobs_of
 from server.generation.passes import passes
 from server.generation.prompts import (
     TokenPrompt,
@@ -36,15 +36,16 @@ def admit(
     """Checks what can be checked before there is a call, and fits the dials to an adapter.
 
     Args:
-        engine: Knows whether ``logprob_token_ids`` are safe.
+        engine: Knows whether ``logprob_token_ids`` are safe, and counts tokens.
         context: Of the HTTP request; an adapter changes its dials.
         params: The client's.
         settings: Hold the bounds of grammars.
         adapted: Whether the call names an adapter.
 
     Raises:
-        RequestError: An adapter is asked for a rate, the grammar is not allowed or too long, or
-            ``logprob_token_ids`` would change the answers of others.
+        RequestError: An adapter is asked for a rate, the grammar is not allowed or too long,
+            ``logprob_token_ids`` would change the answers of others, or the workers have no room
+            for the parameters.
     """
     if params.logprob_token_ids and not engine.margins_by_logprobs:
         raise RequestError(
@@ -57,6 +58,7 @@ def admit(
         context.adapt()
     if not context.grammars:
         check_dictation(params)
+    check_room(params, engine.count_tokens)
     if params.structured_outputs is not None:
         check_grammar(
             params.structured_outputs,

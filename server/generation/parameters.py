@@ -5,6 +5,7 @@ Every function that returns parameters copies them; the client's are never chang
 
 import copy
 import secrets
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 _WHOLE_VOCABULARY = 2**16
 _CLIENT_IDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
+# What vLLM's V2 model runner has room for.
+MOST_IDS = 1024
+MOST_BAD_WORD_TOKENS = 1024
+# Of 128, with those that end every answer.
+MOST_STOPS = 100
+_INT32, _INT64 = 2**31 - 1, 2**63 - 1
 
 
 class Logprobs(NamedTuple):
@@ -71,6 +78,55 @@ def check_params(params: "SamplingParams", control_ids: frozenset[int]) -> None:
                 param=name,
                 status=400,
             )
+
+
+def check_room(params: "SamplingParams", count_tokens: Callable[[str], int]) -> None:
+    """Checks that vLLM's workers have room for the client's parameters.
+
+    The V2 model runner would raise in its worker, which ends the engine. The bounds are those of
+    both runners, so that a request does not depend on the hardware.
+
+    Args:
+        params: The client's.
+        count_tokens: Returns the number of a text's tokens.
+
+    Raises:
+        RequestError: A field holds too many entries, or a number of too many bits.
+    """
+    for name, ids, most in (
+        ("allowed_token_ids", params.allowed_token_ids, MOST_IDS),
+        ("logit_bias", params.logit_bias, MOST_IDS),
+        ("stop_token_ids", params.min_tokens and params.stop_token_ids, MOST_STOPS),
+    ):
+        if ids and len(set(ids)) > most:
+            with_field = " beside min_tokens" if name == "stop_token_ids" else ""
+            raise RequestError(f"{name}: at most {most} tokens{with_field}", param=name)
+    tokens = 0
+    for word in params.bad_words or ():
+        # vLLM forbids a word with and without a space before it.
+        tokens += count_tokens(word.lstrip()) + count_tokens(f" {word.lstrip()}")
+        if tokens > MOST_BAD_WORD_TOKENS:
+            raise RequestError(
+                f"bad_words: at most {MOST_BAD_WORD_TOKENS} tokens, counted with and without a "
+                "space before each word",
+                param="bad_words",
+            )
+    for name, number, most in _numbers(params):
+        if number is not None and abs(number) > most:
+            bits = most.bit_length() + 1
+            raise RequestError(f"{name}: a number of at most {bits} bits", param=name, status=400)
+
+
+def _numbers(params: "SamplingParams") -> Iterator[tuple[str, int | None, int]]:
+    # Those that vLLM does not bound, with their greatest. In JSON they may stand in strings.
+    yield "top_k", params.top_k, _INT64
+    yield "stream_interval", params.stream_interval, _INT64
+    yield "thinking_token_budget", params.thinking_token_budget, _INT32
+    # Each choice adds its index.
+    yield "seed", None if params.seed is None else params.seed + params.n, _INT64
+    if (repeats := params.repetition_detection) is not None:
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            yield f"repetition_detection.{name}", getattr(repeats, name), _INT64
 
 
 def needs_decision_first(

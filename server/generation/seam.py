@@ -5,7 +5,7 @@ it runs: what must be made of vLLM's classes, the engine makes.
 """
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from models.errors import RequestError
@@ -40,6 +40,7 @@ class Engine(Protocol):
         margins_by_logprobs: Whether a decision pass may ask for the log-probabilities of the
             control tokens without changing the answers of other requests in its batch.
         repetition_penalty: The penalty of requests that name none.
+        count_tokens: Returns how many tokens a text has.
         model_config: vLLM's.
     """
 
@@ -53,6 +54,7 @@ class Engine(Protocol):
     margin_board: MarginBoard
     margins_by_logprobs: bool
     repetition_penalty: float
+    count_tokens: Callable[[str], int]
     model_config: "ModelConfig"
 
     def generate_stock(

@@ -40,6 +40,8 @@ def connection_options(settings: Settings) -> dict[str, Any]:
         "timeout_keep_alive": settings.idle_timeout_s,
         # By then the engine has ended; a client that does not read would hold the process.
         "timeout_graceful_shutdown": FLUSH_S,
+        # Else a request of a connection may begin with the variables of the one before.
+        "reset_contextvars": True,
         # With a websocket protocol, uvicorn never answers a POST that asks for one.
         "ws": "none",
     }

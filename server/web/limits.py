@@ -76,6 +76,8 @@ _READ_ONCE = frozenset(
         *COPIED,
     }
 )
+# More than any bound; and what a message says of it stays short.
+_MOST_NUMBER = 2**63 - 1
 # Of a stop string or a bad word.
 MOST_WORD_CHARACTERS = 1024
 _INT = TypeAdapter(int)
@@ -176,11 +178,14 @@ def prompts_in(body: dict[str, Any]) -> int:
 
 
 def number(body: dict[str, Any], name: str) -> int:
-    """Returns a field as vLLM's models read it: "2" and 2.0 are 2, what they refuse is 0."""
+    """Returns a field as vLLM's models read it: "2" and 2.0 are 2, what they refuse is 0.
+
+    Of more than 64 bits, as only a string may hold, it is the greatest of 64.
+    """
     if name not in body:
         return 0
     try:
-        return _INT.validate_python(body[name])
+        return min(_INT.validate_python(body[name]), _MOST_NUMBER)
     except ValidationError:
         return 0
 

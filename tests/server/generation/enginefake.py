@@ -62,6 +62,7 @@ class FakeEngine:
         self.turn_ids = frozenset({TURN})
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.repetition_penalty = 1.2
+        self.count_tokens = lambda text: len(text.split())
         self.model_config: Any = SimpleNamespace(max_model_len=16)
         self.recorder = recorder
         self.silent = silent
@@ -131,6 +132,8 @@ def parameters(**changed: Any) -> Any:
         "n": 1,
         "temperature": 0.0,
         "seed": None,
+        "top_k": 0,
+        "repetition_detection": None,
         "max_tokens": 5,
         "min_tokens": 0,
         "logit_bias": None,

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from models.errors import RequestError
-from server.generation.parameters import check_params, logprobs_of
+from server.generation.parameters import check_params, check_room, logprobs_of
+from tests.server.generation.enginefake import FakeEngine, parameters
 
 FIELDS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids")
 
@@ -42,3 +43,44 @@ def test_log_probabilities_are_counted(
     unset = dict.fromkeys(("logprobs", "prompt_logprobs", "stream_interval", "max_tokens"))
     params: Any = SimpleNamespace(**{"n": 1, **unset, **fields})
     assert logprobs_of(params, 7, streamed=streamed) == counts
+
+
+@pytest.mark.parametrize(
+    ("fits", "more", "param"),
+    [
+        ({"allowed_token_ids": list(range(1024))}, {"allowed_token_ids": list(range(1025))}, None),
+        (
+            {"logit_bias": dict.fromkeys(range(1024), 1.0)},
+            {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+            None,
+        ),
+        (
+            {"min_tokens": 2, "stop_token_ids": list(range(100))},
+            {"min_tokens": 2, "stop_token_ids": list(range(101))},
+            "stop_token_ids",
+        ),
+        ({"bad_words": [" a b"] * 128}, {"bad_words": [" a b c d e"] * 128}, None),
+        ({"top_k": 2**63 - 1}, {"top_k": 2**63}, None),
+        ({"stream_interval": 9}, {"stream_interval": 10**30}, None),
+        ({"thinking_token_budget": 2**31 - 1}, {"thinking_token_budget": 2**31}, None),
+        ({"n": 2, "seed": 2**63 - 3}, {"n": 2, "seed": 2**63 - 2}, "seed"),
+    ],
+)
+def test_what_a_worker_has_no_room_for_is_refused(
+    fits: dict[str, Any], more: dict[str, Any], param: str | None
+) -> None:
+    check_room(parameters(**fits), FakeEngine().count_tokens)
+    with pytest.raises(RequestError) as caught:
+        check_room(parameters(**more), FakeEngine().count_tokens)
+    assert caught.value.param == (param or next(iter(more)))
+
+
+def test_stop_tokens_without_a_least_length_are_free() -> None:
+    check_room(parameters(stop_token_ids=list(range(2000))), FakeEngine().count_tokens)
+
+
+def test_watch_for_repetition_has_numbers_of_64_bits() -> None:
+    watched = SimpleNamespace(max_pattern_size=10**30, min_pattern_size=1, min_count=2)
+    with pytest.raises(RequestError) as caught:
+        check_room(parameters(repetition_detection=watched), FakeEngine().count_tokens)
+    assert caught.value.param == "repetition_detection.max_pattern_size"

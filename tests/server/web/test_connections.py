@@ -1,14 +1,17 @@
 """Errors of all kinds on connections that clients keep: no request behind one is lost."""
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from http.client import HTTPConnection
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from tests.server.failing import CHAT, KINDS, answers, expected, failing_app
 from tests.server.wires import connect, listening, until_closed
 
 REQUESTS = 2002
+SEEN: ContextVar[str] = ContextVar("seen", default="nothing")
 HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer tenant\r\n".encode()
 
 
@@ -82,3 +85,21 @@ def test_body_that_comes_in_drops_is_408(impatient: int) -> None:
             except TimeoutError:
                 continue
     assert received.startswith(b"HTTP/1.1 408 ")
+
+
+async def _remembering(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers what an earlier request set, and sets something while it answers."""
+    body = SEEN.get().encode()
+    token = SEEN.set("another request's")
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+    SEEN.reset(token)
+
+
+def test_request_begins_without_the_variables_of_the_one_before() -> None:
+    request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    last = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with listening(_remembering) as port, connect(port) as connection:
+        connection.sendall(request + request + last)
+        received = until_closed(connection)
+    assert received.count(b"nothing") == 3

@@ -237,6 +237,19 @@ def test_prompts_without_n_count_as_choices() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ["a"] * 9, "n": "9" * 4299},
+        {"use_beam_search": True, "logprobs": 1, "max_tokens": "9" * 4299},
+    ],
+)
+def test_number_that_python_does_not_write_is_beyond_its_bound(fields: dict[str, Any]) -> None:
+    error = refused(json.dumps(fields).encode(), Settings())
+    assert error.status == 422
+    assert len(error.message) < 200
+
+
 SMALL = Settings(max_repeated_bytes=1024, max_logprobs=200)
 KIB = {"vllm_xargs": {"a": "b" * (512 - len('{"a":""}'))}}
 

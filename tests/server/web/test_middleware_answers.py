@@ -50,6 +50,11 @@ def test_refused_answer_is_shaped_and_its_length_is_right(split: int) -> None:
     assert answer.headers["x-refusal-category"] == "safety"
 
 
+def test_what_vllm_answers_to_a_client_that_has_gone_passes() -> None:
+    answer = send_to(FakeServer(REFUSED, [b"null"]), CHAT, {"messages": [USER]})
+    assert (answer.status_code, answer.content) == (200, b"null")
+
+
 def test_answer_passes_byte_for_byte_with_the_decision_in_its_headers() -> None:
     whole = b'{ "object":"chat.completion" , "choices":[]}'
     server = FakeServer(RESPONDED, [whole[:9], whole[9:]])
