@@ -196,7 +196,10 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        if not self._is_answering():  # else it would stand in the middle of an answer
+        # Else it would stand in the middle of an answer.
+        if not self._is_answering() or not (self.pipeline or self.cycle.response_started):
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # this is the answer of what it began
             body = bytes(error_response(RequestError(message, status=status)).body)
             phrase = status.phrase.encode()
             self.transport.write(_ANSWER % (status, phrase, len(body), body))

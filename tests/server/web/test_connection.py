@@ -228,3 +228,38 @@ def test_client_that_waits_to_continue_is_not_asked_to() -> None:
     assert received.startswith(b"HTTP/1.1 401 ")
     assert b"100 Continue" not in received
     assert received.endswith(b"denied")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Transfer-Encoding: unknown\r\n\r\nx",
+        b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n1\r\nxyz\r\n",
+    ],
+)
+def test_body_that_is_no_http_is_400(port: int, rest: bytes) -> None:
+    with connect(port) as connection:
+        connection.sendall(HEAD + rest)
+        received = until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1") == 1
+
+
+def test_body_that_is_no_http_stands_in_no_other_answer() -> None:
+    async def begin(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    wrong = HEAD + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"
+    with listening(begin) as port:
+        for requests in (wrong, HEAD + b"Content-Length: 0\r\n\r\n" + wrong):
+            with connect(port) as connection:
+                connection.sendall(requests[: -len(b"no size\r\n")])
+                received = b""
+                while b"begun" not in received:
+                    received += connection.recv(65536)
+                connection.sendall(b"no size\r\n")
+                assert b"HTTP/1.1" not in until_closed(connection)
