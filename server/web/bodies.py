@@ -13,6 +13,8 @@ from models.errors import RequestError
 from server.dials.protocol import FIELD, HEADER, POLICY_HEADER, parse_header
 
 LARGE_BYTES = 2**15
+# nginx's status for a client that has gone; nobody reads it but the metrics.
+CLIENT_GONE = 499
 T = TypeVar("T")
 P = ParamSpec("P")
 _BOOL = TypeAdapter(bool)
@@ -41,7 +43,7 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise RequestError("the connection ended before the body did", status=400)
+            raise RequestError("the connection ended before the body did", status=CLIENT_GONE)
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit_bytes:

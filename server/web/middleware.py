@@ -17,11 +17,18 @@ from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Traced
 from server.web.answer import Answer
-from server.web.bodies import aside, flag, replay_body, with_header_dials, with_length
+from server.web.bodies import (
+    CLIENT_GONE,
+    aside,
+    flag,
+    replay_body,
+    with_header_dials,
+    with_length,
+)
 from server.web.gate import Arrival, Gate
 from server.web.guard import Guard
 from server.web.limits import number, prompts_in, write_json
-from server.web.score import CLIENT_GONE, SCORE
+from server.web.score import SCORE
 
 INVOCATIONS = "/invocations"
 GENERATING = frozenset(

@@ -25,7 +25,7 @@ from server.policies.book import ActivePolicy, Caller
 from server.policies.credentials import now
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Scored
-from server.web.bodies import encode, with_header_dials
+from server.web.bodies import CLIENT_GONE, encode, with_header_dials
 from server.web.errors import error_response
 from server.web.guard import Guard
 from server.web.validation import NOT_JSON, first_problem
@@ -37,8 +37,6 @@ MOST_INPUTS = 1024
 AT_ONCE = 16
 # So many tokens, too, unless one prompt has more: about what the engine takes into one step.
 TOKENS_AT_ONCE = 2048
-# nginx's status for a client that has gone; nobody reads it but the metrics.
-CLIENT_GONE = 499
 
 
 T = TypeVar("T")

@@ -300,3 +300,23 @@ def test_what_is_denied_is_told_to_the_trace(tmp_path: Path) -> None:
         ("id-1", CHAT, 400, "invalid_request", None, 1),
         ("id-1", "/v1/models", 403, "not_allowed", "refusal", 2),
     ]
+
+
+def test_client_that_leaves_within_its_body_was_denied_nothing(tmp_path: Path) -> None:
+    trace = DecisionTrace(tmp_path / "trace.jsonl", [])
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "query_string": b"",
+        "headers": [(b"content-length", b"9")],
+    }
+
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def take(message: Message) -> None:
+        pass
+
+    asyncio.run(layer(Inside(), trace=trace)(scope, leave, take))
+    assert trace.denials.take() == []
