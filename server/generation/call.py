@@ -58,7 +58,8 @@ def admit(
         context.adapt()
     if not context.grammars:
         check_dictation(params)
-    check_room(params, engine.count_tokens)
+    if not context.calls:  # all prompts of a request have the same
+        check_room(params, engine.count_tokens)
     if params.structured_outputs is not None:
         check_grammar(
             params.structured_outputs,
