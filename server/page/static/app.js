@@ -5,7 +5,7 @@ import { startBars } from "./bars.js";
 import { conversation, startChat } from "./chat.js";
 import { startCopy } from "./copy.js";
 import { DialView } from "./dialview.js";
-import { resetDials } from "./dials.js";
+import { resetDial } from "./dials.js";
 import { byId, el, setText } from "./dom.js";
 import { loadFacts, usePolicy } from "./facts.js";
 import { startSet } from "./setview.js";
@@ -111,8 +111,7 @@ function startControls() {
   byId("retry").addEventListener("click", load);
   byId("policy").addEventListener("change", () => usePolicy(byId("policy").value));
   byId("reset-all").addEventListener("click", () => {
-    resetDials();
-    changed("dials");
+    state.categories.forEach((_, c) => resetDial(c));
   });
   // Only where the panel is a sheet, on a narrow screen, can it be put away.
   byId("panel-toggle").addEventListener("click", () => {

@@ -134,6 +134,8 @@ def test_two_sets_of_dials_are_compared(opened: Visit, labelled: Path) -> None:
     page.get_by_label("Compare with").select_option("trained")
     page.get_by_role("button", name="Reset all").click()
     expect(page.locator(".comparison .verdict")).to_have_text("No prompt flips.")
+    page.get_by_label("Compare with").select_option("pinned")
+    expect(page.locator(".comparison .verdict")).to_contain_text("newly refused")
 
 
 def test_demos_prompts_are_at_hand_and_scoring_can_be_stopped_and_go_on(opened: Visit) -> None:
