@@ -63,9 +63,6 @@ def _calibrated(folder: Path) -> Path:
 def _chat(browser: Browser, url: str, name: str, **options: Any) -> None:
     with visit(browser, url, **options) as opened:
         page = opened.page
-        _ask(page, "What is the capital of France?")
-        opened.choose_mode("humanizing", "rate")
-        opened.slider("safety").fill("0.95")
         _ask(page, PROMPT)
         page.locator(".turn.assistant summary").last.click()
         _save(page, name)
