@@ -37,7 +37,11 @@ def test_body_without_earlier_turns_is_the_clients_own(path: str, body: dict[str
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [(RESPONSES, "input"), (MESSAGES, "messages"), *((path, "messages") for path in READS_CHAT)],
+    [
+        (RESPONSES, "input"),
+        (MESSAGES, "messages"),
+        *((path, "messages") for path in sorted(READS_CHAT)),
+    ],
 )
 def test_earlier_turns_are_opened_where_the_route_reads_them(path: str, name: str) -> None:
     body = {name: [USER, ANSWERED, USER], "temperature": 0}
