@@ -28,8 +28,11 @@ class ClientMistakes(logging.Filter):
         arguments = record.args if isinstance(record.args, tuple) else ()
         causes = [*arguments, record.exc_info[1] if record.exc_info else None]
         # A template may raise any exception about a conversation.
-        rendering = record.name.startswith("vllm.renderers.")
-        kinds = (*self._kinds, Exception) if rendering else self._kinds
+        kinds = self._kinds
+        if record.name.startswith("vllm.renderers."):
+            kinds = (*kinds, Exception)
+        elif record.name.startswith("vllm.entrypoints.anthropic."):
+            kinds = (*kinds, ValueError)  # this route logs what it answers with 400
         return not (any(isinstance(cause, kinds) for cause in causes) or _rejected(record))
 
 

@@ -50,6 +50,8 @@ TEMPLATE_ARGUMENTS = frozenset(
 ENGINE_ARGUMENTS = frozenset({EXTRA_ARGS_KEY, "kv_transfer_params", "ec_transfer_params"})
 # Read by vLLM; its answer tells of all tenants' traffic.
 LOAD_HEADER = b"endpoint-load-metrics-format"
+# vLLM's processes tell each other numbers of at most 64 bits.
+_PRIORITY, MOST_DIGITS = b"x-vllm-priority", 18
 # Names that are copied into answers, events, traces and logs, with the headers that mean the same.
 COPIED = (
     "model",
@@ -76,7 +78,6 @@ _READ_ONCE = frozenset(
         *COPIED,
     }
 )
-# More than any bound; and what a message says of it stays short.
 _MOST_NUMBER = 2**63 - 1
 # Of a stop string or a bad word.
 MOST_WORD_CHARACTERS = 1024
@@ -178,10 +179,7 @@ def prompts_in(body: dict[str, Any]) -> int:
 
 
 def number(body: dict[str, Any], name: str) -> int:
-    """Returns a field as vLLM's models read it: "2" and 2.0 are 2, what they refuse is 0.
-
-    Of more than 64 bits, as only a string may hold, it is the greatest of 64.
-    """
+    """Returns a field as vLLM's models read it, up to 2^63: "2" and 2.0 are 2, the invalid is 0."""
     if name not in body:
         return 0
     try:
@@ -298,8 +296,7 @@ _COUNTS: tuple[tuple[str, str, Callable[[Any], int]], ...] = (
 )
 # Each is looked for in every token's text, or encoded before the engine sees the request.
 _WORDS = ("stop", "stop_sequences", "bad_words")
-_COUNTED = frozenset({"n", "best_of", "use_beam_search", *_WORDS, *(name for name, *_ in _COUNTS)})
-_COUNTED -= {"messages"}
+_COUNTED = frozenset({"n", "best_of", "use_beam_search", *_WORDS, "prompt", "documents", "tools"})
 
 
 def _hold(
@@ -387,6 +384,8 @@ def refuse_headers(headers: Headers) -> None:
                 LOAD_HEADER.decode(),
                 "the load is that of all callers; the operator reads it from /metrics",
             )
+        if name == _PRIORITY and len(value) > MOST_DIGITS:
+            raise _refused("X-Vllm-Priority", f"at most {MOST_DIGITS} digits")
         if len(value) > MOST_NAME_CHARACTERS and name in _COPIED_HEADERS:
             raise _too_long(_COPIED_HEADERS[name], len(value))
 

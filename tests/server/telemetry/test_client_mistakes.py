@@ -60,10 +60,11 @@ def test_what_comes_of_a_rejected_request_is_not_logged(
     assert len(caplog.records) == logged
 
 
-def test_whatever_a_template_says_of_a_conversation_is_the_clients() -> None:
+@pytest.mark.parametrize("name", ["vllm.renderers.hf", "vllm.entrypoints.anthropic.api_router"])
+def test_what_is_said_of_a_conversation_is_the_clients(name: str) -> None:
     def logged(*arguments: object) -> bool:
-        name, level = "vllm.renderers.hf", logging.WARNING
-        return FILTER.filter(logging.LogRecord(name, level, "", 1, "%s", arguments, None))
+        record = logging.LogRecord(name, logging.WARNING, "", 1, "%s", arguments, None)
+        return FILTER.filter(record)
 
     assert not logged(ValueError("no message"))
     assert logged("a template of no roles")

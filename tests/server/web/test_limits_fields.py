@@ -93,3 +93,10 @@ def test_header_that_is_copied_has_a_bounded_length(name: str) -> None:
 def test_header_that_asks_for_the_load_is_refused() -> None:
     with pytest.raises(RequestError, match="the load is that of all callers"):
         refuse_headers(Headers({LOAD_HEADER.decode(): "text"}))
+
+
+def test_priority_of_more_than_64_bits_is_refused() -> None:
+    refuse_headers(Headers({"X-Vllm-Priority": "9" * 18}))
+    with pytest.raises(RequestError, match="at most 18 digits") as caught:
+        refuse_headers(Headers({"x-vllm-priority": "-" + "9" * 18}))
+    assert (caught.value.param, caught.value.status) == ("X-Vllm-Priority", 400)
