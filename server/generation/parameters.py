@@ -23,7 +23,7 @@ MOST_IDS = 1024
 MOST_BAD_WORD_TOKENS = 1024
 # Of 128, with those that end every answer.
 MOST_STOPS = 100
-_INT32, _INT64 = 2**31 - 1, 2**63 - 1
+_BITS_64 = range(-(2**63), 2**63)
 
 
 class Logprobs(NamedTuple):
@@ -111,22 +111,20 @@ def check_room(params: "SamplingParams", count_tokens: Callable[[str], int]) -> 
                 "space before each word",
                 param="bad_words",
             )
-    for name, number, most in _numbers(params):
-        if number is not None and abs(number) > most:
-            bits = most.bit_length() + 1
-            raise RequestError(f"{name}: a number of at most {bits} bits", param=name, status=400)
+    for name, number in _numbers(params):
+        if number is not None and number not in _BITS_64:
+            raise RequestError(f"{name}: a number of at most 64 bits", param=name, status=400)
 
 
-def _numbers(params: "SamplingParams") -> Iterator[tuple[str, int | None, int]]:
-    # Those that vLLM does not bound, with their greatest. In JSON they may stand in strings.
-    yield "top_k", params.top_k, _INT64
-    yield "stream_interval", params.stream_interval, _INT64
-    yield "thinking_token_budget", params.thinking_token_budget, _INT32
+def _numbers(params: "SamplingParams") -> Iterator[tuple[str, int | None]]:
+    # Those that vLLM does not bound. In JSON they may stand in strings.
+    yield "top_k", params.top_k
+    yield "stream_interval", params.stream_interval
     # Each choice adds its index.
-    yield "seed", None if params.seed is None else params.seed + params.n, _INT64
+    yield "seed", None if params.seed is None else params.seed + params.n - 1
     if (repeats := params.repetition_detection) is not None:
         for name in ("max_pattern_size", "min_pattern_size", "min_count"):
-            yield f"repetition_detection.{name}", getattr(repeats, name), _INT64
+            yield f"repetition_detection.{name}", getattr(repeats, name)
 
 
 def needs_decision_first(

@@ -61,9 +61,9 @@ def test_log_probabilities_are_counted(
         ),
         ({"bad_words": [" a b"] * 128}, {"bad_words": [" a b c d e"] * 128}, None),
         ({"top_k": 2**63 - 1}, {"top_k": 2**63}, None),
+        ({"seed": -(2**63)}, {"top_k": -(2**64)}, None),
         ({"stream_interval": 9}, {"stream_interval": 10**30}, None),
-        ({"thinking_token_budget": 2**31 - 1}, {"thinking_token_budget": 2**31}, None),
-        ({"n": 2, "seed": 2**63 - 3}, {"n": 2, "seed": 2**63 - 2}, "seed"),
+        ({"n": 2, "seed": 2**63 - 2}, {"n": 2, "seed": 2**63 - 1}, "seed"),
     ],
 )
 def test_what_a_worker_has_no_room_for_is_refused(
