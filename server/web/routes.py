@@ -1,8 +1,9 @@
 """The routes that vLLM's server does not have."""
 
+import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -17,6 +18,8 @@ from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations
 from server.policies.book import Caller
 from server.web.bodies import encode
 from server.web.errors import error_response, failure
+
+Result = TypeVar("Result")
 
 
 class Health(Protocol):
@@ -41,14 +44,14 @@ def build_router(
         served: Returns its hashes; may read all weights the first time.
     """
     router = APIRouter()
+    hashing, describing = asyncio.Lock(), asyncio.Lock()
 
     @router.get("/v1/refusal/categories")
-    def categories(hashes: bool = False) -> dict[str, Any]:
+    async def categories(hashes: bool = False) -> dict[str, Any]:
         """Lists what can be dialled, in the order that breaks ties; on demand, of which weights."""
-        # No coroutine: weights are read in a thread.
         return {
             "object": "list",
-            **({"hashes": served().model_dump()} if hashes else {}),
+            **({"hashes": (await _alone(hashing, served)).model_dump()} if hashes else {}),
             "data": [
                 {
                     "object": "refusal.category",
@@ -61,14 +64,14 @@ def build_router(
         }
 
     @router.get("/v1/refusal/calibration")
-    def calibration(name: str = DEFAULT_CALIBRATION) -> Response:
+    async def calibration(name: str = DEFAULT_CALIBRATION) -> Response:
         """Returns a calibration's curves: bias, sensitivity, refused and falsely refused."""
-        # No coroutine: the curves are computed in a thread, once.
         try:
             calibrations.require(name, param="name", status=HTTPStatus.NOT_FOUND)
         except RequestError as error:
             return error_response(error)
-        return Response(encode(calibrations.describe(name)), media_type="application/json")
+        curves = await _alone(describing, lambda: encode(calibrations.describe(name)))
+        return Response(curves, media_type="application/json")
 
     @router.get("/v1/refusal/policies")
     async def policies(request: Request) -> Response:
@@ -97,3 +100,9 @@ def build_router(
         return JSONResponse({"status": "ready"})
 
     return router
+
+
+async def _alone(turn: asyncio.Lock, work: Callable[[], Result]) -> Result:
+    # In a thread, and in one only: it takes long the first time, and not after that.
+    async with turn:
+        return await asyncio.to_thread(work)

@@ -101,14 +101,20 @@ ANSWERED = {"categories": dict.fromkeys(CATEGORIES, "never")}  # a refusal follo
 REJECTED: dict[str, dict[str, Any]] = {
     "too long a prompt": {"prompt": [300] * 511},
     "unknown id": {"allowed_token_ids": [99_999_999]},
+    "number of too many bits": {"top_k": "9" * 30},
     "no place for the decision": {"add_generation_prompt": False},
     "regular expression": {"structured_outputs": {"regex": "("}, "refusal": ANSWERED},
     "schema": {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "x"}}}},
     "stop sequence": {"stop_sequences": [5]},
 }
 ON = {
-    CHAT: ["unknown id", "no place for the decision", "regular expression"],
-    TEXT: ["too long a prompt", "unknown id", "regular expression"],
+    CHAT: [
+        "unknown id",
+        "number of too many bits",
+        "no place for the decision",
+        "regular expression",
+    ],
+    TEXT: ["too long a prompt", "unknown id", "number of too many bits", "regular expression"],
     RESPONSES: ["schema"],
     MESSAGES: ["stop sequence"],
 }

@@ -1,9 +1,11 @@
 import asyncio
+import threading
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from models.hashes import Hashes
 from server.web.routes import build_router
 from tests.server.boards import HASHES, calibrations
 from tests.server.manifests import MANIFEST
@@ -59,6 +61,31 @@ def test_categories_say_on_demand_what_the_checkpoint_is() -> None:
     answer = get("/v1/refusal/categories?hashes=true", FakeEngine())
     assert answer.json()["hashes"] == HASHES.model_dump()
     assert len(answer.json()["data"]) == 2
+
+
+def test_weights_are_read_by_one_request_at_a_time() -> None:
+    begun, may_end = threading.Semaphore(0), threading.Event()
+
+    def read() -> Hashes:
+        begun.release()
+        assert may_end.wait(30)
+        return HASHES
+
+    app = FastAPI()
+    app.include_router(build_router(MANIFEST, FakeEngine(), calibrations(), read))
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(steering_app(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            path = "/v1/refusal/categories?hashes=true"
+            asking = [asyncio.create_task(client.get(path)) for _ in range(5)]
+            await asyncio.to_thread(begun.acquire)
+            assert (await client.get("/healthz")).status_code == 200
+            assert not begun.acquire(blocking=False)
+            may_end.set()
+            return await asyncio.gather(*asking)
+
+    assert [answer.status_code for answer in asyncio.run(ask())] == [200] * 5
 
 
 def test_calibration_has_its_curves_and_says_what_it_is_bound_to() -> None:
