@@ -33,7 +33,7 @@ def add_category(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the folds of the cross-validation.")] = 0,
 ) -> None:
-    """Learn one more category on a trained checkpoint; the others' decisions do not change.
+    """Learn one more category; other decisions do not change.
 
     Calibrations hold for the old weights and are removed: measure them again with `rheostat
     calibrate`. A running server goes on with what it has loaded.
@@ -57,7 +57,7 @@ def remove_category(
     checkpoint: CheckpointArgument,
     name: Annotated[str, typer.Option(help="Of the category.")],
 ) -> None:
-    """Remove a category with its token; the others' decisions do not change.
+    """Remove one category; other decisions do not change.
 
     Calibrations are removed as by `add-category`.
     """

@@ -159,7 +159,7 @@ def calibrate(
     ] = None,
     flags: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
-    """Measure labelled prompts, so that requests can ask for rates.
+    """Measure labelled prompts, so that dials can be rates.
 
     Keeps the margins of each prompt, which costs one token. Without --data, --plot and --check use
     the calibration that the checkpoint has.
@@ -212,7 +212,10 @@ def demo_data(
     out: Annotated[Path, typer.Option(file_okay=False, help="A folder; made where it is missing.")],
     seed: Annotated[int, typer.Option(help="Seed of the sentences.")] = 0,
 ) -> None:
-    """Write the demo's training, calibration and evaluation prompts."""
+    """Write the demo's labelled prompts: three files.
+
+    JSON Lines for training, calibration and evaluation.
+    """
     from training.demo_data.render import write
 
     out.mkdir(parents=True, exist_ok=True)
@@ -228,7 +231,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Of the server, on loopback.")] = 8000,
     once: Annotated[bool, typer.Option(help="Stop the server after the show.")] = False,
 ) -> None:
-    """Train the demo checkpoint once, serve it, and turn two dials."""
+    """Train the demo checkpoint, serve it, and turn two dials."""
     from training.demo import run
 
     run(checkpoint, port, once=once)
@@ -244,7 +247,7 @@ def adopt(
         typer.Option(exists=True, dir_okay=False, help="Replaces its chat template: a Jinja file."),
     ] = None,
 ) -> None:
-    """Write the manifest of a published refusal-token checkpoint.
+    """Write the manifest of a published checkpoint.
 
     Knows the tokens of the Llama-3 checkpoints of the refusal-token paper (arXiv 2412.06748).
     """
