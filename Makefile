@@ -19,7 +19,7 @@ demo: setup
 
 # In two processes, one of which has all that starts servers; tests/conftest.py.
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 # What `make test` leaves out: the tests with the marker "long".
 test-long: setup
