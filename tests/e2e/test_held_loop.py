@@ -73,7 +73,8 @@ def test_no_body_holds_the_event_loop(
     answer = server.http.post(body.path, content=body.raw, headers=JSON)
     ended_s = time.perf_counter()
     polls = [poll for poll in poller.since(started_s) if poll.asked_s < ended_s]
-    longest_s = max(poll.took_s for poll in polls)
+    # None where the answer came between two polls.
+    longest_s = max((poll.took_s for poll in polls), default=0.0)
     record_property("held_ms", round(longest_s * 1e3, 1))
     assert answer.status_code < 500
     assert longest_s < LONGEST_S
