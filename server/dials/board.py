@@ -95,10 +95,11 @@ class DialBoard:
         )
         if wanted.solves:
             question, solution, sides = self._solved(question, sides)
-            biases = self.bounds.clamp_all(solution.biases)
+            biases = solution.biases
         else:
             biases = tuple(0.0 if t is None or t.bias is None else t.bias for t in question.targets)
             solution = self._calibrations.solve(question) if explains else None
+        biases = self.bounds.clamp_all(biases)  # whatever stands above
         self._check_allowed(wanted, sides)
         predicted = None
         if explains and solution is not None:
