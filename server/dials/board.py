@@ -99,7 +99,8 @@ class DialBoard:
         else:
             biases = tuple(0.0 if t is None or t.bias is None else t.bias for t in question.targets)
             solution = self._calibrations.solve(question) if explains else None
-        biases = self.bounds.clamp_all(biases)  # whatever stands above
+        # Already true of every dial. Here so that a new kind of dial cannot pass a bound.
+        biases = self.bounds.clamp_all(biases)
         self._check_allowed(wanted, sides)
         predicted = None
         if explains and solution is not None:
