@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from models.checkpoint import load_tokenizer
 from training.config.recipe import TrainConfig
 
 MODEL = {
@@ -56,3 +58,17 @@ def losses_of(folder: Path) -> list[tuple[float, ...]]:
         for line in log_of(folder)
         if "loss" in line
     ]
+
+
+def decision_logits(folder: Path, question: str) -> torch.Tensor:
+    """Returns transformers' logits at the decision step of one question; ``[vocabulary]``."""
+    prompt: Any = load_tokenizer(folder).apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits: torch.Tensor = model(**prompt).logits[0, -1]
+    return logits

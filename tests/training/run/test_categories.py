@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from models.checkpoint import load_checkpoint
@@ -17,7 +16,7 @@ from models.manifest import save_manifest
 from rheostat import app
 from tests.toy import save_base
 from tests.training.conftest import THINGS, Rows, WriteRows, small_rows
-from tests.training.recipes import CATEGORIES, weights_of
+from tests.training.recipes import CATEGORIES, decision_logits, weights_of
 from training.config.data import Source
 from training.config.recipe import TrainConfig
 from training.run.categories import add_category, new_category, remove_category
@@ -56,18 +55,10 @@ def _added(checkpoint: Path, data: Path, name: str = "medicine") -> Any:
 
 
 def _margins(checkpoint: Path, *questions: str) -> dict[str, list[float]]:
-    manifest, tokenizer = load_checkpoint(checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    manifest, _ = load_checkpoint(checkpoint)
     margins: dict[str, list[float]] = {name: [] for name in manifest.names}
     for question in questions:
-        prompt: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        with torch.no_grad():
-            logits = model(**prompt).logits[0, -1]
+        logits = decision_logits(checkpoint, question)
         for category in manifest.categories:
             margin = logits[category.id] - logits[manifest.respond.id]
             margins[category.name].append(float(margin))

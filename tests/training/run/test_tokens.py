@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from models.checkpoint import load_checkpoint
 from tests.toy import save_base
 from tests.training.conftest import WriteRows, small_rows
-from tests.training.recipes import CATEGORIES, log_of, weights_of
+from tests.training.recipes import CATEGORIES, decision_logits, log_of, weights_of
 from training.config.recipe import TrainConfig
 from training.model.gguf import cache_folder
 from training.run.kept_states import KEPT_STATES
@@ -55,20 +55,12 @@ def test_only_rows_of_control_tokens_are_learnt(
     assert before.keys() == after.keys()
     for name, weight in before.items():
         assert torch.equal(after[name][: len(weight)], weight), name
-    manifest, tokenizer = load_checkpoint(out)
+    manifest, _ = load_checkpoint(out)
     assert not manifest.kept
     head = after["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert not head[manifest.respond.id].any()
-    model: Any = AutoModelForCausalLM.from_pretrained(out)
     for question, column in QUESTIONS.items():
-        prompt: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        with torch.no_grad():
-            logits = model(**prompt).logits[0, -1, manifest.control_ids]
+        logits = decision_logits(out, question)[manifest.control_ids]
         assert int(logits.argmax()) == column, question
     assert list(cache.iterdir())
 
