@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-long lint bench fuzz screenshots
+.PHONY: setup demo test test-long lint bench fuzz screenshots manifests
 
 setup: $(STAMP)
 
@@ -43,3 +43,6 @@ bench: setup
 
 screenshots: setup
 	@$(BIN)/python -m tests.e2e.page.screenshots
+
+manifests: setup
+	@$(BIN)/python -m tests.docker.chart

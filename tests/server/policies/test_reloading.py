@@ -1,5 +1,6 @@
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,21 +79,56 @@ def test_changed_file_is_in_force_soon(path: Path) -> None:
     assert is_valid()
 
 
-def test_file_that_is_put_in_its_place_by_a_link_is_seen(path: Path) -> None:
-    # As Kubernetes changes a ConfigMap.
-    folder = path.parent
-    (folder / "new.yaml").write_text(STRICTER)
-    link = folder / "link.yaml"
-    link.symlink_to(path)
-    policies = opened(link)
-    before = desk_floor(policies)
+def publish(volume: Path, text: str, version: str) -> None:
+    """Writes a ConfigMap's volume as the kubelet does: a new folder, swapped in by its link."""
+    folder = volume / f"..2026_11_27_{version}"
+    folder.mkdir()
+    (folder / "policies.yaml").write_text(text)
+    data, file = volume / "..data", volume / "policies.yaml"
+    old = data.resolve() if data.exists() else None
+    (volume / "..data_tmp").symlink_to(folder.name)
+    (volume / "..data_tmp").rename(data)
+    if old is None:
+        file.symlink_to("..data/policies.yaml")
+    else:
+        shutil.rmtree(old)
+
+
+def test_config_map_that_the_kubelet_swaps_is_in_force_each_time(tmp_path: Path) -> None:
+    publish(tmp_path, TWO_TENANTS, "0")
+    policies = opened(tmp_path / "policies.yaml")
+    first, bad = desk_floor(policies), reloads("bad")
+
+    async def swap(text: str, version: str) -> None:
+        book = policies.book
+        publish(tmp_path, text, version)
+        await until(lambda: policies.book is not book)
 
     async def change() -> None:
-        (folder / "next").symlink_to(folder / "new.yaml")
-        (folder / "next").rename(link)
-        await until(lambda: desk_floor(policies) > before)
+        await swap(STRICTER, "1")
+        await swap(TWO_TENANTS, "2")
+        assert desk_floor(policies) == first
+        await swap(STRICTER, "3")
 
     watch(policies, change())
+    assert desk_floor(policies) > first
+    assert reloads("bad") == bad
+
+
+def test_config_map_whose_new_version_is_bad_leaves_the_old_one(tmp_path: Path) -> None:
+    publish(tmp_path, TWO_TENANTS, "0")
+    policies = opened(tmp_path / "policies.yaml")
+    book, bad = policies.book, reloads("bad")
+
+    async def change() -> None:
+        publish(tmp_path, "policies: [", "1")
+        await until(lambda: reloads("bad") == bad + 1)
+        assert policies.book is book
+        publish(tmp_path, STRICTER, "2")
+        await until(is_valid)
+
+    watch(policies, change())
+    assert policies.book is not book
 
 
 def test_hang_up_reads_the_file_again_at_once(path: Path) -> None:
