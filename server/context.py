@@ -52,6 +52,7 @@ class DecisionContext:
         marked: Whether the guard put its mark into the request.
         enforce: Whether a refusal is one; otherwise it is only reported.
         texts: What a refusal says, one a category; None where its text is generated.
+        in_content: Whether a chat message holds a refusal's text in ``content`` too.
         decisions: By call and choice index.
         refusal_texts: What each refused choice said and the HTTP layer has not yet taken, by call
             and choice index. vLLM's tool and reasoning parsers may read it as something else.
@@ -79,6 +80,7 @@ class DecisionContext:
     marked: bool = False
     enforce: bool = True
     texts: tuple[str | None, ...] = ()
+    in_content: bool = False
     decisions: dict[tuple[int, int], Decision] = field(default_factory=dict)
     refusal_texts: dict[tuple[int, int], str] = field(default_factory=dict)
     calls: int = 0

@@ -140,8 +140,8 @@ def _text_key(part: Any) -> str | None:
 class ChoicesShape:
     """Shapes each choice by its own decision.
 
-    A refused chat message has its text in ``refusal``. A completion's choice is a text, and only
-    its report says that it is a refusal.
+    A refused chat message has its text in ``refusal``, on request in ``content`` too. A
+    completion's choice is a text, and only its report says that it is a refusal.
 
     Args:
         echo: Whether the client asked for its own last message back.
@@ -197,12 +197,13 @@ class ChoicesShape:
             else:
                 message[name] = _UNPARSED[name]
         if (logprobs := choice.get("logprobs")) and "content" in logprobs:
-            choice["logprobs"] = {**logprobs, "content": None, "refusal": logprobs["content"]}
+            content = logprobs["content"] if self._verdicts.in_content else None
+            choice["logprobs"] = {**logprobs, "content": content, "refusal": logprobs["content"]}
         if choice.get("finish_reason") == "tool_calls":
             choice["finish_reason"] = "stop"
         if text is not None:
             message["refusal"] = text
-            message["content"] = None
+            message["content"] = text if self._verdicts.in_content else None
 
     def _report(self, choice: dict[str, Any]) -> None:
         index = choice["index"]

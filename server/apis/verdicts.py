@@ -32,6 +32,11 @@ class Verdicts:
         """Whether the request asked for reports."""
         return self._context.report
 
+    @property
+    def in_content(self) -> bool:
+        """Whether a refusal's text stands in a chat message's ``content`` too."""
+        return self._context.in_content
+
     def in_order(self) -> list[str | None]:
         """Returns each choice's refused category, None for an answer, in the answer's order."""
         return [self._name(decision) for _, decision in sorted(self._context.decisions.items())]

@@ -10,7 +10,7 @@ from models.solver import Solution, Target
 from server.dials.calibrations import Calibrations, Question
 from server.dials.floors import Bounds, Side
 from server.dials.overlay import Overlay, Sides, Wanted, path_of
-from server.dials.protocol import DialOptions, RefusalOptions
+from server.dials.protocol import REFUSAL_ONLY, DialOptions, RefusalOptions
 from server.dials.reports import Forecast, forecast
 
 _MOST_KEPT = 1024
@@ -65,6 +65,7 @@ class DialBoard:
         self.names = tuple(names)
         self.bounds = bounds or Bounds.none(len(self.names))
         self._reports = bool(defaults.report)
+        self._refusal_in = defaults.refusal_in or REFUSAL_ONLY
         self._calibrations = calibrations
         self._overlay = Overlay(self.names, defaults, calibrations, self.bounds)
         self._recent = lru_cache(_MOST_KEPT)(self._resolve)
@@ -73,6 +74,10 @@ class DialBoard:
     def reports(self, options: RefusalOptions) -> bool:
         """Returns whether a request wants a report."""
         return self._reports if options.report is None else options.report
+
+    def refusal_in(self, options: RefusalOptions) -> tuple[str, ...]:
+        """Returns the fields of a chat message that hold a refusal's text."""
+        return options.refusal_in or self._refusal_in
 
     def resolve(self, options: RefusalOptions, *, explain: bool = False) -> Resolution:
         """Resolves one request, from the cache if possible.

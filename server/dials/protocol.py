@@ -119,12 +119,31 @@ Dial = Annotated[
 ]
 
 
+REFUSAL_ONLY = ("refusal",)
+REFUSAL_AND_CONTENT = ("refusal", "content")
+
+
+def _refusal_in(value: Any) -> tuple[str, ...]:
+    for places in (REFUSAL_ONLY, REFUSAL_AND_CONTENT):
+        if isinstance(value, list | tuple) and list(value) == list(places):
+            return places
+    raise ValueError('must be ["refusal"] or ["refusal", "content"]')
+
+
+RefusalIn = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_refusal_in),
+    WithJsonSchema({"enum": [list(REFUSAL_ONLY), list(REFUSAL_AND_CONTENT)]}),
+]
+
+
 class DialOptions(BaseModel):
     """The fields of a ``refusal`` object that an operator may set for all requests.
 
     Attributes:
         decision: How the control token is chosen.
         report: Whether each choice has a ``refusal_report``.
+        refusal_in: The fields of a chat message that hold a refusal's text.
         categories: ``parse_dial`` reads each dial.
         false_refusal_rate: Upper bound, with 95 % confidence, of the share of benign prompts
             refused by any category.
@@ -135,6 +154,7 @@ class DialOptions(BaseModel):
 
     decision: Literal["greedy", "sample", "paper"] | None = None
     report: bool | None = None
+    refusal_in: RefusalIn | None = None
     categories: dict[str, Dial] = {}
     false_refusal_rate: Annotated[float, BeforeValidator(_total_bound)] | None = None
     calibration: Name | None = None
@@ -167,6 +187,17 @@ class RefusalOptions(DialOptions):
             asked is not None
             for asked in (self.decision, self.false_refusal_rate, self.calibration)
         )
+
+
+def check_refusal_in(options: RefusalOptions) -> None:
+    """Validates the options of a route whose answers are no chat messages.
+
+    Raises:
+        RequestError: They ask for a refusal's text in a message's ``content``.
+    """
+    if options.refusal_in == REFUSAL_AND_CONTENT:
+        path = f"{FIELD}.refusal_in"
+        raise RequestError(f"{path}: only chat messages have a content", param=path)
 
 
 def parse_header(text: str) -> dict[str, Any]:

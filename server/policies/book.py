@@ -39,6 +39,7 @@ class ActivePolicy:
     control_text: Literal["plain", "refuse"] = "plain"
     report: bool = True
     grammars: bool = True
+    refusal_in: tuple[str, ...] | None = None
 
     def reports(self, options: RefusalOptions) -> bool:
         """Returns whether a request gets a report.
@@ -51,6 +52,20 @@ class ActivePolicy:
                 f"{FIELD}.report: the policy allows no reports", param=f"{FIELD}.report"
             )
         return self.board.reports(options)
+
+    def shows_refusals_in(self, options: RefusalOptions) -> tuple[str, ...]:
+        """Returns the fields of a chat message that hold a refusal's text.
+
+        Raises:
+            NotAllowedError: The request asks for others than the policy's.
+        """
+        asked = options.refusal_in
+        if self.refusal_in is not None and asked not in (None, self.refusal_in):
+            raise NotAllowedError(
+                f"{FIELD}.refusal_in: the policy allows only {list(self.refusal_in)}",
+                param=f"{FIELD}.refusal_in",
+            )
+        return self.refusal_in or self.board.refusal_in(options)
 
     def check_raw_prompts(self) -> None:
         """Raises a NotAllowedError where prompts may not be sent past the chat template."""
@@ -88,6 +103,7 @@ class ActivePolicy:
             "control_text": self.control_text,
             "report": self.report,
             "grammars": self.grammars,
+            "refusal_in": self.refusal_in,
             "categories": {
                 name: {
                     "default": _dial(bias),

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from models.manifest import Name
-from server.dials.protocol import HEADER, POLICY_HEADER, Dial, DialOptions
+from server.dials.protocol import HEADER, POLICY_HEADER, Dial, DialOptions, RefusalIn
 from server.policies.credentials import KeyEntry, StoredKey
 from server.policies.source import FieldPath, Problem, Source
 
@@ -86,6 +86,8 @@ class PolicyEntry(_Strict):
         report: Whether requests may ask for a report, which shows margins.
         grammars: Whether requests may bring a grammar, which can dictate the assistant's answer
             and slows the engine.
+        refusal_in: The fields of a chat message that hold a refusal's text, for every request;
+            None lets requests choose.
     """
 
     defaults: DialOptions = Field(default_factory=DialOptions)
@@ -99,6 +101,7 @@ class PolicyEntry(_Strict):
     control_text: Literal["plain", "refuse"] = "plain"
     report: StrictBool | None = None
     grammars: StrictBool | None = None
+    refusal_in: RefusalIn | None = None
 
     def refusal_text_of(self, category: str) -> str:
         """Returns a category's ``generated``, ``template`` or text."""
@@ -254,6 +257,8 @@ def _policy_contradictions(policy: PolicyEntry) -> Iterator[Problem]:
             ("defaults", "decision"),
             "a policy with floors decides by greedy: other rules may answer what a floor refuses",
         )
+    if policy.refusal_in and policy.defaults.refusal_in not in (None, policy.refusal_in):
+        yield Problem(("defaults", "refusal_in"), "differs from the policy's own refusal_in")
     for category in policy.floors.keys() & policy.ceilings.keys():
         floor, ceiling = policy.floors[category].bias, policy.ceilings[category].bias
         if floor is not None and ceiling is not None and floor > ceiling:

@@ -120,6 +120,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
         control_text=entry.control_text,
         report=report,
         grammars=unguarded if entry.grammars is None else entry.grammars,
+        refusal_in=entry.refusal_in,
     )
 
 

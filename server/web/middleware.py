@@ -7,10 +7,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.errors import NotAllowedError, RequestError
 from models.manifest import Manifest
 from server.apis.shaping import Shaper
-from server.apis.turns import RESPONSES, open_turns
+from server.apis.turns import READS_CHAT, RESPONSES, open_turns
 from server.apis.verdicts import Verdicts
 from server.context import BODY, CALLER, DECISION_CONTEXT, DecisionContext
-from server.dials.protocol import FIELD, RefusalOptions, parse_options
+from server.dials.protocol import (
+    FIELD,
+    REFUSAL_AND_CONTENT,
+    RefusalOptions,
+    check_refusal_in,
+    parse_options,
+)
 from server.policies.book import ActivePolicy, CallerSource
 from server.policies.credentials import now
 from server.settings import Settings
@@ -203,6 +209,7 @@ class RefusalMiddleware:
             policy=policy.name,
             enforce=policy.enforce,
             texts=policy.refusal_texts,
+            in_content=_in_content(options, policy, chat=opens_turn and path in READS_CHAT),
             logprobs=self._settings.max_logprobs,
             piece_logprobs=self._settings.max_logprobs // 8,
             prompts=prompts_in(body),
@@ -211,6 +218,12 @@ class RefusalMiddleware:
         if context.beam_search:
             _check_beams(body, has_floor=context.has_floor)
         return Prepared(write_json(turns.body), options, context)
+
+
+def _in_content(options: RefusalOptions, policy: ActivePolicy, *, chat: bool) -> bool:
+    if not chat:
+        check_refusal_in(options)
+    return policy.shows_refusals_in(options) == REFUSAL_AND_CONTENT
 
 
 def _names_length(body: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from models.manifest import Manifest
 from server.apis.chat import annotate
 from server.context import BODY, CALLER, Decision, DecisionContext
 from server.dials.board import Resolution
-from server.dials.protocol import FIELD, RefusalOptions, parse_options
+from server.dials.protocol import FIELD, RefusalOptions, check_refusal_in, parse_options
 from server.dials.reports import build_report
 from server.policies.book import ActivePolicy, Caller
 from server.policies.credentials import now
@@ -113,6 +113,7 @@ def parse_score(body: Any) -> ScoreRequest:
         if any(one["type"] == "too_long" for one in error.errors()):
             problem.status = HTTPStatus.UNPROCESSABLE_ENTITY
         raise problem from error
+    check_refusal_in(wanted.refusal)
     if wanted.refusal.report is False:
         raise RequestError(f"{FIELD}.report: scores are reports", param=f"{FIELD}.report")
     return wanted

@@ -71,6 +71,26 @@ def test_streamed_refusal_arrives_as_refusal_deltas(client: OpenAI, report: bool
     assert final.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_refusal_in_content_reaches_clients_that_read_content_only(
+    client: OpenAI, manifest: Manifest, refused: bool
+) -> None:
+    dials = ALWAYS_SAFETY["refusal"] if refused else never(manifest)["refusal"]
+    body: dict[str, Any] = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "temperature": 0,
+        "extra_body": {"refusal": {**dials, "refusal_in": ["refusal", "content"]}},
+    }
+    message = client.chat.completions.create(**body).choices[0].message
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    assert message.content
+    assert message.refusal == (message.content if refused else None)
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    assert "".join(delta.refusal or "" for delta in deltas) == (message.refusal or "")
+
+
 def test_streamed_answer_arrives_as_content_deltas(client: OpenAI, manifest: Manifest) -> None:
     chunks = list(
         client.chat.completions.create(

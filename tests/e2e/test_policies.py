@@ -141,6 +141,14 @@ def test_no_dial_of_a_request_gets_below_the_floor(policied: Policied) -> None:
     assert {case: said for case, said in verdicts.items() if said != "refuse"} == {}
 
 
+def test_refusal_in_content_is_refused_all_the_same(acme: httpx.Client) -> None:
+    refusal = {"categories": ALL_NEVER, "refusal_in": ["refusal", "content"]}
+    answer = acme.post(CHAT, json={**CHAT_BODY, "refusal": refusal})
+    assert decision(answer) == "refuse"
+    message = answer.json()["choices"][0]["message"]
+    assert message["content"] == message["refusal"] != ""
+
+
 def test_no_temperature_and_no_draw_gets_below_the_floor(policied: Policied) -> None:
     asked = {"decision": "sample", "categories": ALL_NEVER}
     draws = [(temperature, seed) for temperature in (0, 1, 2.0) for seed in range(3)]

@@ -8,11 +8,13 @@ AS_TRAINED = Resolution(Controls(Rule.GREEDY, (0.0, 0.0), (False, False)))
 
 
 def context_of(
-    *choices: Decision, report: bool = False, beam_search: bool = False
+    *choices: Decision, report: bool = False, beam_search: bool = False, in_content: bool = False
 ) -> DecisionContext:
     """Returns the context of one prompt, with its choices' decisions."""
     placed = {(0, index): decision for index, decision in enumerate(choices)}
-    return context_of_calls(placed, report=report, beam_search=beam_search)
+    context = context_of_calls(placed, report=report, beam_search=beam_search)
+    context.in_content = in_content
+    return context
 
 
 def context_of_calls(

@@ -142,7 +142,8 @@ class AnswerView {
   add(delta) {
     if (delta.refusal_category) this.#category = delta.refusal_category;
     const refusal = typeof delta.refusal === "string" ? delta.refusal : "";
-    const content = delta.content ?? "";
+    // With `refusal_in`, a refusal's text stands in both.
+    const content = refusal ? "" : (delta.content ?? "");
     if (delta.refusal_category || refusal) this.#decide("Refused");
     else if (content) this.#decide("Answered");
     this.text.append(refusal + content);

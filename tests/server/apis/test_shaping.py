@@ -20,8 +20,10 @@ def shaper_for(context: DecisionContext) -> Shaper:
     return Shaper(Verdicts(MANIFEST, context))
 
 
-def shaper_of(*decisions: Decision, echo: bool = False, report: bool = False) -> Shaper:
-    context = context_of(*decisions, report=report)
+def shaper_of(
+    *decisions: Decision, echo: bool = False, report: bool = False, in_content: bool = False
+) -> Shaper:
+    context = context_of(*decisions, report=report, in_content=in_content)
     return Shaper(Verdicts(MANIFEST, context), echo=echo)
 
 
@@ -128,6 +130,44 @@ def test_refused_stream_has_its_text_in_refusal_and_its_category_once() -> None:
         {"content": None, "refusal": "."},
         {},
     ]
+
+
+def test_refusal_in_content_has_its_text_in_both_fields() -> None:
+    spoken = [{"token": "No", "logprob": -0.5}]
+    answer = chat("I am a program.", "Yes.", logprobs={"content": spoken})
+    shaped = shaper_of(HUMANIZING, RESPOND, in_content=True).shape_answer(answer)
+    assert messages(shaped) == [
+        {
+            "role": "assistant",
+            "content": "I am a program.",
+            "refusal": "I am a program.",
+            "refusal_category": "humanizing",
+        },
+        {"role": "assistant", "content": "Yes."},
+    ]
+    assert shaped["choices"][0]["logprobs"] == {"content": spoken, "refusal": spoken}
+
+
+def test_streamed_refusal_in_content_has_its_text_in_both_fields() -> None:
+    stream = [chunk(role="assistant", content=""), chunk(content="No"), chunk()]
+    assert deltas(shaper_of(SAFETY, in_content=True), *stream) == [
+        {"role": "assistant", "content": "", "refusal": "", "refusal_category": "safety"},
+        {"content": "No", "refusal": "No"},
+        {},
+    ]
+
+
+def test_text_of_a_refusal_that_a_parser_took_stands_in_content_too() -> None:
+    answer = chat(None, finish_reason="tool_calls")
+    messages(answer)[0]["tool_calls"] = [{"function": {"name": "f", "arguments": "I can't."}}]
+    context = context_of(SAFETY, in_content=True)
+    context.refusal_texts[0, 0] = "I can't."
+    (message,) = messages(shaper_for(context).shape_answer(answer))
+    assert (message["content"], message["refusal"], message["tool_calls"]) == (
+        "I can't.",
+        "I can't.",
+        [],
+    )
 
 
 def test_answered_stream_stays_as_it_is() -> None:

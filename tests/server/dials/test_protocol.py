@@ -79,6 +79,11 @@ def test_wrong_dial_is_refused_with_its_path(dial: Any, said: str) -> None:
         ({"decision": "GREEDY"}, "refusal.decision"),
         ({"report": "yes"}, "refusal.report"),
         ({"report": 1}, "refusal.report"),
+        ({"refusal_in": "content"}, "refusal.refusal_in"),
+        ({"refusal_in": []}, "refusal.refusal_in"),
+        ({"refusal_in": ["content"]}, "refusal.refusal_in"),
+        ({"refusal_in": ["refusal", "refusal"]}, "refusal.refusal_in"),
+        ({"refusal_in": ["refusal", "body"]}, "refusal.refusal_in"),
         ({"categories": []}, "refusal.categories"),
         ({"categories": None}, "refusal.categories"),
         ({"categories": {"weather": 0.5}}, "refusal.categories.weather"),
@@ -98,7 +103,7 @@ def test_wrong_object_is_refused_with_the_path_of_the_field(value: Any, param: s
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     assert "safety, humanizing" in refused({"categories": {"weather": 0.5}}).message
-    assert "decision, report, categories" in refused({"polcy": "x"}).message
+    assert "decision, report, refusal_in, categories" in refused({"polcy": "x"}).message
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ anonymous: p
         "raw_prompts": False,
         "prefill": False,
         "grammars": False,
+        "refusal_in": None,
         "control_text": "refuse",
         "report": False,
         "categories": {
