@@ -21,8 +21,6 @@ def add_category(
     data: Annotated[
         list[Path],
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="Rows of the category, and others if there are. Repeatable. " + DATA_HELP,
         ),
     ],

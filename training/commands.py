@@ -8,8 +8,8 @@ import typer
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 DATA_HELP = (
-    "A .jsonl, .json, .csv, .tsv or .parquet file; or a .yaml file with a list of sources, as "
-    "data.train in a recipe."
+    "A .jsonl, .json, .csv, .tsv or .parquet file; a public set, such as xstest; or a .yaml file "
+    "with a list of sources, as data.train in a recipe."
 )
 ModelOption = Annotated[
     str, typer.Option("--model", help="A checkpoint folder with rheostat.json, or a hub name.")
@@ -126,8 +126,6 @@ def calibrate(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="Prompts with their categories. Repeatable. " + DATA_HELP,
         ),
     ] = None,

@@ -22,6 +22,7 @@ from models.errors import ConfigError
 from models.files import parse_yaml
 from models.manifest import Name
 from training.config.fields import Frozen, Seed, Share, Text, reason_of
+from training.config.sets import SETS, SetName, with_origin
 
 DEMO = "demo"
 
@@ -44,6 +45,8 @@ class Source(Frozen):
     """Rows of one origin.
 
     Attributes:
+        set: A public set by its name: `hub`, `subset`, `split` and `format` are then known. With
+            `hub` or `path` as well, a copy of it is read.
         path: A local file: .jsonl, .json, .csv, .tsv or .parquet; relative to where the command
             runs. Either this or `hub`.
         hub: A data set on the model hub, or a folder laid out like one.
@@ -53,23 +56,26 @@ class Source(Frozen):
         format: How a row reads. `rows`: ours, prompt/category/response or messages whose assistant
             turns carry a category. `chat`: messages without categories (UltraChat, ShareGPT-like
             lists, prompt/response), all of them answers. `coconot`: CoCoNot's fields; its contrast
-            and preference rows are answers and near misses of their category.
+            and preference rows are answers and near misses of their category. `set`: as `set` says.
         columns: Our field → the file's column, where they differ. `response: null` says that the
             file has none: only the control tokens are learnt from it.
         categories: The file's category value → our category, or null for "is to be answered".
             Values that it does not name must be our categories already; "" is an empty cell.
-        category: What every row is refused for, in a file that has no categories.
+        category: What every row is refused for, in a file that has no categories; in a public set,
+            what every row that should be refused is refused for.
         bad_rows: Whether a row that cannot be used ends the run, or is left out and counted.
         weight: How often each row is taken: 2 is twice, 0.5 a random half.
         limit: At most so many rows, drawn at random, before the weight.
     """
 
+    # Left out where it says nothing, so that recipes without it keep their hash.
+    set: SetName | None = Field(default=None, exclude_if=lambda name: name is None)
     path: Text | None = None
     hub: Text | None = None
     subset: Text | None = None
     split: Text = "train"
     revision: Text | None = None
-    format: Literal["rows", "chat", "coconot"] = "rows"
+    format: Literal["rows", "chat", "coconot", "set"] = "rows"
     columns: dict[Column, Text | None] = Field(default_factory=dict)
     categories: Annotated[dict[str, Name | None], BeforeValidator(_with_labels)] = Field(
         default_factory=dict
@@ -78,6 +84,12 @@ class Source(Frozen):
     bad_rows: Literal["error", "drop"] = "error"
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     limit: PositiveInt | None = None
+
+    @validates_model(mode="before")
+    @classmethod
+    def _with_origin(cls, values: Any) -> Any:
+        known = isinstance(values, Mapping) and isinstance(values.get("set"), str)
+        return with_origin(values) if known else values
 
     @validates_model(mode="after")
     def _fits_together(self) -> "Source":
@@ -97,6 +109,14 @@ class Source(Frozen):
                 "category stands for every row, so categories and columns.category mean nothing",
             ),
             (
+                (self.set is None) == (self.format == "set"),
+                "set and format: set belong together",
+            ),
+            (
+                self.set and self.columns.keys() - {"response"},
+                "the columns of a public set are known",
+            ),
+            (
                 any(to is None for field, to in self.columns.items() if field != "response"),
                 "columns: only response may be null",
             ),
@@ -107,14 +127,18 @@ class Source(Frozen):
 
     @property
     def name(self) -> str:
-        """The path, or the name on the hub with what chooses among its rows."""
+        """The set's name, the path, or the name on the hub with what chooses among its rows."""
+        if self.set is not None:
+            return self.set
         if self.path is not None:
             return self.path
         return ":".join(part for part in (self.hub, self.subset, self.split) if part)
 
 
 def _as_source(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"set": value} if value in SETS else {"path": value}
+    return value
 
 
 def _not_empty(sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -136,13 +160,14 @@ def named_sources(path: Path) -> tuple[Source, ...]:
     """Returns the sources that a command's `--data` names.
 
     Args:
-        path: A file of rows; or, ending in .yaml or .yml, a list of sources as in a recipe.
+        path: The name of a public set; a file of rows; or, ending in .yaml or .yml, a list of
+            sources as in a recipe.
 
     Raises:
         ConfigError: The list cannot be read or is wrong; one line for each wrong field.
     """
     if path.suffix.lower() not in (".yaml", ".yml"):
-        return (Source(path=str(path)),)
+        return _SOURCES.validate_python([str(path)])
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -176,8 +201,8 @@ class DataConfig(Frozen):
     """What is learnt from.
 
     Attributes:
-        train: Sources; a bare string in the list is a path. Or `demo`, which renders the demo's
-            data.
+        train: Sources; a bare string in the list is a path or a public set's name. Or `demo`, which
+            renders the demo's data.
         seed: Seed of the demo's renderer, and of every random choice of rows.
         deduplicate: Whether rows that ask the same and are decided the same, but for case, white
             space and Unicode form, count once.

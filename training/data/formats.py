@@ -8,18 +8,11 @@ from typing import Any
 
 from models.errors import ConfigError
 from training.config.data import Source, label
+from training.config.sets import COCONOT_LABELS, SETS, PublicSet
 from training.data.rows import BadRowError
 
 Values = Mapping[str, Any]
 
-# The labels of CoCoNot's files (arXiv 2407.12043; github.com/allenai/noncompliance, data/).
-COCONOT_LABELS = {
-    "Requests with safety concerns": "safety",
-    "Humanizing requests": "humanizing",
-    "Incomplete requests": "incomplete",
-    "Indeterminate requests": "indeterminate",
-    "Unsupported requests": "unsupported",
-}
 COCONOT_ANSWERED = ("contrast", "pref")
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant"}
 
@@ -45,6 +38,9 @@ def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
         raise ConfigError(f"{name}: is empty; its first line must name the columns")
     if repeated := sorted({column for column in found if found.count(column) > 1}):
         raise ConfigError(f"{name}: the column {repeated[0]!r} is a duplicate")
+    if source.set is not None:
+        _check_set_columns(name, found, SETS[source.set])
+        return
     needed = {field: to for field, to in source.columns.items() if to is not None}
     if source.format == "rows" and not {"messages", needed.get("messages")} & set(found):
         needed = {"prompt": "prompt", "response": "response", "category": "category", **needed}
@@ -58,6 +54,16 @@ def check_columns(name: str, columns: Iterable[str], source: Source) -> None:
                 f"{name}: has no column {column!r}; its columns are {', '.join(found)}; say which "
                 f"of them is the {field} with columns: {{{field}: NAME}}{_without(field)}"
                 f"{_as_one_column(found)}"
+            )
+
+
+def _check_set_columns(name: str, found: Sequence[str], known: PublicSet) -> None:
+    needed = [known.prompt, *((column,) for column in (known.label, *known.only) if column)]
+    for columns in needed:
+        if not set(columns) & set(found):
+            raise ConfigError(
+                f"{name}: is no copy of that set: it has no column {' or '.join(columns)}; its "
+                f"columns are {', '.join(found)}"
             )
 
 
@@ -196,8 +202,48 @@ def _is_answered(row: Values, source: Source) -> bool:
     return any(word in COCONOT_ANSWERED for word in words)
 
 
-FORMATS: Mapping[str, Callable[[Values, Source], Values]] = {
+def _from_set(values: Values, source: Source) -> Values | None:
+    assert source.set is not None
+    known = SETS[source.set]
+    label = None if known.label is None else values.get(known.label)
+    varied = any(values.get(column) != value for column, value in known.only.items())
+    if varied or (known.label is not None and label is None):
+        return None
+    refused = known.refused if isinstance(known.refused, Mapping) else {label: known.refused}
+    if label not in refused:
+        raise BadRowError(f"{known.label}: {label!r} is none of {', '.join(map(str, refused))}")
+    category = refused[label]
+    if known.answered:
+        category, looks_like = None, category
+    else:
+        looks_like = known.looks_like if category is None else None
+    return {
+        "prompt": _prompt_of(values, known),
+        "category": _renamed_category(category, source),
+        "near_miss": _renamed_category(looks_like, source),
+        "response": None,
+    }
+
+
+def _renamed_category(category: str | None, source: Source) -> str | None:
+    if category is None or source.category is not None:
+        return category and source.category
+    return source.categories.get(category, category)
+
+
+def _prompt_of(values: Values, known: PublicSet) -> Any:
+    prompt = next((values[column] for column in known.prompt if column in values), None)
+    if isinstance(prompt, list):
+        prompt = prompt[0] if prompt else None
+    context = values.get(known.context) if known.context else None
+    # As HarmBench's own baselines put it.
+    return f"{context}\n\n---\n\n{prompt}" if context and prompt else prompt
+
+
+# What returns None is no part of the data set.
+FORMATS: Mapping[str, Callable[[Values, Source], Values | None]] = {
     "rows": _from_rows,
     "chat": _from_chat,
     "coconot": _from_coconot,
+    "set": _from_set,
 }

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from models.errors import ConfigError
 from training.config.data import Source
+from training.config.sets import SETS, hub_hint
 from training.data.formats import FORMATS, Values, cells_as_values, check_columns
 from training.data.rows import BadRowError, Record, Refused, Row, checked, complaint
 
@@ -159,7 +160,8 @@ def _ours(source: Source) -> Iterator[Record]:
             yield record
             continue
         try:
-            yield record._replace(values=convert(record.values, source))
+            if (values := convert(record.values, source)) is not None:
+                yield record._replace(values=values)
         except BadRowError as error:
             yield record._replace(values=error)
 
@@ -182,7 +184,8 @@ def _records(source: Source) -> Iterator[Record]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"{path}: is of an unknown kind; the ending must be one of {', '.join(readers)}"
+            f"{path}: is of an unknown kind; the ending must be one of {', '.join(readers)}; or "
+            f"name a public set: {', '.join(SETS)}"
         )
     return _readable(path, reader(path, source))
 
@@ -284,9 +287,11 @@ def _from_hub(source: Source, load: Callable[[Any], Any]) -> Any:
     try:
         return load(datasets)
     except Exception as error:  # what it raises ranges from OSError to its own and the hub's
+        hint = "check the name and the network, or save it as a file and use path"
+        if source.set is not None:
+            hint = hub_hint(source.set)
         raise ConfigError(
-            f"{source.name}: the hub did not give this data set: {_first_line(error)}; check the "
-            "name and the network, or save it as a file and use path"
+            f"{source.name}: the hub did not give this data set: {_first_line(error)}; {hint}"
         ) from error
 
 
