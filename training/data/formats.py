@@ -205,7 +205,7 @@ def _is_answered(row: Values, source: Source) -> bool:
 def _from_set(values: Values, source: Source) -> Values | None:
     assert source.set is not None
     known = SETS[source.set]
-    label = None if known.label is None else values.get(known.label)
+    label: Any = None if known.label is None else values.get(known.label)
     varied = any(values.get(column) != value for column, value in known.only.items())
     if varied or (known.label is not None and label is None):
         return None
