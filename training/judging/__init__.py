@@ -1,0 +1,1 @@
+"""Who says that a text refuses: rules, a judge model, and how far they agree."""
