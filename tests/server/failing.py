@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
@@ -118,13 +119,16 @@ class _Endpoint:
         await _route(scope, receive, send)
 
 
-def answers(url: str, requests: int, connections: int = 8) -> Counter[tuple[str, int | str]]:
+def answers(
+    url: str, requests: int, connections: int = 8, *, tls: ssl.SSLContext | None = None
+) -> Counter[tuple[str, int | str]]:
     """Sends requests of all kinds on few connections, and counts what became of each kind.
 
     Args:
         url: The server's.
         requests: How many.
         connections: How many are open at once.
+        tls: Of an https address.
 
     Returns:
         By kind, the statuses; 0 where an answer broke off, the error's name where none came.
@@ -138,7 +142,9 @@ def answers(url: str, requests: int, connections: int = 8) -> Counter[tuple[str,
 
     async def send() -> None:
         limits = httpx.Limits(max_connections=connections)
-        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
+        async with httpx.AsyncClient(
+            base_url=url, limits=limits, timeout=30, verify=tls or False
+        ) as client:
             await asyncio.gather(*(work(client) for _ in range(connections)))
 
     asyncio.run(send())

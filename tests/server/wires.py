@@ -35,10 +35,12 @@ def listening(
         port: int = sock.getsockname()[1]
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
-        yield port
-        server.should_exit = True
-        thread.join(timeout=30)
-        assert not thread.is_alive()
+        try:
+            yield port
+        finally:
+            server.should_exit = True
+            thread.join(timeout=30)
+            assert not thread.is_alive()
 
 
 def connect(port: int) -> socket.socket:
