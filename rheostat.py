@@ -7,7 +7,7 @@ import typer
 from models.errors import RheostatError
 from server import commands as server_commands
 from server.lifetime import end_with_parent
-from training import category_commands
+from training import category_commands, evaluation_command
 from training import commands as training_commands
 
 # vLLM spawns its engine and its workers, and a spawned process imports this module again.
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(server_commands.app)
 app.add_typer(training_commands.app)
+app.add_typer(evaluation_command.app)
 app.add_typer(category_commands.app)
 
 

@@ -153,6 +153,7 @@ LIGHT = (
     "server.commands",
     "training.category_commands",
     "training.commands",
+    "training.evaluation_command",
     "rheostat",
 )
 

@@ -6,13 +6,25 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from models.errors import EvaluationError
 from models.hashes import Hashes
+from training.answers import (
+    Anything,
+    Chat,
+    Identified,
+    Listed,
+    ModelEntry,
+    Named,
+    Page,
+    PolicyPage,
+    Score,
+    SolvedScore,
+)
 from training.data.rows import Message, Row
 
 BATCH = 256
@@ -34,10 +46,12 @@ class Scores(NamedTuple):
         margins: `[k]` refusal logits minus the respond logit, in manifest order; NaN where the
             server has no number.
         log_normaliser: Log-sum-exp of the whole vocabulary minus the respond logit.
+        category: The category that the server refuses the prompt for; None: it answers.
     """
 
     margins: tuple[float, ...]
     log_normaliser: float
+    category: str | None = None
 
 
 class Reply(NamedTuple):
@@ -46,11 +60,57 @@ class Reply(NamedTuple):
     Attributes:
         category: The category it was refused for; None where it was answered.
         margins: Log-odds of refusing against responding, by category, before any bias.
+        biases: By category, as the server applied them.
+        replaced_rule: Whether a policy's floors replaced the requested decision rule by `greedy`.
     """
 
     text: str
     category: str | None
     margins: dict[str, float]
+    biases: dict[str, float]
+    replaced_rule: bool = False
+
+
+class Settings(NamedTuple):
+    """How a chat request is to be decided and written.
+
+    Attributes:
+        dials: By category, such as `always` or `{"bias": 1.5}`; others stay as they are.
+        decision: The decision rule; None for the server's.
+    """
+
+    dials: Mapping[str, Any] = {}
+    decision: str | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+
+class Policy(NamedTuple):
+    """The policy of requests that name none.
+
+    Attributes:
+        told: All that the server tells of it.
+        biases: By category, of a request without dials.
+    """
+
+    name: str
+    decision: str
+    enforce: bool
+    biases: dict[str, float]
+    told: Mapping[str, Any]
+
+
+class SolvedRate(NamedTuple):
+    """What the server made of a requested rate.
+
+    Attributes:
+        biases: `[k]` of the whole request.
+        reachable: Whether the calibration says that the rate can be met.
+    """
+
+    biases: tuple[float, ...]
+    reachable: bool
 
 
 class Served(NamedTuple):
@@ -60,78 +120,21 @@ class Served(NamedTuple):
     hashes: Hashes
 
 
-Dials = Mapping[str, str]
 OnScores = Callable[[Sequence[int], Sequence[Scores]], None]
 
 
-class _WrongInputError(EvaluationError):
-    def __init__(self, message: str, place: int) -> None:
+class RejectedError(EvaluationError):
+    """The server answered, and with an error.
+
+    Attributes:
+        status: Of HTTP.
+        place: The input that is wrong, where the server says so.
+    """
+
+    def __init__(self, message: str, status: int, place: int | None) -> None:
         super().__init__(message)
+        self.status = status
         self.place = place
-
-
-class _Foreign(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class _Named(_Foreign):
-    name: str
-
-
-class _Model(_Foreign):
-    id: str
-
-
-class _Margin(_Foreign):
-    margin: float | None
-
-
-class _Score(_Foreign):
-    index: int
-    log_normaliser: float | None
-    decisions: dict[str, _Margin]
-
-    def scores(self, names: Sequence[str]) -> Scores:
-        return Scores(
-            tuple(_number(self.decisions[name].margin) for name in names),
-            _number(self.log_normaliser),
-        )
-
-
-class _Decision(_Foreign):
-    margin: float
-
-
-class _RefusalReport(_Foreign):
-    refused: bool
-    category: str | None
-    decisions: dict[str, _Decision]
-
-
-class _Said(_Foreign):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(_Foreign):
-    message: _Said
-    refusal_report: _RefusalReport
-
-
-class _Chat(_Foreign):
-    choices: Annotated[tuple[_Choice, ...], Field(min_length=1)]
-
-
-Entry = TypeVar("Entry", bound=_Foreign)
-Page = TypeVar("Page", bound=_Foreign)
-
-
-class _List(_Foreign, Generic[Entry]):
-    data: tuple[Entry, ...]
-
-
-class _Identified(_List[_Named]):
-    hashes: Hashes
 
 
 class RheostatClient:
@@ -147,14 +150,14 @@ class RheostatClient:
 
     async def model(self) -> str:
         """Returns the name of the served model."""
-        models = await self._fetch("/v1/models", _List[_Model], "a list of models")
+        models = await self._fetch("/v1/models", Listed[ModelEntry], "a list of models")
         if not models.data:
             raise EvaluationError(f"{self._http.base_url}: the server serves no model")
         return models.data[0].id
 
     async def categories(self) -> list[str]:
         """Returns the category names in manifest order."""
-        kind, what = _List[_Named], "a list of refusal categories"
+        kind, what = Listed[Named], "a list of refusal categories"
         page = await self._fetch("/v1/refusal/categories", kind, what)
         return [entry.name for entry in page.data]
 
@@ -162,10 +165,44 @@ class RheostatClient:
         """Returns what checkpoint is served."""
         page = await self._fetch(
             "/v1/refusal/categories?hashes=true",
-            _Identified,
+            Identified,
             "refusal categories and the checkpoint's hashes",
         )
         return Served(tuple(entry.name for entry in page.data), page.hashes)
+
+    async def policy(self) -> Policy:
+        """Returns the policy of requests that name none."""
+        page = await self._fetch("/v1/refusal/policies", Listed[Anything], "a list of policies")
+        try:
+            told = page.data[0].model_dump()
+            found = PolicyPage.model_validate(told)
+        except (IndexError, ValidationError) as error:
+            raise self._unlike("a policy with its dials") from error
+        biases = {name: entry.default.bias for name, entry in found.categories.items()}
+        return Policy(found.name, found.decision, found.enforce, biases, told)
+
+    async def calibration(self) -> Mapping[str, Any] | None:
+        """Returns all that the server tells of its default calibration; None: it has none."""
+        try:
+            page = await self._fetch("/v1/refusal/calibration", Anything, "a calibration")
+        except RejectedError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return page.model_dump()
+
+    async def solve(self, name: str, rate: float, names: Sequence[str]) -> SolvedRate:
+        """Returns the biases by which the server refuses a rate of a category's own prompts."""
+        body = {
+            "model": await self.model(),
+            "inputs": [{"messages": [{"role": "user", "content": "Hello"}]}],
+            "refusal": {"categories": {name: {"rate": rate}}},
+        }
+        page = await self._fetch(
+            "/v1/refusal/score", SolvedScore, "what it expects of a rate", body
+        )
+        biases = tuple(page.data[0].decisions[each].bias for each in names)
+        return SolvedRate(biases, page.expected.categories[name].reachable)
 
     async def score(self, rows: Sequence[Row], names: Sequence[str], on_scores: OnScores) -> None:
         """Scores prompts, several batches in flight, in whatever order they come back.
@@ -183,37 +220,41 @@ class RheostatClient:
             async with slots:
                 try:
                     page = await self._fetch(
-                        "/v1/refusal/score", _List[_Score], "a list of scores", body
+                        "/v1/refusal/score", Listed[Score], "a list of scores", body
                     )
-                except EvaluationError as error:
+                except RejectedError as error:
                     raise _with_origin(error, [rows[place] for place in places]) from error
             on_scores(places, self._scores(page, names, len(places)))
 
         await together(one(places) for places in _batches(rows))
 
-    async def ask(self, model: str, prompt: Sequence[Message], dials: Dials) -> Reply:
-        """Asks for the most likely answer.
-
-        Args:
-            dials: What the request asks for by category, such as `always`; others stay as they are.
-        """
+    async def ask(self, model: str, prompt: Sequence[Message], settings: Settings) -> Reply:
+        """Asks for one answer."""
+        refusal = {"categories": dict(settings.dials), "decision": settings.decision}
         body = {
             "model": model,
             "messages": messages_of(prompt),
-            "temperature": 0,
-            "max_tokens": MAX_NEW_TOKENS,
-            "refusal": {"report": True, **({"categories": dict(dials)} if dials else {})},
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "max_tokens": settings.max_new_tokens,
+            "refusal": {"report": True, **{key: value for key, value in refusal.items() if value}},
         }
         async with self._slots:
             chat = await self._fetch(
-                "/v1/chat/completions", _Chat, "choices with a refusal_report", body
+                "/v1/chat/completions", Chat, "choices with a refusal_report", body
             )
         message, report = chat.choices[0].message, chat.choices[0].refusal_report
         text = message.refusal if report.refused else message.content
         margins = {name: entry.margin for name, entry in report.decisions.items()}
-        return Reply(text or "", report.category if report.refused else None, margins)
+        biases = {
+            name: 0.0 if entry.bias is None else entry.bias
+            for name, entry in report.decisions.items()
+        }
+        category = report.category if report.refused else None
+        replaced = report.replaced_decision is not None
+        return Reply(text or "", category, margins, biases, replaced)
 
-    def _scores(self, page: _List[_Score], names: Sequence[str], count: int) -> list[Scores]:
+    def _scores(self, page: Listed[Score], names: Sequence[str], count: int) -> list[Scores]:
         if sorted(entry.index for entry in page.data) != list(range(count)):
             raise self._unlike(f"{count} scores")
         missing = {name for entry in page.data for name in names if name not in entry.decisions}
@@ -221,7 +262,9 @@ class RheostatClient:
             raise EvaluationError(
                 f"{self._http.base_url}: the server reports no margin for {min(missing)!r}"
             )
-        return [entry.scores(names) for entry in sorted(page.data, key=lambda entry: entry.index)]
+        return [
+            _scores_of(entry, names) for entry in sorted(page.data, key=lambda entry: entry.index)
+        ]
 
     async def _fetch(self, path: str, kind: type[Page], what: str, body: Any = None) -> Page:
         """Returns the answer to a GET, or with a body to a POST; `what` says what it should be."""
@@ -259,9 +302,8 @@ class RheostatClient:
         details: dict[str, Any] = found if isinstance(found, dict) else {}
         message = details.get("message", response.reason_phrase)
         full = f"{self._http.base_url}: the server answers {response.status_code}: {message}"
-        if place := INPUT.match(str(details.get("param"))):
-            raise _WrongInputError(full, int(place[1]))
-        raise EvaluationError(full)
+        place = INPUT.match(str(details.get("param")))
+        raise RejectedError(full, response.status_code, int(place[1]) if place else None)
 
     def _unlike(self, what: str) -> EvaluationError:
         return EvaluationError(
@@ -304,11 +346,26 @@ def messages_of(turns: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_origin(error: EvaluationError, batch: Sequence[Row]) -> EvaluationError:
+def check_finite(
+    places: Sequence[int], scores: Sequence[Scores], rows: Sequence[Row], names: Sequence[str]
+) -> None:
+    """Raises an EvaluationError where a score is no finite number; it names the row."""
+    for place, score in zip(places, scores, strict=True):
+        values = (*score.margins, score.log_normaliser)
+        for name, value in zip((*names, "the vocabulary"), values, strict=True):
+            if not math.isfinite(value):
+                raise EvaluationError(
+                    f"{rows[place].origin}: the margin of {name!r} is {value}, no finite number: "
+                    "the model's weights or its arithmetic are broken (try --dtype float32)"
+                )
+
+
+def _with_origin(error: RejectedError, batch: Sequence[Row]) -> RejectedError:
     """Returns the error with the place of the row that it is about, where that is known."""
-    if isinstance(error, _WrongInputError):
-        return EvaluationError(f"{batch[error.place].origin}: {error.message}")
-    return EvaluationError(f"{batch[0].origin}: {error.message}") if len(batch) == 1 else error
+    place = 0 if len(batch) == 1 else error.place
+    if place is None:
+        return error
+    return RejectedError(f"{batch[place].origin}: {error.message}", error.status, place)
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
@@ -323,6 +380,11 @@ def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:
         held += size
     if batch:
         yield batch
+
+
+def _scores_of(entry: Score, names: Sequence[str]) -> Scores:
+    margins = tuple(_number(entry.decisions[name].margin) for name in names)
+    return Scores(margins, _number(entry.log_normaliser), entry.category)
 
 
 def _number(value: float | None) -> float:

@@ -64,59 +64,6 @@ def train(
         typer.echo(f"{directory}: ready for `rheostat serve --model {directory}`")
 
 
-@app.command()
-def evaluate(
-    url: Annotated[str, typer.Option(help="A running Rheostat server.")] = "http://127.0.0.1:8000",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help=f"The prompts. {DATA_HELP} [default: the demo's]"
-        ),
-    ] = None,
-    train_data: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help=f"Trains the judge of texts. {DATA_HELP} [default: the demo's]",
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use that many random rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    out: Annotated[
-        typer.FileTextWrite | None,
-        typer.Option(lazy=False, help="Also write the report there as JSON."),
-    ] = None,
-) -> None:
-    """Measure a served checkpoint's decisions and texts.
-
-    Sends each prompt to the server at --url. Without --data and --train-data, the demo's prompts
-    are used.
-    """
-    from tempfile import TemporaryDirectory
-
-    from rich.console import Console
-
-    from training.config.data import named_sources
-    from training.demo_data.render import write
-    from training.measure.evaluate import Questions
-    from training.measure.evaluate import evaluate as evaluate_server
-
-    with TemporaryDirectory() as rendered:
-        if data is None or train_data is None:
-            write(Path(rendered), seed=0)
-        questions = Questions(
-            named_sources(data or Path(rendered) / "evaluation.jsonl"),
-            named_sources(train_data or Path(rendered) / "train.jsonl"),
-            limit,
-            seed,
-        )
-        report = evaluate_server(url, questions, Console(stderr=True))
-    Console().print(report.table())
-    if out is not None:
-        out.write(report.to_json() + "\n")
-
-
 @app.command(
     epilog="Flags after -- go to the server that it starts, as in: rheostat calibrate --model DIR "
     "--data prompts.jsonl -- --tensor-parallel-size 2",

@@ -32,7 +32,7 @@ from models.checkpoint import load_checkpoint
 from models.errors import ConfigError, EvaluationError
 from models.hashes import Hashes, checkpoint_hashes
 from training.calibration.prompts import Prompts, identified, read_prompts, repeated
-from training.client import OnScores, Scores, Served, client_of
+from training.client import OnScores, Scores, Served, check_finite, client_of
 from training.data.rows import Row
 from training.serving import serving, without_calibrations
 
@@ -187,7 +187,7 @@ def _score(
         task = bar.add_task("scoring", total=len(rows))
 
         def keep(places: Sequence[int], scores: Sequence[Scores]) -> None:
-            _check_finite(places, scores, rows, info.categories)
+            check_finite(places, scores, rows, info.categories)
             found.update(zip(places, scores, strict=True))
             bar.advance(task, len(places))
 
@@ -220,19 +220,6 @@ def _check_served(url: str, served: Served, info: CalibrationInfo) -> None:
                 f"{url} serves a checkpoint with the {what} {theirs[:12]}, not the one to "
                 f"calibrate, whose {what} is {ours[:12]}"
             )
-
-
-def _check_finite(
-    places: Sequence[int], scores: Sequence[Scores], rows: Sequence[Row], names: Sequence[str]
-) -> None:
-    for place, score in zip(places, scores, strict=True):
-        values = (*score.margins, score.log_normaliser)
-        for name, value in zip((*names, "the vocabulary"), values, strict=True):
-            if not np.isfinite(value):
-                raise EvaluationError(
-                    f"{rows[place].origin}: the margin of {name!r} is {value}, no finite number: "
-                    "the model's weights or its arithmetic are broken (try --dtype float32)"
-                )
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from training.measure.figures import (
     margin_histograms,
     reliability_diagram,
 )
+from training.measure.metrics import refusal_scores
 from training.measure.monitor import Measurement
-from training.measure.report import refusal_scores
 
 POINTS = 201
 SENSITIVITIES = (0.0001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999)

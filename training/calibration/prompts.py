@@ -35,15 +35,11 @@ def read_prompts(
         ConfigError: A row is wrong, a prompt has two categories, a label is mapped to an unknown
             one, or a category has too few prompts.
     """
-    known: Collection[str] = names if len(names) > 1 else _Everything()
+    known = known_categories(names)
     for source in prompts.sources:
         _check_labels(source, known)
     rows = draw_rows(
-        # What the model is to say is not asked for.
-        [
-            source.model_copy(update={"columns": {**source.columns, "response": None}})
-            for source in prompts.sources
-        ],
+        [without_responses(source) for source in prompts.sources],
         known,
         limit=prompts.limit,
         seed=prompts.seed,
@@ -57,6 +53,16 @@ def read_prompts(
         where += f" (with --limit {prompts.limit})"
     _check_counts(rows, names, where)
     return rows
+
+
+def known_categories(names: Sequence[str]) -> Collection[str]:
+    """Returns the categories that rows may have: any, where the checkpoint has a single one."""
+    return names if len(names) > 1 else _Everything()
+
+
+def without_responses(source: Source) -> Source:
+    """Returns the source without its column of responses: what to say is not asked for."""
+    return source.model_copy(update={"columns": {**source.columns, "response": None}})
 
 
 def repeated(rows: Sequence[Row]) -> int:

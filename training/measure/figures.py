@@ -12,9 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from training.measure.metrics import FALSE_REFUSALS, Bin, refusal_probability, reliability
+from models.confidence import intervals
+from training.measure.metrics import (
+    FALSE_REFUSALS,
+    Bin,
+    refusal_probability,
+    refusal_scores,
+    reliability,
+)
 from training.measure.monitor import Measurement
-from training.measure.report import Share, refusal_scores
 
 FOLDER = "plots"
 DPI = 110
@@ -316,8 +322,8 @@ def _outline(
 
 def _whiskers(entry: Bin) -> tuple[float, float]:
     share = entry.hits / entry.total
-    low, high = Share(entry.hits, entry.total).interval
-    return max(0.0, share - low), max(0.0, high - share)
+    low, high = intervals(entry.hits, entry.total)
+    return max(0.0, share - float(low)), max(0.0, float(high) - share)
 
 
 def _logarithmic(axis: Axes, ticks: tuple[int, ...] = (1, 2, 5)) -> None:

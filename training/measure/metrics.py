@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.measure.report import refusal_auc, refusal_scores
-
 BINS = 15
 FALSE_REFUSALS = 0.05
 
@@ -124,6 +122,30 @@ def refused_at(scores: Floats, to_refuse: Flags, false_refusals: float) -> float
     return float((scores[to_refuse] > benign[allowed]).mean())
 
 
+def refusal_scores(margins: Floats) -> Floats:
+    """Returns the log-odds of refusing at all against responding, `[n]` from `[n, k]` margins."""
+    highest = margins.max(axis=1)
+    scores: Floats = highest + np.log(np.exp(margins - highest[:, None]).sum(axis=1))
+    return scores
+
+
+def refusal_auc(margins: Floats, refuse: Sequence[bool]) -> float | None:
+    """Returns the chance that a row to refuse scores above one to answer; ties count half.
+
+    Args:
+        margins: `[n, k]` fp64.
+        refuse: `[n]`, whether a row is to be refused.
+
+    Returns:
+        The area under the ROC curve, None where all rows are of one sort.
+    """
+    if len(set(refuse)) < 2:
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(list(refuse), refusal_scores(margins)))
+
+
 def refusal_probability(scores: Floats) -> Floats:
     """Returns 1 - p(respond) among the control tokens, `[n]`, of refusal scores `[n]`."""
     from scipy.special import expit
@@ -153,7 +175,7 @@ def calibration_error(scores: Floats, to_refuse: Flags, bins: int = BINS) -> flo
     if not scores.size:
         return None
     gaps = refusal_probability(scores) - to_refuse
-    parts = _bins(scores, bins)
+    parts = equal_bins(scores, bins)
     return float(sum(abs(gaps[part].sum()) for part in parts)) / scores.size
 
 
@@ -167,11 +189,11 @@ def reliability(scores: Floats, to_refuse: Flags, bins: int = BINS) -> list[Bin]
     probability = refusal_probability(scores)
     return [
         Bin(float(probability[part].mean()), int(to_refuse[part].sum()), len(part))
-        for part in _bins(scores, bins)
+        for part in equal_bins(scores, bins)
     ]
 
 
-def _bins(scores: Floats, bins: int) -> list[NDArray[np.int64]]:
+def equal_bins(scores: Floats, bins: int = BINS) -> list[NDArray[np.int64]]:
     """Returns the rows of each bin that has any, from low scores to high.
 
     A row falls where the last row of its score does: how equal rows are ordered must not count.

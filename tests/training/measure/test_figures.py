@@ -13,9 +13,8 @@ from training.measure.figures import (
     save_training_plots,
     trade_off,
 )
-from training.measure.metrics import reliability
+from training.measure.metrics import refusal_scores, reliability
 from training.measure.monitor import Measurement
-from training.measure.report import refusal_scores
 
 LOG: list[dict[str, Any]] = [
     {"step": 0, "eval_loss": 1.5, "eval_vocabulary_loss": 6.0, "eval_text_loss": 4.0},

@@ -20,15 +20,16 @@ def test_judge_tells_kinds_of_unseen_texts_apart(write_rows: WriteRows) -> None:
 def test_judge_reports_its_own_held_out_accuracy(write_rows: WriteRows) -> None:
     judge = Judge(read_rows(write_rows(small_rows()), NAMES))
 
-    assert judge.accuracy is not None
-    assert 0.9 <= judge.accuracy <= 1.0
+    assert judge.accuracy.value is not None
+    assert 0.9 <= judge.accuracy.value <= 1.0
+    assert judge.accuracy.n == 32
 
 
 def test_accuracy_is_unknown_where_a_kind_has_one_text(write_rows: WriteRows) -> None:
     rows = [row for row in small_rows() if row["category"] != "safety"]
     rows += [row for row in small_rows() if row["category"] == "safety"][:1] * 3
 
-    assert Judge(read_rows(write_rows(rows), NAMES)).accuracy is None
+    assert Judge(read_rows(write_rows(rows), NAMES)).accuracy.value is None
 
 
 def test_judge_of_no_texts_says_nothing(write_rows: WriteRows) -> None:

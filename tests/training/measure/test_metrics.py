@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from training.measure.metrics import (
     calibration_error,
     decision_metrics,
+    refusal_auc,
+    refusal_scores,
     refused_at,
     reliability,
 )
@@ -177,3 +179,20 @@ def test_error_equals_a_slow_reference_with_many_ties(size: int) -> None:
     wanted = _slow_error(scores.tolist(), to_refuse.tolist(), 15)
 
     assert calibration_error(scores, to_refuse) == pytest.approx(wanted)
+
+
+def test_score_is_the_log_odds_of_refusing_at_all() -> None:
+    scores = refusal_scores(np.array([[0.0, 0.0], [-1000.0, -1000.0], [1000.0, 0.0]]))
+
+    assert scores == pytest.approx([math.log(2), -1000 + math.log(2), 1000])
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    # Scores 3, 1 to refuse and 2, 1, 0 to answer: right are 3 + 1 and a tie of a half, of 6.
+    margins = np.array([[3.0], [1.0], [2.0], [1.0], [0.0]])
+
+    assert refusal_auc(margins, [True, True, False, False, False]) == pytest.approx(4.5 / 6)
+
+
+def test_auc_of_one_sort_of_rows_is_unknown() -> None:
+    assert refusal_auc(np.array([[1.0], [2.0]]), [True, True]) is None

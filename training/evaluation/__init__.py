@@ -1,0 +1,1 @@
+"""`rheostat evaluate`: what a served checkpoint decides on labelled prompts, with intervals."""

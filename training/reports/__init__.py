@@ -1,0 +1,1 @@
+"""What becomes of an evaluation: table, HTML, model card, gate, comparison."""
