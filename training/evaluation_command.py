@@ -28,16 +28,12 @@ def evaluate(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help=f"Prompts with labels. Repeatable. {DATA_HELP} [default: the demo's]",
         ),
     ] = None,
     train_data: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="Rows with responses, which teach what a text does. As --data. [default: the "
             "demo's without --data, else none]",
         ),

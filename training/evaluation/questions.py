@@ -58,7 +58,7 @@ def set_names(sources: Sequence[Source]) -> list[str]:
     """Returns a name for each source: its file's or its data set's, in letters, digits, - and _."""
     names: list[str] = []
     for source in sources:
-        plain = Path(source.path).stem if source.path is not None else source.name
+        plain = Path(source.path).stem if source.path and not source.set else source.name
         slug = re.sub(r"[^a-z0-9_-]+", "-", plain.lower()).strip("-") or "set"
         taken, number, name = {*names, ALL}, 1, slug
         while name in taken:

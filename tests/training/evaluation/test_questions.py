@@ -36,6 +36,7 @@ def test_sets_are_called_after_their_sources() -> None:
         Source(path="other/all.csv"),
         Source(hub="allenai/coconot", subset="contrast", split="test"),
         Source(path="日本.jsonl"),
+        Source.model_validate({"set": "xstest", "path": "copy.csv"}),
     ]
 
     assert set_names(sources) == [
@@ -44,6 +45,7 @@ def test_sets_are_called_after_their_sources() -> None:
         "all-3",
         "allenai-coconot-contrast-test",
         "set",
+        "xstest",
     ]
 
 
