@@ -71,9 +71,8 @@ def test_typo_swaps_two_letters_that_differ_and_depends_on_the_seed_alone() -> N
 
 def test_fingerprint_is_of_the_messages_alone() -> None:
     answered = row(("user", "Hi."))
-    other = Row(
-        (*answered.prompt, Message(role="assistant", content="x", category="safety")), *"ab", "f:2"
-    )
+    refused = Message(role="assistant", content="x", category="safety")
+    other = Row((*answered.prompt, refused), "a", "p", "f:2")
 
     assert fingerprint(answered) == fingerprint(other)
     assert fingerprint(answered) != fingerprint(row(("user", "Hi!")))

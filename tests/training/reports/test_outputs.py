@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -96,10 +96,6 @@ def test_page_has_every_figure_with_its_gate_path() -> None:
         for line in section.lines:
             assert f"<code>{line.path}</code>" in text
     assert text.count("<figure>") == 8
-
-
-def test_same_report_is_the_same_page() -> None:
-    assert report_page(small_report()) == small_page()
 
 
 def test_card_is_metadata_that_hubs_read_and_a_section(tmp_path: Path) -> None:
@@ -192,8 +188,9 @@ def test_schema_of_the_docs_is_current_and_reports_follow_it() -> None:
     documented = json.loads((ROOT / "docs" / "evaluation.schema.json").read_text())
 
     assert documented == schema()
-    jsonschema.Draft202012Validator.check_schema(documented)
-    jsonschema.validate(json.loads(small_report().to_json()), documented)
+    jsonschema_rs.validate(documented, json.loads(small_report().to_json()))
+    with pytest.raises(jsonschema_rs.ValidationError):
+        jsonschema_rs.validate(documented, {"version": 1})
 
 
 def test_report_survives_its_file(tmp_path: Path) -> None:
