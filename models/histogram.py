@@ -42,6 +42,18 @@ def histogram(margins: ArrayLike) -> NDArray[np.int64]:
     return np.bincount(bin_index(margins).ravel(), minlength=BINS).astype(np.int64)
 
 
+def share_refused(shares: ArrayLike, bias: float) -> float:
+    """Returns the share of margins that a bias lifts to 0 or above.
+
+    Args:
+        shares: `[BINS]` share of the margins in each bin. Within a bin margins count as evenly
+            spread; the outermost bins, which have no end, as lying at their only edge.
+        bias: Log-odds; may be infinite.
+    """
+    above = np.cumsum(np.asarray(shares, dtype=np.float64)[::-1])[::-1]
+    return float(np.interp(-bias, EDGES, above[1:], left=above[0], right=0.0))
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

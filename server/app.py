@@ -1,9 +1,11 @@
 """What stands around vLLM's FastAPI app: our routes and our layer of middleware."""
 
 import gc
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -18,13 +20,26 @@ from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.trace import DecisionTrace
+from server.web.connection import connection_options
 from server.web.guard import Guard
-from server.web.middleware import GENERATING, RefusalMiddleware
+from server.web.middleware import GENERATING, Observer, RefusalMiddleware
 from server.web.routes import Health, build_router
 from server.web.score import Scorer, ScoreRoute, build_score_router
 from server.web.validation import answer_failed, answer_invalid
 
 YOUNG_OBJECTS = 20_000
+_UVICORN_FLAGS = (
+    "enable_ssl_refresh",
+    "host",
+    "port",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_ca_certs",
+    "ssl_cert_reqs",
+    "ssl_ciphers",
+    "h11_max_incomplete_event_size",
+    "h11_max_header_count",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Service:
         policies: Know who calls.
         guard: Makes client-typed special tokens ordinary text.
         trace: Gets a line of each request; None without a trace file.
+        observers: Hold each request's span open, and its name for the log.
     """
 
     manifest: Manifest
@@ -44,6 +60,7 @@ class Service:
     policies: Policies
     guard: Guard
     trace: DecisionTrace | None
+    observers: tuple[Observer, ...] = ()
 
 
 def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[], Hashes]) -> None:
@@ -83,6 +100,7 @@ def put_layer(
         callers=service.policies,
         guard=service.guard,
         trace=service.trace,
+        observers=service.observers,
     )
     theirs = [m for m in app.user_middleware if m.cls is not replaced]
     around = [m for m in theirs if m.cls in outside]
@@ -106,6 +124,25 @@ def make_quick(app: FastAPI) -> None:
     collapse_memory()
 
 
+def http_options(
+    args: Namespace, settings: Settings, log_config: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what vLLM is to tell uvicorn.
+
+    Args:
+        args: vLLM's flags.
+        settings: The operator's.
+        log_config: Of uvicorn's loggers; None leaves them as they are.
+    """
+    return {
+        "log_level": args.uvicorn_log_level,
+        "access_log": not args.disable_uvicorn_access_log,
+        **{name: getattr(args, name) for name in _UVICORN_FLAGS},
+        **connection_options(settings),
+        **({} if log_config is None else {"log_config": log_config}),
+    }
+
+
 def open_trace(
     manifest: Manifest, settings: Settings, requests: tuple[type[BaseModel], ...]
 ) -> DecisionTrace | None:
@@ -119,7 +156,13 @@ def open_trace(
     if settings.trace_file is None:
         return None
     fields = {name for model in requests for name in model.model_fields}
-    return DecisionTrace(settings.trace_file, manifest.names, fields)
+    return DecisionTrace(
+        settings.trace_file,
+        manifest.names,
+        fields,
+        max_bytes=settings.trace_max_bytes,
+        files=settings.trace_files,
+    )
 
 
 def open_recorder(directory: Path, manifest: Manifest, settings: Settings) -> MarginRecorder | None:

@@ -34,6 +34,12 @@ def serve(
     ctx: typer.Context,
     model: ModelOption,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve metrics and probes here too, without a key.")
+    ] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="The address of --metrics-port.", show_default="127.0.0.1")
+    ] = None,
 ) -> None:
     """Serve a checkpoint over vLLM's OpenAI-compatible API.
 
@@ -52,7 +58,7 @@ def serve(
 
     logging.getLogger("server").setLevel(logging.INFO)
     logging.getLogger("server").addHandler(logging.StreamHandler())
-    settings = load_settings()
+    settings = load_settings(metrics_port=metrics_port, metrics_host=metrics_host)
     directory = resolve_checkpoint(model, revision)
     manifest, _ = load_checkpoint(directory)
     calibrations = load_calibrations(directory, manifest)

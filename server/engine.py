@@ -8,7 +8,6 @@ import secrets
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
+from vllm import __version__ as VLLM_VERSION
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -59,6 +59,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.checkpoint import opening_ids, turn_opening_ids
 from models.errors import ConfigError, RequestError
@@ -68,6 +69,7 @@ from models.tokens import single_id
 from server.app import (
     Service,
     add_scores,
+    http_options,
     make_quick,
     open_recorder,
     open_trace,
@@ -86,8 +88,10 @@ from server.generation.seam import Call, Outputs
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
+from server.telemetry.listener import MetricsApp, bind, listening
 from server.telemetry.recorder import MarginRecorder
-from server.web.connection import connection_options
+from server.telemetry.running import name_server, observers, observing
+from server.telemetry.spans import trace_headers
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import stop_at_first_error
@@ -103,18 +107,6 @@ _REQUESTS = (
 )
 # vLLM's middleware that stays around our layer, so that pages can read our errors as well.
 ADDS_HEADERS = (CORSMiddleware, XRequestIdMiddleware)
-_UVICORN_FLAGS = (
-    "enable_ssl_refresh",
-    "host",
-    "port",
-    "ssl_keyfile",
-    "ssl_certfile",
-    "ssl_ca_certs",
-    "ssl_cert_reqs",
-    "ssl_ciphers",
-    "h11_max_incomplete_event_size",
-    "h11_max_header_count",
-)
 
 
 class SteeredLLM(AsyncLLM):
@@ -201,6 +193,8 @@ class SteeredLLM(AsyncLLM):
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> Outputs:
         """Generates without any decision of ours; see server/generation/seam.py."""
+        if self.observability_config.otlp_traces_endpoint is not None:
+            options["trace_headers"] = trace_headers()
         return super().generate(prompt, sampling_params, request_id, **options)
 
     def decision_params(
@@ -274,9 +268,12 @@ async def _serve(
         _, sock = setup_server(args, reuse_port=False)
     except OSError as error:
         raise ConfigError(f"--port {args.port}: {error.strerror}") from error
+    scraped = bind(settings)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER
     )
+    model_name = config.model_config.served_model_name
+    name_server(model_name, VLLM_VERSION, policies.served)
     policies.fit(api_keys=_api_keys(args))
     recorder = open_recorder(Path(args.model), manifest, settings)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
@@ -288,18 +285,24 @@ async def _serve(
         # Before the engine is made: its renderer encodes with copies of this tokenizer.
         build_guard(tokenizer, manifest, config.model_config.max_model_len),
         open_trace(manifest, settings, _REQUESTS),
+        observers(
+            manifest,
+            model_name,
+            spans=config.observability_config.otlp_traces_endpoint is not None,
+            json=args.logging_config.formatter == "json",
+        ),
     )
     engine = _engine(config, args)
     try:
         engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
         await engine.reset_mm_cache()
-        async with AsyncExitStack() as running:
-            if recorder:
-                await running.enter_async_context(recorder.flushing())
-            if service.trace:
-                await running.enter_async_context(service.trace.writing())
-            await running.enter_async_context(policies.watching())
-            shutdown = await _serve_http(await _app(engine, args, service), args, sock, settings)
+        app = await _app(engine, args, service)
+        async with (
+            observing(engine, settings, policies, service.trace, recorder),
+            policies.watching(),
+            listening(MetricsApp(app, get_prometheus_registry()), scraped, settings),
+        ):
+            shutdown = await _serve_http(app, args, sock, settings)
     finally:
         engine.shutdown(timeout=config.shutdown_timeout)
         engine.margin_board.close()
@@ -383,16 +386,6 @@ async def _serve_http(
     app: FastAPI, args: Namespace, sock: socket.socket, settings: Settings
 ) -> Coroutine[Any, Any, None]:
     """Serves until a signal; returns the rest of the shutdown."""
-    options = connection_options(settings)
-    if (log_config := get_uvicorn_log_config(args)) is not None:
-        options["log_config"] = log_config
-    passed_on = {name: getattr(args, name) for name in _UVICORN_FLAGS}
-    shutdown: Coroutine[Any, Any, None] = await serve_http(
-        app,
-        sock=sock,
-        log_level=args.uvicorn_log_level,
-        access_log=not args.disable_uvicorn_access_log,
-        **passed_on,
-        **options,
-    )
+    options = http_options(args, settings, get_uvicorn_log_config(args))
+    shutdown: Coroutine[Any, Any, None] = await serve_http(app, sock=sock, **options)
     return shutdown

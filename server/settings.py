@@ -46,14 +46,19 @@ class Settings(BaseSettings):
             where a request has several.
         max_logprobs: Most log-probabilities of an answer, those of its prompts included; each step
             of an answer that is streamed holds an eighth of them.
+        metrics_port: Where metrics and probes are answered without a key; None: nowhere.
+        metrics_host: The address of that listener.
         page: Whether the page at ``/`` is served.
         operator_key_hash: ``sha256:`` and the hexadecimal SHA-256 of the key that the operator's
             routes need; none: those routes are off.
         record_share: Share of the requests whose margins are counted in ``record_file``, 0..1.
         record_file: Where the counts of margins are kept; no text.
+        check_every_s: Pause between two tests of the recorded margins against the calibrations.
         policy_file: Policies, tenants and their keys, as YAML; then ``defaults`` are the file's.
         trace_file: Where each decision is written as a line of JSON, without any text; ``-`` for
             the standard output.
+        trace_max_bytes: Size at which ``trace_file`` is renamed and begun anew; 0: never.
+        trace_files: How many renamed ones are kept: ``.1`` is the newest.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
@@ -79,12 +84,17 @@ class Settings(BaseSettings):
     max_choices: int = Field(default=128, ge=1)
     max_repeated_bytes: int = Field(default=2**17, ge=1024)
     max_logprobs: int = Field(default=2**13, ge=1)
+    metrics_port: int | None = Field(default=None, ge=1, le=65_535)
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
     page: bool = True
     operator_key_hash: KeyHash | None = None
     record_share: float = Field(default=0.0, ge=0.0, le=1.0)
     record_file: Path | None = None
+    check_every_s: float = Field(default=300, gt=0, allow_inf_nan=False)
     policy_file: Path | None = None
     trace_file: Path | None = None
+    trace_max_bytes: int = Field(default=0, ge=0)
+    trace_files: int = Field(default=5, ge=1, le=1000)
 
     @field_validator("record_file", "policy_file", "trace_file", mode="before")
     @classmethod
@@ -111,8 +121,11 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings() -> Settings:
+def load_settings(**flags: Any) -> Settings:
     """Reads the environment.
+
+    Args:
+        flags: Settings from the command line, which go first; None where a flag was not given.
 
     Raises:
         ConfigError: A value is wrong, or a variable with our prefix means nothing.
@@ -126,7 +139,7 @@ def load_settings() -> Settings:
             f"{', '.join(sorted(known))}"
         )
     try:
-        return Settings()
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(_first_problem(error.errors()[0])) from error
     except SettingsError as error:  # it names the field in quotes; the cause is a JSONDecodeError

@@ -116,7 +116,7 @@ def calibrate(
     from training.calibration import calibrate as calibration_run
     from training.calibration import figures as calibration_figures
     from training.calibration import report as calibration_report
-    from training.calibration.drift import check_recorded
+    from training.calibration.drift import check_recorded, drift_table
     from training.calibration.prompts import Prompts
     from training.config.data import named_sources
     from training.serving import exit_on_sigterm
@@ -147,7 +147,7 @@ def calibrate(
             typer.echo(figure)
     if check is not None:
         drift = check_recorded(calibration, check, policy=policy)
-        Console().print(drift.table())
+        Console().print(drift_table(drift))
         if drift.drifted:
             raise typer.Exit(3)
 

@@ -48,6 +48,11 @@ class Calibrations:
         """Their names, sorted."""
         return sorted(self._loaded)
 
+    @property
+    def loaded(self) -> Mapping[str, Calibration]:
+        """The calibrations by name."""
+        return self._loaded
+
     def __contains__(self, name: str) -> bool:
         return name in self._loaded
 

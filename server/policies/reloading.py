@@ -49,7 +49,6 @@ class Policies:
         self._tried: _Stamp = None
         self._seen: _Stamp = None
         self.book = self._load()
-        self._count_first()
 
     def caller(self, headers: Headers) -> Caller:
         """Returns who sends a request, by the book in force.
@@ -76,7 +75,8 @@ class Policies:
             )
         self._api_keys = tuple(api_keys)
         self.book = self._load()
-        self._count_first()
+        if self._path is not None:
+            metrics.child(metrics.POLICY_FILE_VALID).set(1)
 
     @asynccontextmanager
     async def watching(
@@ -122,9 +122,6 @@ class Policies:
             self.book = book
             metrics.count_reload(valid=True)
             _log.info("%s is in force: %s", path, ", ".join(book.policies))
-
-    def _count_first(self) -> None:
-        metrics.POLICY_FILE_VALID.set(int(self._path is not None))
 
     def _stay(self, why: str) -> None:
         metrics.count_reload(valid=False)

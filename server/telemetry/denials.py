@@ -20,6 +20,11 @@ WORDS = frozenset({FIELD, *RefusalOptions.model_fields, CATEGORY_FIELD, "role", 
 WORDS |= {"X-Refusal", "X-Refusal-Policy", "Content-Type", "inputs"}
 
 
+def valid_request_id(sent: str | None) -> str | None:
+    """Returns a client's request id, if it is short and plain enough to be written down."""
+    return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else None
+
+
 class Denial(NamedTuple):
     """A kind of denial.
 
@@ -94,8 +99,7 @@ class Denials:
             denial = Denial(tenant, None, None, OTHER, None)
         known = kinds.get(denial)
         if known is None:
-            named = request_id if request_id and _REQUEST_ID.fullmatch(request_id) else None
-            known = Denied(now(), named, denial, 0)
+            known = Denied(now(), valid_request_id(request_id), denial, 0)
         kinds[denial] = known._replace(times=known.times + 1)
 
     def take(self) -> list[Denied]:

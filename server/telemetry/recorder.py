@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.errors import ConfigError
 from models.histogram import (
@@ -22,6 +23,8 @@ from models.histogram import (
 from server.background import repeated
 
 FLUSH_S = 5.0
+
+Counts = NDArray[np.int64]
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class MarginRecorder:
         self._weights_sha256 = weights_sha256
         self._rows = np.arange(len(self._names))
         self._since = _now()
-        self._counts: dict[str, np.ndarray] = {}
+        self._counts: dict[str, Counts] = {}
         self._changed = True
         if path.exists():
             self._go_on_with(load_margins(path))
@@ -78,6 +81,10 @@ class MarginRecorder:
             counts = self._counts[policy] = np.zeros((len(self._names), BINS), dtype=np.int64)
         counts[self._rows, bin_index(margins)] += 1
         self._changed = True
+
+    def counts(self) -> dict[str, Counts]:
+        """Returns a copy of the counts: by policy, `[k, BINS]`."""
+        return {policy: counts.copy() for policy, counts in self._counts.items()}
 
     @asynccontextmanager
     async def flushing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,9 @@ class DecisionTrace:
         path: A file to append to, or ``-``.
         names: The categories in manifest order.
         fields: Names of request fields; the path of a denial has no other words.
+        max_bytes: Size at which the file is renamed to ``.1``, which becomes ``.2``, and so on;
+            0: never.
+        files: How many renamed files are kept.
 
     Attributes:
         denials: Since they were last written.
@@ -127,8 +130,19 @@ class DecisionTrace:
         ConfigError: The file cannot be written to.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], fields: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        fields: Iterable[str] = (),
+        *,
+        max_bytes: int = 0,
+        files: int = 5,
+    ) -> None:
         self._path = path
+        self._max_bytes = max_bytes
+        # The oldest first: each is renamed to the one before it.
+        self._kept = [path.with_name(f"{path.name}.{n}") for n in range(files, 0, -1)]
         self._names = tuple(names)
         self._flushes = count(1)
         self._waiting: list[Traced | Scored | Denied] = []
@@ -148,7 +162,7 @@ class DecisionTrace:
         if len(self._waiting) < MOST_WAITING:
             self._waiting.append(entry)
         else:
-            metrics.TRACE_LOST.inc(lines)
+            metrics.child(metrics.TRACE_LOST).inc(lines)
 
     @asynccontextmanager
     async def writing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
@@ -168,7 +182,7 @@ class DecisionTrace:
         try:
             self._append("".join(f"{line}\n" for line in lines))
         except (OSError, ValueError) as error:  # ValueError: the standard output is closed
-            metrics.TRACE_LOST.inc(len(lines))
+            metrics.child(metrics.TRACE_LOST).inc(len(lines))
             _log.warning("%d lines of %s are lost: %s", len(lines), self._path, error)
 
     def _append(self, text: str) -> None:
@@ -176,9 +190,21 @@ class DecisionTrace:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        # Opened each time, so that the file can be rotated.
+        if self._max_bytes and self._is_full_with(text):
+            self._rotate()
+        # Opened each time, so that others can rotate the file too.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def _is_full_with(self, text: str) -> bool:
+        # Written as ASCII, so each character is a byte.
+        size = self._path.stat().st_size if self._path.exists() else 0
+        return bool(size) and size + len(text) > self._max_bytes
+
+    def _rotate(self) -> None:
+        for older, newer in pairwise([*self._kept, self._path]):
+            if newer.exists():
+                newer.replace(older)
 
 
 def asked_dials(options: RefusalOptions) -> dict[str, Any]:

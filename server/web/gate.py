@@ -8,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from models.errors import RequestError, UnknownCallerError
+from server.context import DecisionContext
 from server.page.files import page_routes
 from server.policies.book import Caller, CallerSource
 from server.policies.credentials import hash_key, presented_keys
@@ -29,6 +30,7 @@ class Arrival:
         caller: Who sends it; None on routes that are no tenant's.
         raw: Its body; None on open routes, where nothing is read.
         body: The JSON object of a tenant's request; None where nothing was sent.
+        context: What the engine is told, and what it decided; None where nothing is generated.
     """
 
     scope: Scope
@@ -38,6 +40,7 @@ class Arrival:
     caller: Caller | None = None
     raw: bytes | None = None
     body: dict[str, Any] | None = None
+    context: DecisionContext | None = None
 
     def __post_init__(self) -> None:
         self.path = route_path(self.scope)

@@ -1,5 +1,7 @@
 """The one layer of ours around vLLM's app, pure ASGI: what comes in, and what goes out."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -60,6 +62,10 @@ RENDERS = {
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
+# Holds a request's observation open: a span, an id for the log.
+Observer = Callable[[Arrival, Answer], AbstractContextManager[None]]
+
+
 class Prepared(NamedTuple):
     """One request that the engine may answer.
 
@@ -90,6 +96,7 @@ class RefusalMiddleware:
         guard: Guard,
         callers: CallerSource,
         trace: DecisionTrace | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._app = app
         self._manifest = manifest
@@ -97,6 +104,7 @@ class RefusalMiddleware:
         self._guard = guard
         self._gate = Gate(settings, callers, frozenset(RENDERS))
         self._trace = trace
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request or lifespan; the server takes no websockets."""
@@ -105,10 +113,13 @@ class RefusalMiddleware:
             return
         arrival = Arrival(scope)
         answer = Answer(send, arrival.path)
-        try:
+        with ExitStack() as observed:
+            for observe in self._observers:
+                observed.enter_context(observe(arrival, answer))
+            if arrival.path in COUNTED:
+                observed.enter_context(metrics.in_flight())
+            observed.callback(self._record, arrival, answer)
             await self._serve(arrival, receive, answer)
-        finally:
-            self._record(arrival, answer)
 
     async def _serve(self, arrival: Arrival, receive: Receive, answer: Answer) -> None:
         received = now() if self._trace is not None else None
@@ -117,6 +128,7 @@ class RefusalMiddleware:
             await self._gate.admit(arrival, receive)
             if arrival.body is not None and arrival.path in GENERATING:
                 prepared = await self._prepared(arrival, arrival.body)
+                arrival.context = prepared.context
             raw = self._unsteered(arrival) if prepared is None else prepared.raw
         except RequestError as error:
             error.message = error.message.replace(self._guard.mark, "")
@@ -176,6 +188,8 @@ class RefusalMiddleware:
         if answer.refused or arrival.path in COUNTED:
             metrics.count_request(label, answer.status)
         failure = answer.failure
+        if answer.refused and failure is not None:
+            metrics.count_rejection(failure.code)
         # A client that has gone was denied nothing.
         if self._trace is None or failure is None or failure.status >= CLIENT_GONE:
             return

@@ -181,7 +181,7 @@ class ScoreRoute:
                 for prompt, (body, count) in zip(rendered[part], prepared[part], strict=True)
             ]
             decisions += await _each(work, first=part.start)
-        metrics.SCORED.inc(len(decisions))
+        metrics.child(metrics.SCORED).inc(len(decisions))
         return await asyncio.to_thread(self._answer, wanted.model, dials, decisions)
 
     def _prepare_all(

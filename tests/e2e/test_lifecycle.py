@@ -13,11 +13,12 @@ def test_health_and_readiness(server: Server) -> None:
 
 
 DECIDED = (
-    'rheostat_decisions_total{category="humanizing",decision="refuse",policy="default",'
-    'rule="greedy"}'
+    'rheostat_decisions_total{category="humanizing",decision="refuse",model_name="demo",'
+    'policy="default",rule="greedy"}'
 )
-ANSWERED = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
-REJECTED = 'rheostat_requests_total{route="/v1/chat/completions",status="422"}'
+COUNTED = 'rheostat_requests_total{model_name="demo",route="/v1/chat/completions",'
+ANSWERED = f'{COUNTED}status="200"}}'
+REJECTED = f'{COUNTED}status="422"}}'
 LATENCIES = "rheostat_decision_latency_seconds_count"
 LATENCY_S = "rheostat_decision_latency_seconds_sum"
 

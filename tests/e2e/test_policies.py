@@ -31,7 +31,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/messages": CHAT_BODY,
     "/invocations": CHAT_BODY,
 }
-BAD_RELOADS = 'rheostat_policy_reloads_total{result="bad"}'
+BAD_RELOADS = 'rheostat_policy_reloads_total{model_name="demo",result="bad"}'
 SPENT = "vllm:generation_tokens_total{"
 NO_FLOOR = FILE.replace("    floors: {safety: {bias: 60}}\n    raw", "    raw")
 ALL_NEVER = dict.fromkeys(
@@ -332,7 +332,7 @@ def test_changed_file_is_in_force_without_a_restart(policied: Policied, acme: ht
 
 
 def test_hang_up_reads_the_file_again(policied: Policied) -> None:
-    name = 'rheostat_policy_reloads_total{result="ok"}'
+    name = 'rheostat_policy_reloads_total{model_name="demo",result="ok"}'
     before = policied.server.metric(name)
     os.kill(policied.server.process.pid, signal.SIGHUP)
     until(lambda: policied.server.metric(name) == before + 1)
@@ -343,12 +343,16 @@ def test_hang_up_reads_the_file_again(policied: Policied) -> None:
 
 def test_decisions_are_counted_by_policy(policied: Policied, acme: httpx.Client) -> None:
     asked = {**CHAT_BODY, "refusal": {"categories": {"safety": "never"}}}
-    clamped = 'rheostat_clamped_dials_total{bound="floor",category="safety",policy="desk"}'
+    clamped = (
+        'rheostat_clamped_dials_total{bound="floor",category="safety",model_name="demo",'
+        'policy="desk"}'
+    )
     before = policied.server.metric(clamped)
     decision(acme.post(CHAT, json=asked))
     assert policied.server.metric(clamped) == before + 1
     decided = (
-        'rheostat_decisions_total{category="safety",decision="refuse",policy="desk",rule="greedy"}'
+        'rheostat_decisions_total{category="safety",decision="refuse",model_name="demo",'
+        'policy="desk",rule="greedy"}'
     )
     assert policied.server.metric(decided) > 0
 

@@ -226,7 +226,7 @@ def test_observed_refusals_stand_beside_the_asked_rate(calibrated: CalibratedSer
 
 
 def compared(calibrated: CalibratedServer) -> dict[str, float]:
-    labels = '{category="humanizing",policy="default"}'
+    labels = '{category="humanizing",model_name="demo",policy="default"}'
     return {
         name: calibrated.server.metric(f"rheostat_{name}_total{labels}")
         for name in ("rate_choices", "asked_rate", "rate_refusals")

@@ -132,8 +132,9 @@ def test_scores_are_counted_but_are_no_decisions_of_traffic(server: Server) -> N
     body = {"inputs": [{"messages": CHATS[0]}] * 3}
     assert post(server, body).status_code == 200
     after = metrics(server)
-    assert after["rheostat_scored_prompts_total"] == before["rheostat_scored_prompts_total"] + 3
-    route = f'rheostat_requests_total{{route="{SCORE}",status="200"}}'
+    scored = 'rheostat_scored_prompts_total{model_name="demo"}'
+    assert after[scored] == before[scored] + 3
+    route = f'rheostat_requests_total{{model_name="demo",route="{SCORE}",status="200"}}'
     assert after[route] == before.get(route, 0) + 1
     decisions = {k: v for k, v in after.items() if k.startswith("rheostat_decisions_total")}
     assert decisions.items() <= before.items()
@@ -162,8 +163,8 @@ def test_client_that_leaves_takes_its_prompts_along(server: Server, client: Open
             break
         time.sleep(0.1)
     assert busy == 0
-    gone = metrics(server)[f'rheostat_requests_total{{route="{SCORE}",status="499"}}']
-    assert gone >= 1
+    gone = f'rheostat_requests_total{{model_name="demo",route="{SCORE}",status="499"}}'
+    assert metrics(server)[gone] >= 1
 
 
 def test_route_is_in_the_openapi_document(server: Server) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from models.histogram import (
     histogram,
     load_margins,
     save_margins,
+    share_refused,
 )
 
 
@@ -82,3 +84,15 @@ def test_file_of_another_form_names_what_is_wrong(
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.json: cannot be read"):
         load_margins(tmp_path / "absent.json")
+
+
+def test_share_refused_counts_what_a_bias_lifts_to_zero() -> None:
+    shares = histogram([-30.0, -0.2, -0.1, 0.1, 30.0]) / 5
+
+    assert share_refused(shares, math.inf) == 1
+    assert share_refused(shares, -math.inf) == 0
+    assert share_refused(shares, 0.0) == pytest.approx(2 / 5)
+    # Halfway through the bin [-0.25, 0), which holds two margins.
+    assert share_refused(shares, 0.125) == pytest.approx(3 / 5)
+    assert share_refused(shares, 0.25) == pytest.approx(4 / 5)
+    assert share_refused(shares, -20.0) == pytest.approx(1 / 5)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.settings import Settings
 from server.web.errors import Failure
-from server.web.middleware import RefusalMiddleware
+from server.web.middleware import Observer, RefusalMiddleware
 from tests.server.boards import everybody
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
@@ -25,11 +25,18 @@ Parts = Sequence[bytes]
 
 
 def steering_app(
-    app: ASGIApp, settings: Settings = SETTINGS, *calibrations: str
+    app: ASGIApp,
+    settings: Settings = SETTINGS,
+    *calibrations: str,
+    observers: Sequence[Observer] = (),
 ) -> RefusalMiddleware:
-    callers = everybody(settings.defaults, *calibrations)
     return RefusalMiddleware(
-        app, manifest=MANIFEST, settings=settings, callers=callers, guard=GUARD
+        app,
+        manifest=MANIFEST,
+        settings=settings,
+        callers=everybody(settings.defaults, *calibrations),
+        guard=GUARD,
+        observers=observers,
     )
 
 
@@ -109,6 +116,7 @@ def send_to(
     chunks: int = 0,
     headers: Sequence[tuple[str, str]] = (),
     calibrations: Sequence[str] = (),
+    observers: Sequence[Observer] = (),
 ) -> httpx.Response:
     """Sends one request through the middleware; what is no bytes is sent as JSON."""
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -118,7 +126,7 @@ def send_to(
             yield raw[start : start + chunks]
 
     async def ask() -> httpx.Response:
-        app = steering_app(server, settings, *calibrations)
+        app = steering_app(server, settings, *calibrations, observers=observers)
         transport = httpx.ASGITransport(app, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer = await client.request(

@@ -40,11 +40,16 @@ def desk_floor(policies: Policies) -> float:
 
 
 def reloads(result: str) -> float:
-    return REGISTRY.get_sample_value("rheostat_policy_reloads_total", {"result": result}) or 0.0
+    return (
+        REGISTRY.get_sample_value(
+            "rheostat_policy_reloads_total", {"model_name": "", "result": result}
+        )
+        or 0.0
+    )
 
 
 def is_valid() -> bool:
-    return REGISTRY.get_sample_value("rheostat_policy_file_valid") == 1
+    return REGISTRY.get_sample_value("rheostat_policy_file_valid", {"model_name": ""}) == 1
 
 
 async def until(true: Callable[[], bool]) -> None:

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from contextlib import suppress
+
 from prometheus_client import REGISTRY
 
 from models.controls import Rule
@@ -6,7 +10,7 @@ from server.telemetry import metrics
 
 
 def value(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"rheostat_{name}_total", labels) or 0.0
+    return REGISTRY.get_sample_value(f"rheostat_{name}_total", {"model_name": "", **labels}) or 0.0
 
 
 def count(
@@ -74,8 +78,48 @@ def test_dials_at_a_bound_are_counted_by_policy() -> None:
 def test_reloads_are_counted_and_the_last_one_says_whether_the_file_is_valid() -> None:
     before = value("policy_reloads", result="ok"), value("policy_reloads", result="bad")
     metrics.count_reload(valid=True)
-    assert REGISTRY.get_sample_value("rheostat_policy_file_valid") == 1
+    assert REGISTRY.get_sample_value("rheostat_policy_file_valid", {"model_name": ""}) == 1
     metrics.count_reload(valid=False)
-    assert REGISTRY.get_sample_value("rheostat_policy_file_valid") == 0
+    assert REGISTRY.get_sample_value("rheostat_policy_file_valid", {"model_name": ""}) == 0
     after = value("policy_reloads", result="ok"), value("policy_reloads", result="bad")
     assert after == (before[0] + 1, before[1] + 1)
+
+
+def test_rejections_are_counted_by_code() -> None:
+    before = value("rejected_requests", code="metrics-code")
+    metrics.count_rejection("metrics-code")
+    assert value("rejected_requests", code="metrics-code") == before + 1
+
+
+def test_request_is_in_flight_until_it_ends_however_it_ends() -> None:
+    def in_flight() -> float | None:
+        labels = {"model_name": ""}
+        return REGISTRY.get_sample_value("rheostat_requests_in_flight", labels)
+
+    with suppress(ValueError), metrics.in_flight():
+        assert in_flight() == 1
+        raise ValueError
+    assert in_flight() == 0
+
+
+def test_every_series_is_named_after_the_model_and_some_are_there_at_once() -> None:
+    program = """
+from prometheus_client import REGISTRY
+from server.telemetry import metrics
+
+metrics.name_model("demo")
+metrics.show_build({"version": "1", "vllm": "2", "weights": ""})
+ours = [f for f in REGISTRY.collect() if f.name.startswith("rheostat_")]
+labels = [s.labels for f in ours for s in f.samples]
+assert {each["model_name"] for each in labels} == {"demo"}
+print(*sorted(f.name for f in ours if f.samples))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == [
+        "rheostat_build_info",
+        "rheostat_decision_latency_seconds",
+        "rheostat_policy_reloads",
+        "rheostat_requests_in_flight",
+        "rheostat_scored_prompts",
+        "rheostat_trace_lost",
+    ], done.stderr

@@ -40,7 +40,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def lost() -> float:
-    return REGISTRY.get_sample_value("rheostat_trace_lost_total") or 0.0
+    return REGISTRY.get_sample_value("rheostat_trace_lost_total", {"model_name": ""}) or 0.0
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -228,3 +228,34 @@ def test_lines_of_the_largest_request_are_bounded() -> None:
     written = [json.dumps(line) for line in entry.lines(NAMES)]
     assert len(written) == most
     assert max(map(len, written)) < 1024
+
+
+def test_full_file_is_renamed_and_only_so_many_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+
+    async def write() -> None:
+        trace = DecisionTrace(path, NAMES, max_bytes=900, files=2)
+        for choice in range(8):
+            async with trace.writing():
+                trace.add(traced({(0, choice): Decision(0)}))
+
+    asyncio.run(write())
+    # A line has some 380 bytes, so a file holds two.
+    kept = [tmp_path / "trace.jsonl.2", tmp_path / "trace.jsonl.1", path]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert [[line["choice"] for line in lines(file)] for file in kept] == [[2, 3], [4, 5], [6, 7]]
+
+
+def test_file_that_cannot_be_renamed_fails_no_request(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    trace = DecisionTrace(path, NAMES, max_bytes=1, files=1)
+    (tmp_path / "trace.jsonl.1" / "in the way").mkdir(parents=True)
+
+    async def write() -> None:
+        for _ in range(2):
+            async with trace.writing():
+                trace.add(traced())
+
+    before = lost()
+    asyncio.run(write())
+    assert (len(lines(path)), lost() - before) == (1, 1)

@@ -269,7 +269,7 @@ def test_lifespan_passes() -> None:
 
 def test_what_stays_outside_is_counted() -> None:
     def count(route: str, status: str) -> float:
-        labels = {"route": route, "status": status}
+        labels = {"model_name": "", "route": route, "status": status}
         return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0
 
     before = count(CHAT, "401"), count("none", "404")

@@ -226,7 +226,7 @@ def test_steering_is_reset_when_the_server_raises() -> None:
 
 
 def count_of(route: str, status: str) -> float:
-    labels = {"route": route, "status": status}
+    labels = {"model_name": "", "route": route, "status": status}
     return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0.0
 
 
