@@ -42,11 +42,13 @@ ENV PATH=/opt/rheostat/bin:$PATH \
 USER 10001:10001
 WORKDIR /cache
 EXPOSE 8000
+# Metrics and probes, without a key: publish it to nobody.
+EXPOSE 9400
 # Healthy means that it can answer, which depends_on and rolling updates wait for. A large model
 # loads for minutes; failures in the start period do not count, a success ends it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
     CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
-ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]
+ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000", "--metrics-host", "0.0.0.0", "--metrics-port", "9400"]
 
 FROM ${BASE:-nvidia/cuda:13.0.3-devel-ubuntu24.04} AS gpu-system
 RUN apt-get update \
@@ -78,6 +80,8 @@ ENV PATH=/opt/rheostat/bin:$PATH \
 USER 10001:10001
 WORKDIR /cache
 EXPOSE 8000
+# Metrics and probes, without a key: publish it to nobody.
+EXPOSE 9400
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
     CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
-ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]
+ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000", "--metrics-host", "0.0.0.0", "--metrics-port", "9400"]

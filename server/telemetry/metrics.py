@@ -16,6 +16,8 @@ from models.controls import Rule
 
 MODEL = "model_name"
 BUILD_LABELS = ("version", "vllm", "weights")
+# Codes of what is rejected because too much is under way.
+FULL = ("queue_full", "tenant_full")
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 
@@ -198,6 +200,8 @@ def name_model(model_name: str) -> None:
         _child(metric)
     for result in ("ok", "bad"):
         child(POLICY_RELOADS, result)
+    for code in FULL:
+        child(REJECTED, code)
 
 
 def child(metric: Metric, *labels: str) -> Metric:

@@ -37,7 +37,7 @@ def test_dockerfile_targets_end_alike() -> None:
         if (kind := part.split("\n", 1)[0].rpartition(" AS ")[2]) in ("cpu", "gpu")
     }
     assert ends["cpu"] == ends["gpu"]
-    assert len(ends["cpu"]) == 6
+    assert len(ends["cpu"]) == 7
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])

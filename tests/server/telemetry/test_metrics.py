@@ -119,6 +119,7 @@ print(*sorted(f.name for f in ours if f.samples))
         "rheostat_build_info",
         "rheostat_decision_latency_seconds",
         "rheostat_policy_reloads",
+        "rheostat_rejected_requests",
         "rheostat_requests_in_flight",
         "rheostat_scored_prompts",
         "rheostat_trace_lost",
