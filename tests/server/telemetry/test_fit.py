@@ -59,10 +59,10 @@ def watching(
     asyncio.run(run())
 
 
-def record(recorder: MarginRecorder, shift: float = 0.0) -> None:
-    """Records the calibration's own margins ten times, spread within their bins."""
+def record(recorder: MarginRecorder, shift: float = 0.0, times: int = 10) -> None:
+    """Records the calibration's own margins some times, spread within their bins."""
     random = Random(0)
-    for row in calibration().margins.tolist() * 10:
+    for row in calibration().margins.tolist() * times:
         recorder.add("desk", [margin + shift + random.uniform(0, 0.2) for margin in row])
 
 
@@ -94,8 +94,8 @@ def test_shifted_traffic_does_not_fit(recorder: MarginRecorder) -> None:
 
 def test_window_forgets_what_went_before(recorder: MarginRecorder) -> None:
     # Ten times as much that fits would hide what drifted.
-    steps = [
-        (lambda: [record(recorder) for _ in range(10)] and None, lambda: not drifted()),
+    steps: list[tuple[Callable[[], None], Callable[[], bool]]] = [
+        (lambda: record(recorder, times=100), lambda: not drifted()),
         (lambda: None, lambda: shown("recorded_decisions") is None),
         (lambda: record(recorder, shift=40.0), drifted),
     ]
