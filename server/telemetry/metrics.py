@@ -5,8 +5,7 @@ of the table, policies those of the policy file, codes those of our errors; no l
 from a request.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -248,15 +247,9 @@ def count_rejection(code: str) -> None:
     child(REJECTED, code).inc()
 
 
-@contextmanager
-def in_flight() -> Iterator[None]:
-    """Counts a request as in flight for as long as the block runs."""
-    gauge = child(IN_FLIGHT)
-    gauge.inc()
-    try:
-        yield
-    finally:
-        gauge.dec()
+def count_in_flight(requests: int) -> None:
+    """Counts requests as in flight; fewer than 0 are it no more."""
+    child(IN_FLIGHT).inc(requests)
 
 
 def count_reload(*, valid: bool) -> None:

@@ -113,13 +113,16 @@ class RefusalMiddleware:
             return
         arrival = Arrival(scope)
         answer = Answer(send, arrival.path)
-        with ExitStack() as observed:
-            for observe in self._observers:
-                observed.enter_context(observe(arrival, answer))
-            if arrival.path in COUNTED:
-                observed.enter_context(metrics.in_flight())
-            observed.callback(self._record, arrival, answer)
-            await self._serve(arrival, receive, answer)
+        in_flight = int(arrival.path in COUNTED)
+        metrics.count_in_flight(in_flight)
+        try:
+            with ExitStack() as observed:
+                for observe in self._observers:
+                    observed.enter_context(observe(arrival, answer))
+                await self._serve(arrival, receive, answer)
+        finally:
+            metrics.count_in_flight(-in_flight)
+            self._record(arrival, answer)
 
     async def _serve(self, arrival: Arrival, receive: Receive, answer: Answer) -> None:
         received = now() if self._trace is not None else None

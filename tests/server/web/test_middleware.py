@@ -225,6 +225,31 @@ def test_steering_is_reset_when_the_server_raises() -> None:
     asyncio.run(around())
 
 
+class Counting(FakeServer):
+    """Notes how many requests are in flight while it has one."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.in_flight = in_flight()
+        await super().__call__(scope, receive, send)
+
+
+def in_flight() -> float | None:
+    return REGISTRY.get_sample_value("rheostat_requests_in_flight", {"model_name": ""})
+
+
+def test_request_is_in_flight_until_it_ends_however_it_ends() -> None:
+    server = Counting()
+    send_to(server, CHAT, {"messages": [USER]})
+    assert (server.in_flight, in_flight()) == (1, 0)
+    failing = Counting(error=ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        send_to(failing, CHAT, {"messages": [USER]})
+    assert (failing.in_flight, in_flight()) == (1, 0)
+    listing = Counting()
+    send_to(listing, "/v1/models", b"", method="GET")
+    assert (listing.in_flight, in_flight()) == (0, 0)
+
+
 def count_of(route: str, status: str) -> float:
     labels = {"model_name": "", "route": route, "status": status}
     return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0.0
