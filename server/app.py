@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.middleware import Middleware
+from starlette.routing import Route
 
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
@@ -53,6 +54,7 @@ class Service:
         guard: Makes client-typed special tokens ordinary text.
         trace: Gets a line of each request; None without a trace file.
         observers: Hold each request's span open, and its name for the log.
+        metrics: Answers scrapes.
     """
 
     manifest: Manifest
@@ -60,7 +62,8 @@ class Service:
     policies: Policies
     guard: Guard
     trace: DecisionTrace | None
-    observers: tuple[Observer, ...] = ()
+    observers: tuple[Observer, ...]
+    metrics: Route
 
 
 def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[], Hashes]) -> None:
@@ -74,6 +77,7 @@ def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[]
     """
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(Exception, answer_failed)
+    app.router.routes.insert(0, service.metrics)  # before vLLM's
     calibrations = service.policies.served.calibrations
     app.include_router(build_router(service.manifest, health, calibrations, hashes))
     if service.settings.page:

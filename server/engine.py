@@ -88,7 +88,7 @@ from server.generation.seam import Call, Outputs
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
-from server.telemetry.listener import MetricsApp, bind, listening
+from server.telemetry.listener import MetricsApp, bind, listening, metrics_route
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.running import name_server, observers, observing
 from server.telemetry.spans import trace_headers
@@ -291,6 +291,7 @@ async def _serve(
             spans=config.observability_config.otlp_traces_endpoint is not None,
             json=args.logging_config.formatter == "json",
         ),
+        metrics_route(get_prometheus_registry()),
     )
     engine = _engine(config, args)
     try:
@@ -300,7 +301,7 @@ async def _serve(
         async with (
             observing(engine, settings, policies, service.trace, recorder),
             policies.watching(),
-            listening(MetricsApp(app, get_prometheus_registry()), scraped, settings),
+            listening(MetricsApp(app, service.metrics), scraped, settings),
         ):
             shutdown = await _serve_http(app, args, sock, settings)
     finally:

@@ -14,9 +14,10 @@ from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.errors import ConfigError
@@ -31,6 +32,25 @@ PROBES = frozenset(
 )
 # A scrape encodes every series; more at once would only be slower.
 MOST_CONNECTIONS = 64
+_ELSEWHERE = f"this listener has GET {METRICS} and probes only"
+
+
+def metrics_route(registry: CollectorRegistry) -> Route:
+    """Returns the route of the metrics, in Prometheus' plain format.
+
+    vLLM's own route answers Prometheus 2 in OpenMetrics, in which prometheus-client 0.26 writes
+    `vllm_` for `vllm:`: no dashboard finds those series.
+
+    Args:
+        registry: What is scraped.
+    """
+
+    async def metrics(_: Request) -> Response:
+        # In a thread, so that no request waits for it.
+        body = await asyncio.to_thread(generate_latest, registry)
+        return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    return Route(METRICS, metrics)
 
 
 class MetricsApp:
@@ -38,29 +58,21 @@ class MetricsApp:
 
     Args:
         app: The server's, behind its gate.
-        registry: What is scraped.
+        metrics: Answers scrapes.
     """
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+    def __init__(self, app: ASGIApp, metrics: Route) -> None:
         self._app = app
-        self._registry = registry
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; there is no lifespan here."""
-        if scope["method"] not in ("GET", "HEAD") or scope["path"] not in (METRICS, *PROBES):
-            told = f"this listener has GET {METRICS} and probes only"
-            await failure(HTTPStatus.NOT_FOUND, told).response()(scope, receive, send)
-        elif scope["path"] == METRICS:
-            answer = await self._metrics(Request(scope))
-            await answer(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    async def _metrics(self, request: Request) -> Response:
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        # In a thread, so that no request waits for it.
-        body = await asyncio.to_thread(encode, self._registry)
-        return Response(body, headers={"content-type": media_type})
+        answer: ASGIApp = failure(HTTPStatus.NOT_FOUND, _ELSEWHERE).response()
+        if scope["method"] in ("GET", "HEAD") and scope["path"] == METRICS:
+            answer = self._metrics.handle
+        elif scope["method"] in ("GET", "HEAD") and scope["path"] in PROBES:
+            answer = self._app
+        await answer(scope, receive, send)
 
 
 class _Unlogged(BoundedConnection):

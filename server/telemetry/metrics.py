@@ -288,5 +288,4 @@ def count_decision(
     for name, rate in asked_rates:
         child(RATE_CHOICES, policy, name).inc()
         child(ASKED_RATE, policy, name).inc(rate)
-        if name == category:
-            child(RATE_REFUSALS, policy, name).inc()
+        child(RATE_REFUSALS, policy, name).inc(name == category)

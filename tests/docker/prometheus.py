@@ -22,7 +22,7 @@ MISSING = (
     "this test runs a real Prometheus, and there is none on PATH or in the virtual environment, "
     "where `make setup` unpacks it from Debian's packages: apt-get install prometheus"
 )
-DISCOVERY = "dns_sd_configs: [{names: [server], type: A, port: 9400}]"
+DISCOVERY = "dns_sd_configs: [{names: [server-1, server-2], type: A, port: 9400}]"
 # A comparison with a number ends an alert's expression.
 COMPARED = re.compile(r"(?P<value>.*\S)\s*[<>]\s*[\d.]+\s*", re.DOTALL)
 
