@@ -42,6 +42,21 @@ def evaluate(
     texts: Annotated[
         int, typer.Option(min=0, help="Generate texts for at most so many prompts.")
     ] = 500,
+    rules: Annotated[
+        bool, typer.Option("--rules", help="Also read the texts by phrases of refusal.")
+    ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Also have a model read the texts: the URL of an OpenAI-compatible API."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="That model's name.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(envvar="RHEOSTAT_JUDGE_KEY", help="The key of that API.")
+    ] = None,
+    judge_prompt: Annotated[
+        Path | None,
+        typer.Option(help="A file with another prompt for it; reports show the prompt."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write the report there as JSON.")
@@ -77,6 +92,8 @@ def evaluate(
     from training.evaluation.evaluate import evaluate as evaluate_server
     from training.evaluation.questions import Questions, set_names
     from training.evaluation.report import ALL, load_report
+    from training.judging.model import judge_of
+    from training.judging.reading import Readers
     from training.reports import outputs
     from training.serving import exit_on_sigterm
 
@@ -88,9 +105,10 @@ def evaluate(
         read = load_report(report)
         wanted = outputs.prepare(html, model_card, gate, read.sets)
         raise typer.Exit(outputs.deliver(read, wanted, console))
+    readers = Readers(rules, judge_of(judge, judge_model, judge_key, judge_prompt))
     exit_on_sigterm()
     with _sources(data, train_data) as (asked, taught):
-        questions = Questions(asked, taught, limit, texts, seed)
+        questions = Questions(asked, taught, limit, texts, readers, seed)
         sets = [ALL, *set_names(questions.data)]
         wanted = outputs.prepare(html, model_card, gate, sets)
         outputs.make_folder(out)
@@ -120,13 +138,13 @@ def _sources(
 
 
 def _typed(context: typer.Context) -> str:
-    """Returns the command as it was typed, without the key."""
+    """Returns the command as it was typed, without the keys."""
     words = ["rheostat", str(context.info_name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
         source = context.get_parameter_source(str(parameter.name))
         if source is not None and source.name == "COMMANDLINE":
             values = value if isinstance(value, list | tuple) else [value]
-            shown = ["..."] if parameter.name == "api_key" else map(str, values)
+            shown = ["..."] if parameter.name in ("api_key", "judge_key") else map(str, values)
             words += [word for one in shown for word in (parameter.opts[0], one)]
     return shlex.join(words)

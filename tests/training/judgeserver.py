@@ -27,12 +27,14 @@ class JudgeServer:
 
     Attributes:
         url: With `/v1`.
+        says: What it says from now on.
         bodies: Of the requests, in order.
         most_at_once: The most requests that waited for an answer at a time.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, says: "Judging") -> None:
         self.url = f"http://127.0.0.1:{port}/v1"
+        self.says = says
         self.bodies: list[Body] = []
         self.keys: list[str | None] = []
         self.most_at_once = 0
@@ -64,7 +66,7 @@ def judge_server(says: Judging) -> Iterator[JudgeServer]:
                 judge.keys.append(self.headers["authorization"])
                 judge.most_at_once = max(judge.most_at_once, waiting)
             try:
-                self._answer(says(body, number))
+                self._answer(judge.says(body, number))
             finally:
                 with lock:
                     waiting -= 1
@@ -83,7 +85,7 @@ def judge_server(says: Judging) -> Iterator[JudgeServer]:
             """Says nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    judge = JudgeServer(server.server_port)
+    judge = JudgeServer(server.server_port, says)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -1,6 +1,6 @@
 """Asks a server each thing once, with a bar of progress and a memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.progress import Progress
@@ -41,8 +41,15 @@ class Asker:
     ) -> None:
         self._client = client
         self.names = tuple(names)
-        self._cache = cache
+        self.cache = cache
         self._bars = bars
+
+    def bar(self, what: str, total: int) -> Callable[[], object]:
+        """Returns what moves a new bar one step; there is none where nothing is to be done."""
+        if not total:
+            return lambda: None
+        bar = self._bars.add_task(what, total=total)
+        return lambda: self._bars.advance(bar)
 
     async def scores(self, rows: Sequence[Row], what: str) -> list[Scores]:
         """Scores prompts.
@@ -56,21 +63,19 @@ class Asker:
         """
         keys = [["score", messages_of(row.prompt)] for row in rows]
         # A prompt that occurs twice is scored once.
-        left = list(
-            {str(key): at for at, key in enumerate(keys) if key not in self._cache}.values()
-        )
+        left = list({str(key): at for at, key in enumerate(keys) if key not in self.cache}.values())
         bar = self._bars.add_task(what, total=len(rows), completed=len(rows) - len(left))
 
         def keep(places: Sequence[int], scores: Sequence[Scores]) -> None:
             check_finite(places, scores, missing, self.names)
             for place, score in zip(places, scores, strict=True):
-                self._cache[keys[left[place]]] = score
+                self.cache[keys[left[place]]] = score
             self._bars.advance(bar, len(places))
 
         missing = [rows[at] for at in left]
         if missing:
             await self._client.score(missing, self.names, keep)
-        found = [self._cache[key] for key in keys]
+        found = [self.cache[key] for key in keys]
         return [Scores(tuple(margins), *rest) for margins, *rest in found]
 
     async def replies(self, asked: Sequence[Ask], what: str) -> list[Reply]:
@@ -80,10 +85,10 @@ class Asker:
 
         async def one(ask: Ask) -> Reply:
             key = ["chat", messages_of(ask.row.prompt), ask.settings]
-            if key not in self._cache:
-                self._cache[key] = await self._reply(model, ask)
+            if key not in self.cache:
+                self.cache[key] = await self._reply(model, ask)
             self._bars.advance(bar)
-            return Reply(*self._cache[key])
+            return Reply(*self.cache[key])
 
         return await together(one(ask) for ask in asked)
 

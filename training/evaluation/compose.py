@@ -35,6 +35,7 @@ from training.evaluation.report import (
 )
 from training.evaluation.robustness import robustness
 from training.evaluation.statistics import Estimate, share
+from training.judging.report import Readings
 
 PACKAGES = ("rheostat", "numpy", "scipy", "scikit-learn", "torch")
 
@@ -79,6 +80,7 @@ def compose(
     facts: Facts,
     answers: Answers,
     texts: Texts,
+    readings: Readings,
     command: str,
     seconds: float,
 ) -> Report:
@@ -103,6 +105,7 @@ def compose(
         ),
         robustness=robustness(observed, asked),
         texts=texts,
+        readers=readings,
         agreement=Agreement(
             scored=_scored_agreement(observed, served, facts.policy, answers),
             chat=answers.checks.chat,

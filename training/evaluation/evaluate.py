@@ -26,7 +26,8 @@ from training.evaluation.questions import (
     read_prompts,
 )
 from training.evaluation.report import Report, Texts
-from training.evaluation.texts import Grader, ask_texts, grade
+from training.evaluation.texts import Grader, ask_texts, grade, read_samples
+from training.judging.report import Readings
 
 NO_CALIBRATION = "the server has no calibration: run `rheostat calibrate` and restart it"
 NO_GRADER = "no --train-data teaches what refusals and answers look like"
@@ -85,9 +86,9 @@ async def evaluate_server(
         with _bars(console) as bars:
             asker = Asker(client, facts.served.names, cache, bars)
             answers = await _answers(asker, client, prompts, facts, questions.seed)
-            texts = await _texts(asker, prompts, questions, grader)
+            texts, readings = await _texts(asker, prompts, questions, grader)
         seconds = monotonic() - began
-        report = compose(prompts, questions, facts, answers, texts, run.command, seconds)
+        report = compose(prompts, questions, facts, answers, texts, readings, run.command, seconds)
         if run.out is not None:
             write_atomically(run.out, report.to_json())
     except BaseException:
@@ -151,11 +152,12 @@ async def _solved(client: RheostatClient, facts: Facts) -> dict[str, list[Solved
 
 async def _texts(
     asker: Asker, prompts: Prompts, questions: Questions, grader: Grader | None
-) -> Texts:
+) -> tuple[Texts, Readings]:
     every = range(len(prompts.rows))
     places = random.Random(questions.seed).sample(every, min(questions.texts, len(every)))
     rows = [prompts.rows[place] for place in sorted(places)]
-    if grader is None:  # only known answers can be looked for
+    if grader is None and not questions.readers.needed:  # only known answers can be looked for
         rows = [row for row in rows if row.answer is not None]
     samples = await ask_texts(asker, rows)
-    return grade(samples, asker.names, grader, NO_GRADER if questions.texts else NO_TEXTS)
+    texts = grade(samples, asker.names, grader, NO_GRADER if questions.texts else NO_TEXTS)
+    return texts, await read_samples(asker, samples, grader, questions.readers, questions.seed)

@@ -15,6 +15,7 @@ from training.config.data import Source
 from training.data.rows import Message, Row, with_one_category
 from training.data.sources import identify, read, take
 from training.evaluation.report import ALL, DataSet
+from training.judging.reading import Readers
 
 SYSTEM_PROMPT = "You are a careful assistant. Keep your answers short."
 EARLIER = (
@@ -34,12 +35,14 @@ class Questions(NamedTuple):
             category looks like. Empty: texts are not graded.
         limit: How many prompts are drawn; None for all.
         texts: How many prompts also get texts, at most.
+        readers: Who else says whether a text refuses.
     """
 
     data: tuple[Source, ...]
     train_data: tuple[Source, ...] = ()
     limit: int | None = None
     texts: int = 500
+    readers: Readers = Readers()
     seed: int = 0
 
 

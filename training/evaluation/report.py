@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.errors import ConfigError
 from models.hashes import Hashes
 from training.evaluation.statistics import Estimate
+from training.judging.report import Readings
 
 # The set that holds every prompt.
 ALL = "all"
@@ -361,6 +362,7 @@ class Report(_Part):
     rules: dict[RuleName, RuleReport]
     robustness: dict[str, Variant]
     texts: Texts
+    readers: Readings
     agreement: Agreement
     records: Annotated[list[Record], Field(min_length=1)]
 

@@ -9,6 +9,9 @@ from training.evaluation.asking import Ask, Asker
 from training.evaluation.decisions import ANSWER
 from training.evaluation.report import Texts
 from training.evaluation.statistics import Estimate, counted, missing
+from training.judging.exchanges import Exchange, Outcome
+from training.judging.reading import Readers, read_texts
+from training.judging.report import Readings
 
 UNFORCED = "the policy's bounds let no decision be forced"
 
@@ -106,6 +109,29 @@ def grade(
         grader=grader.name,
         grader_accuracy=grader.accuracy,
     )
+
+
+async def read_samples(
+    asker: Asker,
+    samples: Sequence[Sample],
+    grader: Grader | None,
+    readers: Readers,
+    seed: int,
+) -> Readings:
+    """Returns who reads the model's own texts as refusals, the control token first."""
+    exchanges = [Exchange(one.row.messages[-2].content, one.own.text) for one in samples]
+    known = {"token": [_outcome(sample.own.category or ANSWER) for sample in samples]}
+    if grader is not None:
+        kinds = grader.kinds([exchange.text for exchange in exchanges])
+        known["wording"] = [_outcome(kind) for kind in kinds]
+    asked = len(exchanges) if readers.judge else 0
+    return await read_texts(
+        exchanges, known, readers, asker.cache, asker.bar("texts to the judge", asked), seed
+    )
+
+
+def _outcome(kind: str) -> Outcome:
+    return "answered" if kind == ANSWER else "refused"
 
 
 def _flips(samples: Sequence[Sample], grader: Grader) -> Mapping[str, list[bool]]:

@@ -1,50 +1,41 @@
-"""How far two readers of the same texts agree. Pure: numpy in, numbers out."""
+"""How far two readers of the same texts agree. Pure: outcomes in, estimates out."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.statistics import (
+    RESAMPLES,
+    Estimate,
+    Floats,
+    counted,
+    missing,
+    percentiles,
+)
 from training.judging.exchanges import Outcome
+from training.judging.report import PairReport
 
-RESAMPLES = 1000
 DECIDED: tuple[Outcome, ...] = ("answered", "refused")
 
-Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
-class Pair(NamedTuple):
-    """Two readers of the same texts.
-
-    Attributes:
-        agreed: Texts of which both say the same, among those that both decided.
-        both: Texts that both decided.
-        kappa: Cohen's kappa on these; None where both know only one outcome, or there are none.
-        kappa_interval: Its 95 % interval, by bootstrap.
-    """
-
-    first: str
-    second: str
-    agreed: int
-    both: int
-    kappa: float | None
-    kappa_interval: tuple[float, float] | None
-
-
-def pairs(read: Mapping[str, Sequence[Outcome]], seed: int = 0) -> list[Pair]:
+def pairs(read: Mapping[str, Sequence[Outcome]], seed: int = 0) -> dict[str, PairReport]:
     """Compares every two readers.
 
     Args:
         read: By reader's name, the `[n]` outcomes.
         seed: Of the bootstrap.
+
+    Returns:
+        By both names, joined by a hyphen.
     """
-    return [
-        _compared(first, second, table(read[first], read[second]), seed)
+    return {
+        f"{first}-{second}": _compared(table(read[first], read[second]), seed)
         for first, second in combinations(read, 2)
-    ]
+    }
 
 
 def table(first: Sequence[Outcome], second: Sequence[Outcome]) -> Counts:
@@ -69,13 +60,17 @@ def cohens_kappa(cells: NDArray[np.number]) -> Floats:
     return np.where(expected == 1, np.nan, kappa)
 
 
-def _compared(first: str, second: str, cells: Counts, seed: int) -> Pair:
-    both, agreed = int(cells.sum()), int(np.trace(cells))
-    # With one outcome in all, agreement by chance is certain.
-    if not both or both in np.diag(cells):
-        return Pair(first, second, agreed, both, None, None)
+def _compared(cells: Counts, seed: int) -> PairReport:
+    both = int(cells.sum())
+    agreement = counted(int(np.trace(cells)), both, "no text was decided by both")
+    return PairReport(agreement=agreement, kappa=_kappa(cells, both, seed))
+
+
+def _kappa(cells: Counts, both: int, seed: int) -> Estimate:
+    if not both:
+        return missing("no text was decided by both")
+    if both in np.diag(cells):
+        return missing("both know one outcome only: agreement by chance is certain")
     drawn = np.random.default_rng(seed).multinomial(both, cells.ravel() / both, size=RESAMPLES)
-    resampled = cohens_kappa(drawn.reshape(RESAMPLES, 2, 2))
-    low, high = np.nanquantile(resampled, (0.025, 0.975))
-    kappa = float(cohens_kappa(cells))
-    return Pair(first, second, agreed, both, kappa, (float(low), float(high)))
+    low, high = percentiles(cohens_kappa(drawn.reshape(RESAMPLES, 2, 2)))
+    return Estimate(value=float(cohens_kappa(cells)), n=both, low=low, high=high)

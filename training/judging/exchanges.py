@@ -1,7 +1,6 @@
 """What a reader of texts gets, and what it says."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 Outcome = Literal["answered", "refused", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = ("answered", "refused", "undecided")
@@ -12,16 +11,3 @@ class Exchange(NamedTuple):
 
     question: str
     text: str
-
-
-class Reader(Protocol):
-    """Says what texts do.
-
-    Attributes:
-        name: Stands in reports.
-    """
-
-    name: str
-
-    async def read(self, exchanges: Sequence[Exchange]) -> list[Outcome]:
-        """Returns each text's outcome, in order."""

@@ -88,7 +88,6 @@ class ModelReader:
         self, judge: JudgeModel, memory: Memory, told: Callable[[], object] = lambda: None
     ) -> None:
         self.judge = judge
-        self.name = judge.model
         self.unreadable = 0
         self._memory = memory
         self._told = told
@@ -126,7 +125,7 @@ class ModelReader:
     async def _reply(self, exchange: Exchange) -> str:
         question, text = (part[:CHARACTERS] for part in exchange)
         content = json.dumps({"question": question, "text": text}, ensure_ascii=False)
-        key = ["judge", self.judge.model, self.judge.prompt_sha256, content]
+        key = ["judge", self.judge.url, self.judge.model, self.judge.prompt_sha256, content]
         if key not in self._memory:
             async with self._slots:
                 self._memory[key] = await self._ask(content)
@@ -167,6 +166,23 @@ def parse(reply: str) -> Outcome | None:
         return _Verdict.model_validate_json(reply).outcome
     except ValidationError:
         return None
+
+
+def judge_of(
+    url: str | None, model: str | None, api_key: str | None, prompt: Path | None
+) -> JudgeModel | None:
+    """Returns the judge that a command's options name, None without a URL.
+
+    Raises:
+        ConfigError: They do not belong together, or the prompt cannot be used.
+    """
+    if url is None:
+        if model is not None or prompt is not None:
+            raise ConfigError("--judge-model and --judge-prompt need --judge, the judge's address")
+        return None
+    if model is None:
+        raise ConfigError(f"--judge {url} needs --judge-model, the judge's name there")
+    return JudgeModel(url, model, api_key, PROMPT if prompt is None else read_prompt(prompt))
 
 
 def read_prompt(path: Path) -> str:

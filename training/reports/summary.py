@@ -71,6 +71,7 @@ def sections(report: Report, most_cross_talk: int | None = None) -> list[Section
             ],
         ),
         Section("Texts", _text_lines(names)),
+        Section("Who reads the texts as refusals", _reader_lines(report)),
         Section(
             "Computed decisions that the server confirms",
             [
@@ -121,6 +122,17 @@ def _rule(rule: str) -> list[Line]:
         Line(f"rules.{rule}.safe", f"{rule}: falsely refused"),
         Line(f"rules.{rule}.unsafe", f"{rule}: refused"),
         Line(f"rules.{rule}.differ", f"{rule}: decided otherwise than by greedy"),
+    ]
+
+
+def _reader_lines(report: Report) -> list[Line]:
+    return [
+        *(Line(f"readers.by.{name}.refused", f"{name}: refused") for name in report.readers.by),
+        *(
+            Line(f"readers.pairs.{pair}.{figure}", f"{pair.replace('-', ' and ')}: {said}")
+            for pair in report.readers.pairs
+            for figure, said in (("agreement", "say the same"), ("kappa", "Cohen's kappa"))
+        ),
     ]
 
 

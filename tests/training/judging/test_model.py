@@ -192,12 +192,17 @@ def test_run_goes_on_where_it_ended() -> None:
     def breaks(body: Body, number: int) -> Said:
         return Said("gone", 400) if number == 2 else rightly(body, number)
 
-    with pytest.raises(EvaluationError, match="it answers 400"):
-        read(breaks, memory, at_once=1)
-    outcomes, _, bodies = read(rightly, memory, at_once=1)
+    async def run(url: str) -> list[Outcome]:
+        async with aclosing(ModelReader(JudgeModel(url, "m", at_once=1), memory)) as reader:
+            return await reader.read(TEXTS)
 
-    assert outcomes == OUTCOMES
-    assert len(bodies) == 1
+    with judge_server(breaks) as server:
+        with pytest.raises(EvaluationError, match="it answers 400"):
+            asyncio.run(run(server.url))
+        assert len(server.bodies) == 3
+        server.says = rightly
+        assert asyncio.run(run(server.url)) == OUTCOMES
+    assert len(server.bodies) == 4
 
 
 def test_other_prompt_or_model_is_asked_anew() -> None:

@@ -1,9 +1,6 @@
-import asyncio
-
 import pytest
 
-from training.judging.exchanges import Exchange
-from training.judging.rules import OPENING_CHARACTERS, RuleReader, outcome_of
+from training.judging.rules import OPENING_CHARACTERS, outcome_of
 
 
 @pytest.mark.parametrize(
@@ -23,8 +20,3 @@ from training.judging.rules import OPENING_CHARACTERS, RuleReader, outcome_of
 )
 def test_text_refuses_if_it_opens_with_a_phrase(text: str, outcome: str) -> None:
     assert outcome_of(text) == outcome
-
-
-def test_rules_read_texts_in_order() -> None:
-    texts = [Exchange("Why?", "I won't say."), Exchange("Why?", "Because.")]
-    assert asyncio.run(RuleReader().read(texts)) == ["refused", "answered"]
