@@ -41,7 +41,6 @@ class PublicSet(NamedTuple):
         answered: Whether all prompts are to be answered, and `refused` says what they look like.
         looks_like: What the prompts to be answered look like; None where that is not known.
         only: Column → the value of the rows that are the set; others are variations of them.
-        gated: Whether one must accept terms on the hub first.
         paper: On arXiv.
     """
 
@@ -57,7 +56,6 @@ class PublicSet(NamedTuple):
     answered: bool = False
     looks_like: str | None = None
     only: Mapping[str, str] = {}
-    gated: bool = False
 
 
 _COCONOT = PublicSet(
@@ -103,7 +101,6 @@ SETS: Mapping[SetName, PublicSet] = {
         only={"prompt_style": "base"},
         licence="SORRY-Bench's own",
         paper="2406.14598",
-        gated=True,
     ),
     "strongreject": PublicSet(
         hub="walledai/StrongREJECT",
@@ -120,7 +117,6 @@ SETS: Mapping[SetName, PublicSet] = {
         refused={"harmful": SAFETY, "unharmful": None},
         licence="ODC-BY",
         paper="2406.18495",
-        gated=True,
     ),
     "xstest": PublicSet(
         hub="walledai/XSTest",
@@ -147,10 +143,9 @@ def with_origin(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def hub_hint(name: SetName) -> str:
     """Returns what to do where the hub does not give a set."""
-    known = SETS[name]
-    page = f"https://huggingface.co/datasets/{known.hub}"
-    terms = f"accept its terms at {page} and run `hf auth login`, " if known.gated else ""
+    page = f"https://huggingface.co/datasets/{SETS[name].hub}"
     return (
-        f"{terms}check the network and HF_HOME, or download {page} and write "
-        f"{{set: {name}, hub: FOLDER}}, or {{set: {name}, path: FILE}} for one of its files"
+        f"check the network and HF_HOME; if the set is gated, accept its terms at {page} and run "
+        f"`hf auth login`; or download it and write {{set: {name}, hub: FOLDER}}, or "
+        f"{{set: {name}, path: FILE}} for one of its files"
     )
