@@ -88,6 +88,7 @@ class Server:
         ready_path: Answers 200 once requests are served.
         variables: More environment variables.
         source: Another checkout of this project, whose server it is.
+        engine_flags: vLLM's.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Server:
         ready_path: str,
         variables: Mapping[str, str] | None = None,
         source: Path | None = None,
+        engine_flags: Sequence[str] = tuple(ENGINE_FLAGS),
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -105,7 +107,7 @@ class Server:
         self.log = log
         self._ready_path = ready_path
         command = [sys.executable, "-m", module, *arguments]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *ENGINE_FLAGS]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *engine_flags]
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         environment.update(variables or {})
         with log.open("wb") as file:

@@ -1,0 +1,1 @@
+"""How fast is the server, against stock vLLM and against what people use instead?"""
