@@ -14,7 +14,16 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.serving.cells import Cell, contenders, cost, features, grid, peers
+from benchmarks.serving.cells import (
+    AT_ONCE,
+    TOKENS,
+    Cell,
+    contenders,
+    cost,
+    features,
+    grid,
+    peers,
+)
 from benchmarks.serving.machine import machine
 from benchmarks.serving.report import figure, markdown
 from benchmarks.serving.results import aims, comparisons, paper_aim
@@ -38,9 +47,11 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     ids = tuple(manifest.control_ids)
     known = contenders(tuple(manifest.names), ids, manifest.respond.token)
     other = options.against is not None
+    others = ("other checkout",) if other else ()
+    loads = tuple(options.at_once), tuple(options.tokens)
     groups = {
         "cost": cost(known, options.round_s, other=other),
-        "grid": grid(known, options.round_s, ("other checkout",) if other else ()),
+        "grid": grid(known, options.round_s, others, *loads),
         "features": features(known, options.round_s, system_prompt()),
         "peers": peers(known, options.round_s),
     }
@@ -55,6 +66,8 @@ def parser(**defaults: object) -> argparse.ArgumentParser:
     made.add_argument("--starts", type=int, default=4, help="of all servers")
     made.add_argument("--rounds", type=int, default=3, help="a start, cell and contender")
     made.add_argument("--round-s", type=float, default=0.5, help="about how long a round lasts")
+    made.add_argument("--at-once", type=int, nargs="+", default=AT_ONCE, help="of the grid")
+    made.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of the grid")
     made.add_argument("--quick", action="store_true", help="2 starts of 2 rounds of 0.25 s")
     made.add_argument(
         "--against", type=Path, metavar="FOLDER", help="another checkout of this project"

@@ -158,14 +158,28 @@ def _naive(names: tuple[str, ...], rng: random.Random) -> Body:
     return {"vllm_xargs": {name: rng.uniform(-40, -20) for name in names}}
 
 
-def grid(known: dict[str, Contender], round_s: float, others: tuple[str, ...] = ()) -> list[Cell]:
-    """Returns dials against stock at every load."""
+def grid(
+    known: dict[str, Contender],
+    round_s: float,
+    others: tuple[str, ...] = (),
+    at_onces: tuple[int, ...] = AT_ONCE,
+    lengths: tuple[int, ...] = TOKENS,
+) -> list[Cell]:
+    """Returns dials against stock at every load.
+
+    Args:
+        known: By name.
+        round_s: About how long a round lasts.
+        others: More contenders.
+        at_onces: How many requests at a time.
+        lengths: How many tokens an answer has.
+    """
     pair = tuple(known[name] for name in ("stock", "dials", *others))
     return [
         Cell("grid", at.name, at, pair)
         for stream in (False, True)
-        for tokens in TOKENS
-        for at_once in AT_ONCE
+        for tokens in lengths
+        for at_once in at_onces
         for at in [load(at_once, tokens, stream=stream, round_s=round_s)]
     ]
 

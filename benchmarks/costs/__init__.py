@@ -1,0 +1,1 @@
+"""What do the server's parts cost, each alone?"""

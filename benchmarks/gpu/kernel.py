@@ -1,0 +1,108 @@
+"""The time of the V2 processor within a step, by CUDA events, and that it never waits."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.costs.processors import ROWS, Batch, Case
+from benchmarks.costs.quiet_steps import quiet_steps
+from models.manifest import load_manifest
+from server.generation.margins import MarginBoard, Ticket
+
+STEPS = 100
+VOCABULARY = 128_256
+
+
+class Step(NamedTuple):
+    """Medians of a step's time.
+
+    Attributes:
+        device_us: On the device, by CUDA events; None on a CPU.
+        host_us: Until the host may go on.
+    """
+
+    device_us: float | None
+    host_us: float
+
+
+def measure_kernel(checkpoint: Path, device: str) -> dict[str, Any]:
+    """Returns every size's times, profiles, and whether a step waits for the device."""
+    runner = 1 if device == "cpu" else 2
+    rows = ROWS if device != "cpu" else ROWS[:3]
+    cases = [
+        Case(runner, count, deciding) for count in rows for deciding in dict.fromkeys((0, 1, count))
+    ]
+    profiled = [Case(runner, 32, 0), Case(runner, 32, 32)]
+    return {
+        "steps": [case._asdict() | timed(checkpoint, case, device)._asdict() for case in cases],
+        "profile": [
+            case._asdict() | quiet_steps(checkpoint, case, device)._asdict() for case in profiled
+        ],
+        "waits": waits(checkpoint, device),
+    }
+
+
+def timed(checkpoint: Path, case: Case, device: str) -> Step:
+    """Times one size's steps."""
+    batch = Batch(checkpoint, case, device)
+    logits = torch.randn(case.rows, VOCABULARY, device=device)
+
+    def step() -> None:
+        batch.prepare()
+        batch.step(logits)
+
+    for _ in range(5):
+        step()
+    if device == "cpu":
+        return Step(None, float(np.median([_host_us(step) for _ in range(STEPS // 10)])))
+    events = [_events(step) for _ in range(STEPS)]
+    torch.cuda.synchronize()
+    on_device = [1000 * start.elapsed_time(end) for start, end, _ in events]
+    return Step(float(np.median(on_device)), float(np.median([host for *_, host in events])))
+
+
+def _events(step: Callable[[], None]) -> tuple[Any, Any, float]:
+    event: Any = torch.cuda.Event  # torch leaves it without annotations
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    host_us = _host_us(step)
+    end.record()
+    return start, end, host_us
+
+
+def _host_us(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e6 * (time.perf_counter() - start)
+
+
+def waits(checkpoint: Path, device: str) -> str:
+    """Returns what torch says to a step that may not wait: ``none``, or the call that did.
+
+    All rows decide and write their margins to memory shared with the server.
+    """
+    if device == "cpu":
+        return "no device"
+    board = MarginBoard(len(load_manifest(checkpoint).names))
+    tickets = tuple(Ticket(board._path, row, row + 1) for row in range(8))
+    batch = Batch(checkpoint, Case(2, 8, 8), device, tickets)
+    logits = torch.randn(8, VOCABULARY, device=device)
+    batch.prepare()
+    batch.step(logits)  # maps the shared memory, once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.prepare()
+        batch.step(logits)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        with suppress(OSError):
+            board.close()
+    return "none"

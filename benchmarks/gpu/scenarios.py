@@ -1,0 +1,109 @@
+"""The ways in which the engine is started, and their servers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.servers import STOCK
+from tests.e2e.servers import Server
+
+ADAPTER = "adapter"
+RANK = 8
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to start the engine.
+
+    Attributes:
+        flags: vLLM's, beside those of all.
+        model: The name that requests send.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    model: str = "demo"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the engines run.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        extra: Flags that the user adds for every engine.
+    """
+
+    device: str
+    extra: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags of every engine."""
+        if self.device == "cpu":
+            return ("--max-model-len", "512", "--dtype", "float32", "--enforce-eager", *self.extra)
+        # Several engines share the card: without a profile of its memory, none is in another's way.
+        shared = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "2G")
+        return ("--max-model-len", "512", *shared, *self.extra)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every server."""
+        on_gpu = {} if self.device == "cpu" else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        return {**on_gpu, "VLLM_NO_USAGE_STATS": "1", **self.variables}
+
+
+def scenarios(device: str, adapter: Path) -> list[Scenario]:
+    """Returns the scenarios that a device has.
+
+    Args:
+        adapter: Folder of the LoRA adapter.
+    """
+    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{ADAPTER}={adapter}")
+    if device == "cpu":  # the V1 runner: no chunks, no drafts
+        return [Scenario("plain"), Scenario("LoRA", lora, ADAPTER)]
+    return [
+        Scenario("graphs, async scheduling, prefix cache", ("--enable-prefix-caching",)),
+        Scenario(
+            "chunked prefill, 64 tokens a step",
+            ("--enable-chunked-prefill", "--max-num-batched-tokens", "64", "--max-num-seqs", "32"),
+        ),
+        Scenario("preemption, 48 blocks", ("--num-gpu-blocks-override", "48")),
+        Scenario("n-gram drafts", ("--speculative-config", json.dumps(DRAFTS))),
+        Scenario("LoRA", lora, ADAPTER),
+        Scenario("eager", ("--enforce-eager",)),
+    ]
+
+
+def own_server(machine: Machine, model: Path, scenario: Scenario, log: Path) -> Server:
+    """Starts this server."""
+    arguments = ["serve", "--model", str(model), "--served-model-name", "demo"]
+    flags = (*machine.flags, *scenario.flags)
+    return Server("rheostat", arguments, log, "/readyz", machine.environment, engine_flags=flags)
+
+
+def stock_server(machine: Machine, model: Path, adapter: Path, log: Path) -> Server:
+    """Starts the unmodified engine, with the adapter beside the model."""
+    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{ADAPTER}={adapter}")
+    arguments = ["--model", str(model), "--served-model-name", "demo"]
+    flags = (*machine.flags, *lora)
+    return Server(STOCK, arguments, log, "/health", machine.environment, engine_flags=flags)
+
+
+def save_adapter(model: Path, folder: Path) -> None:
+    """Writes a random LoRA adapter of a model's attention."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    # Not the usual start, which changes nothing.
+    config = LoraConfig(
+        r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    get_peft_model(base, config).save_pretrained(str(folder))
