@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-long lint bench fuzz screenshots manifests
+.PHONY: setup demo test test-long lint bench bench-training fuzz screenshots manifests
 
 setup: $(STAMP)
 
@@ -33,12 +33,17 @@ lint: setup
 fuzz: setup
 	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest -m long tests/e2e/test_fuzz.py tests/e2e/test_conversations.py
 
+# What the server costs; BENCH=--quick for fewer rounds.
 bench: setup
+	@test -e checkpoints/demo/rheostat.json || $(BIN)/rheostat train demo
+	@$(BIN)/python -m benchmarks.costs $(BENCH) --out bench/costs
+	@$(BIN)/python -m benchmarks.serving $(BENCH) --out bench/serving
+
+bench-training: setup
 	@$(BIN)/python -m benchmarks.losses --out bench/losses
 	@$(BIN)/python -m benchmarks.losses.label_noise --out bench/losses
 	@$(BIN)/python -m benchmarks.fused_head --out bench/fused_head.json
-	@$(BIN)/rheostat train demo
-	@$(BIN)/python -m benchmarks.overhead --out bench/overhead.json
+	@test -e checkpoints/demo/rheostat.json || $(BIN)/rheostat train demo
 	@$(BIN)/python -m benchmarks.calibration --out bench/calibration
 
 screenshots: setup

@@ -50,11 +50,11 @@ def _row(c: Comparison) -> list[str]:
         c.name,
         per_s,
         str(c.throughput),
-        str(c.first_token(0.5)) if c.load.stream else "",
-        str(c.first_token(0.99)) if c.load.stream and p99 else "",
-        str(c.latency(0.5)),
-        str(c.latency(0.95)),
-        str(c.latency(0.99)) if p99 else "",
+        str(c.first_token[0.5]) if c.load.stream else "",
+        str(c.first_token[0.99]) if c.load.stream and p99 else "",
+        str(c.latency[0.5]),
+        str(c.latency[0.95]),
+        str(c.latency[0.99]) if p99 else "",
         str(c.added_ms),
     ]
 

@@ -11,9 +11,9 @@ from benchmarks.serving.cells import Cell, Load
 from benchmarks.serving.statistics import (
     Estimate,
     Values,
+    added_median,
     estimate,
-    quantile_difference,
-    quantile_ratio,
+    quantile_ratios,
 )
 
 QUANTILES = (0.5, 0.95, 0.99)
@@ -56,15 +56,17 @@ class Comparison:
     @cached_property
     def added_ms(self) -> Estimate:
         """The median latency minus the first contender's."""
-        return quantile_difference(self.own["whole_ms"], self.first["whole_ms"], 0.5)
+        return added_median(self.own["whole_ms"], self.first["whole_ms"])
 
-    def latency(self, quantile: float) -> Estimate:
-        """The whole latency's quantile over the first contender's."""
-        return quantile_ratio(self.own["whole_ms"], self.first["whole_ms"], quantile)
+    @cached_property
+    def latency(self) -> dict[float, Estimate]:
+        """The whole latency's quantiles over the first contender's."""
+        return quantile_ratios(self.own["whole_ms"], self.first["whole_ms"], QUANTILES)
 
-    def first_token(self, quantile: float) -> Estimate:
+    @cached_property
+    def first_token(self) -> dict[float, Estimate]:
         """Likewise for the time to the first token."""
-        return quantile_ratio(self.own["first_ms"], self.first["first_ms"], quantile)
+        return quantile_ratios(self.own["first_ms"], self.first["first_ms"], QUANTILES)
 
     def as_json(self) -> dict[str, Any]:
         """Returns levels and ratios."""
@@ -73,18 +75,23 @@ class Comparison:
             for field in ("first_ms", "whole_ms")
             for quantile in QUANTILES
         }
-        return {
+        found = {
             "group": self.cell.group,
             "cell": self.cell.name,
             "contender": self.name,
-            "against": self.against,
             "requests": self.samples,
             "requests_per_s": float(np.median(self.own["per_s"])),
             **levels,
+        }
+        if self.name == self.against:
+            return found
+        return {
+            **found,
+            "against": self.against,
             "throughput_ratio": self.throughput._asdict(),
             "added_ms": self.added_ms._asdict(),
-            "latency_ratio": {q: self.latency(q)._asdict() for q in QUANTILES},
-            "first_token_ratio": {q: self.first_token(q)._asdict() for q in QUANTILES},
+            "latency_ratio": {q: ratio._asdict() for q, ratio in self.latency.items()},
+            "first_token_ratio": {q: ratio._asdict() for q, ratio in self.first_token.items()},
         }
 
 
@@ -145,8 +152,8 @@ def _aims_of_grid(grid: list[Comparison]) -> Iterator[Aim]:
         f"least {worst.throughput} ({worst.cell.name})",
         worst.throughput.median >= 0.97,
     )
-    slowest = max(grid, key=lambda c: c.latency(0.99).median)
-    p99 = slowest.latency(0.99)
+    slowest = max(grid, key=lambda c: c.latency[0.99].median)
+    p99 = slowest.latency[0.99]
     yield Aim(
         "p99 latency: stock's over ours never below 0.97",
         f"greatest ours over stock's {p99} ({slowest.cell.name})",

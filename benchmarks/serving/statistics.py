@@ -1,12 +1,15 @@
 """Medians and intervals of paired rounds: two starts of one server differ more than its rounds."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
-RESAMPLES = 1000
+RESAMPLES = 4000
+# Each holds all latencies.
+QUANTILE_RESAMPLES = 300
 
 
 class Estimate(NamedTuple):
@@ -22,42 +25,50 @@ class Estimate(NamedTuple):
 
 def estimate(starts: Values) -> Estimate:
     """Returns the median and its interval; ``[starts, rounds]``."""
-    rows, columns = _drawn(*starts.shape)
+    rows, columns = _drawn(*starts.shape, RESAMPLES)
     medians = np.median(starts[rows, columns], (1, 2))
     return _interval(float(np.median(starts)), medians)
 
 
-def quantile_ratio(own: Values, other: Values, quantile: float) -> Estimate:
-    """Returns ``own``'s quantile of all requests over ``other``'s.
+def quantile_ratios(
+    own: Values, other: Values, quantiles: Sequence[float]
+) -> dict[float, Estimate]:
+    """Returns ``own``'s quantiles of all requests over ``other``'s.
 
     Args:
         own: ``[starts, rounds, requests]``; a round and the same round of ``other`` are drawn
             together.
         other: Likewise.
+        quantiles: Each 0..1.
     """
-    rows, columns = _drawn(*own.shape[:2])
-    ratios = _quantiles(own[rows, columns], quantile) / _quantiles(other[rows, columns], quantile)
-    whole = np.quantile(own, quantile) / np.quantile(other, quantile)
-    return _interval(float(whole), ratios)
+    rows, columns = _drawn(*own.shape[:2], QUANTILE_RESAMPLES)
+    places = list(quantiles)
+    whole = np.quantile(own, places) / np.quantile(other, places)
+    drawn = _quantiles(own[rows, columns], places) / _quantiles(other[rows, columns], places)
+    return {
+        place: _interval(float(value), ratios)
+        for place, value, ratios in zip(places, whole, drawn, strict=True)
+    }
 
 
-def quantile_difference(own: Values, other: Values, quantile: float) -> Estimate:
-    """Returns ``own``'s quantile minus ``other``'s; arguments as of ``quantile_ratio``."""
-    rows, columns = _drawn(*own.shape[:2])
-    added = _quantiles(own[rows, columns], quantile) - _quantiles(other[rows, columns], quantile)
-    whole = np.quantile(own, quantile) - np.quantile(other, quantile)
-    return _interval(float(whole), added)
+def added_median(own: Values, other: Values) -> Estimate:
+    """Returns ``own``'s median minus ``other``'s; arguments as of ``quantile_ratios``."""
+    rows, columns = _drawn(*own.shape[:2], QUANTILE_RESAMPLES)
+    drawn = _quantiles(own[rows, columns], [0.5]) - _quantiles(other[rows, columns], [0.5])
+    return _interval(float(np.median(own) - np.median(other)), drawn[0])
 
 
-def _drawn(starts: int, rounds: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _drawn(
+    starts: int, rounds: int, resamples: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     rng = np.random.default_rng(0)
-    rows = rng.integers(starts, size=(RESAMPLES, starts, 1))
-    return rows, rng.integers(rounds, size=(RESAMPLES, starts, rounds))
+    rows = rng.integers(starts, size=(resamples, starts, 1))
+    return rows, rng.integers(rounds, size=(resamples, starts, rounds))
 
 
-def _quantiles(drawn: Values, quantile: float) -> Values:
-    flat = drawn.reshape(len(drawn), -1)
-    return np.asarray(np.quantile(flat, quantile, axis=1))
+def _quantiles(drawn: Values, quantiles: list[float]) -> Values:
+    """Returns ``[quantiles, resamples]``."""
+    return np.asarray(np.quantile(drawn.reshape(len(drawn), -1), quantiles, axis=1))
 
 
 def _interval(whole: float, resampled: Values) -> Estimate:

@@ -13,9 +13,9 @@ from benchmarks.serving.results import aims, comparisons, paper_aim
 from benchmarks.serving.rounds import in_turn, server_names
 from benchmarks.serving.statistics import (
     Values,
+    added_median,
     estimate,
-    quantile_difference,
-    quantile_ratio,
+    quantile_ratios,
 )
 from tests.benchmarks.answering import answering
 
@@ -37,11 +37,13 @@ def test_interval_tells_how_much_rounds_differ_where_starts_are_alike() -> None:
 
 def test_quantiles_are_of_all_requests_and_rounds_stay_in_pairs() -> None:
     other: Values = np.arange(1.0, 101.0).reshape(2, 5, 10).astype(np.float64)
-    assert quantile_ratio(2 * other, other, 0.99) == pytest.approx((2, 2, 2))
-    assert quantile_difference(other + 3, other, 0.5) == pytest.approx((3, 3, 3))
+    ratios = quantile_ratios(2 * other, other, (0.5, 0.99))
+    assert ratios == {place: pytest.approx((2, 2, 2)) for place in (0.5, 0.99)}
+    assert added_median(other + 3, other) == pytest.approx((3, 3, 3))
     ragged = other.copy()
-    ragged[0, 0] = 1000.0  # one round of one start: its quantile is in no hurry
-    found = quantile_ratio(ragged, other, 0.99)
+    ragged[0, 0] = 1000.0  # one round of one start: whether it is drawn decides
+    found = quantile_ratios(ragged, other, (0.99,))[0.99]
+    assert found.low == pytest.approx(1.0)
     assert found.low < found.median <= found.high
 
 
