@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -14,6 +15,7 @@ from vllm.renderers.registry import renderer_from_config
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.manifest import Manifest, load_manifest
 from server import engine as seam
@@ -24,6 +26,8 @@ from server.generation.seam import Outputs
 from server.policies.loading import Served
 from server.policies.reloading import Policies
 from server.settings import load_settings
+from server.telemetry.listener import metrics_route
+from server.telemetry.running import name_server, observers
 from server.web.guard import build_guard
 
 TOKENS = 16
@@ -111,12 +115,23 @@ async def own_app(checkpoint: Path) -> FastAPI:
     args, config, manifest = _configured(checkpoint)
     settings = load_settings()
     policies = Policies(settings, Served(manifest, load_calibrations(checkpoint, manifest)))
+    names = config.model_config.served_model_name
+    name_server(names, vllm_version, policies.served)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
     seam._steer_workers(config, settings, tokenizer)
     guard = build_guard(tokenizer, manifest, config.model_config.max_model_len)
     engine = _Generating(config, manifest.respond.id)
     engine.steer(manifest, settings, guard.mark, policies.strictest)
-    return await seam._app(engine, args, Service(manifest, settings, policies, guard, None))
+    service = Service(
+        manifest,
+        settings,
+        policies,
+        guard,
+        None,
+        observers(manifest, names, spans=False, json=False),
+        metrics_route(get_prometheus_registry()),
+    )
+    return await seam._app(engine, args, service)
 
 
 class _Generating(InstantLLM):
