@@ -115,8 +115,8 @@ async def own_app(checkpoint: Path) -> FastAPI:
     args, config, manifest = _configured(checkpoint)
     settings = load_settings()
     policies = Policies(settings, Served(manifest, load_calibrations(checkpoint, manifest)))
-    names = config.model_config.served_model_name
-    name_server(names, vllm_version, policies.served)
+    name = str(config.model_config.served_model_name)
+    name_server(name, vllm_version, policies.served)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
     seam._steer_workers(config, settings, tokenizer)
     guard = build_guard(tokenizer, manifest, config.model_config.max_model_len)
@@ -128,7 +128,7 @@ async def own_app(checkpoint: Path) -> FastAPI:
         policies,
         guard,
         None,
-        observers(manifest, names, spans=False, json=False),
+        observers(manifest, name, spans=False, json=False),
         metrics_route(get_prometheus_registry()),
     )
     return await seam._app(engine, args, service)

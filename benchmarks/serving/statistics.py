@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 def estimate(starts: Values) -> Estimate:
     """Returns the median and its interval; ``[starts, rounds]``."""
-    rows, columns = _drawn(*starts.shape, RESAMPLES)
+    rows, columns = _drawn(starts, RESAMPLES)
     medians = np.median(starts[rows, columns], (1, 2))
     return _interval(float(np.median(starts)), medians)
 
@@ -41,7 +41,7 @@ def quantile_ratios(
         other: Likewise.
         quantiles: Each 0..1.
     """
-    rows, columns = _drawn(*own.shape[:2], QUANTILE_RESAMPLES)
+    rows, columns = _drawn(own, QUANTILE_RESAMPLES)
     places = list(quantiles)
     whole = np.quantile(own, places) / np.quantile(other, places)
     drawn = _quantiles(own[rows, columns], places) / _quantiles(other[rows, columns], places)
@@ -53,14 +53,13 @@ def quantile_ratios(
 
 def added_median(own: Values, other: Values) -> Estimate:
     """Returns ``own``'s median minus ``other``'s; arguments as of ``quantile_ratios``."""
-    rows, columns = _drawn(*own.shape[:2], QUANTILE_RESAMPLES)
+    rows, columns = _drawn(own, QUANTILE_RESAMPLES)
     drawn = _quantiles(own[rows, columns], [0.5]) - _quantiles(other[rows, columns], [0.5])
     return _interval(float(np.median(own) - np.median(other)), drawn[0])
 
 
-def _drawn(
-    starts: int, rounds: int, resamples: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _drawn(values: Values, resamples: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    starts, rounds = values.shape[:2]
     rng = np.random.default_rng(0)
     rows = rng.integers(starts, size=(resamples, starts, 1))
     return rows, rng.integers(rounds, size=(resamples, starts, rounds))
