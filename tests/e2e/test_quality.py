@@ -1,6 +1,7 @@
 """The demo model on evaluation templates that it never saw, as `rheostat evaluate` measures it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from models.manifest import Manifest
+from tests.docs.test_readme import ROOT, commands
 from tests.e2e.servers import Server
+
+PAGE = ROOT / "docs" / "evaluation.md"
 
 
 @pytest.fixture(scope="module", params=[500, pytest.param(1500, marks=pytest.mark.long)])
@@ -19,15 +23,27 @@ def report(
     data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    """Runs the command on some rows, as a user would, and reads what it wrote."""
-    out = tmp_path_factory.mktemp("report") / "report.json"
-    command = [sys.executable, "-m", "rheostat", "evaluate", "--url", server.url]
-    command += ["--data", str(data / "evaluation.jsonl"), "--train-data", str(data / "train.jsonl")]
-    command += ["--limit", str(request.param), "--texts", str(request.param), "--out", str(out)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    """Runs the command of docs/evaluation.md on some rows, and reads what it wrote."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "prompts").symlink_to(data)
+    (words,) = [words for words in commands(PAGE) if "--train-data" in words]
+    rows = str(request.param)
+    command = [sys.executable, "-m", "rheostat", *words[1:], "--url", server.url]
+    command += ["--limit", rows, "--texts", rows]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=folder,
+        env=environment,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "AUC" in ended.stdout
-    result: dict[str, Any] = json.loads(out.read_text())
+    assert "</html>" in (folder / "report.html").read_text()
+    result: dict[str, Any] = json.loads((folder / "report.json").read_text())
     assert result["sets"]["all"]["prompts"] == request.param
     return result
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from models.controls import Controls, Rule
 from models.decision import refused_category
-from training.client import Reply, Scores, Settings
+from training.client import RejectedError, Reply, Scores, Settings
 from training.data.rows import Row
 from training.evaluation.asking import Ask, Asker
 from training.evaluation.report import RuleName
@@ -60,7 +60,10 @@ async def check(
         return -scores[rng.randrange(len(scores))].margins[column] + rng.uniform(-1, 1)
 
     async def as_computed(what: str, rule: RuleName, asked: list[Ask]) -> Estimate:
-        replies = await asker.replies(asked, what)
+        try:
+            replies = await asker.replies(asked, what)
+        except RejectedError as error:  # a policy may reject dials and rules
+            return missing(error.message)
         same = [
             reply.category == _computed(reply, scores[place], rule, asker.names, seeds[place])
             for place, reply in zip(places, replies, strict=True)

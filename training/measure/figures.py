@@ -308,7 +308,8 @@ def _histograms(axis: Axes, margins: Floats, groups: Sequence[tuple[str, Flags, 
     edges = np.linspace(low, max(high, low + 1e-6), 41)
     for label, members, colour, style in groups:
         if members.any():
-            axis.hist(margins[members], list(edges), density=True, color=colour, alpha=0.18)
+            fill: Any = {"histtype": "stepfilled", "color": colour, "alpha": 0.18}
+            axis.hist(margins[members], list(edges), density=True, **fill)
             _outline(axis, margins[members], edges, label, colour, style, density=True)
     axis.axvline(0, color=BLACK, linewidth=1)
 

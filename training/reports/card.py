@@ -2,6 +2,7 @@
 
 import html
 import re
+import textwrap
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -66,14 +67,14 @@ def _results(report: Report) -> list[EvalResult]:
 
 def _section(report: Report) -> str:
     about = report.about
-    lines = [
-        "## Refusal decisions",
-        "",
+    told = (
         f"{len(report.records)} prompts, measured on {about.created:%d %B %Y} with Rheostat "
         f"{_plain(about.versions['rheostat'])}: {_code(about.command)}. Weights "
         f"`{about.hashes.weights[:12]}`, template `{about.hashes.template[:12]}`, policy "
-        f"`{about.policy.sha256[:12]}`. Intervals are of 95 %.",
-    ]
+        f"`{about.policy.sha256[:12]}`. Intervals are of 95 %."
+    )
+    wrapped = textwrap.wrap(told, 100, break_long_words=False, break_on_hyphens=False)
+    lines = ["## Refusal decisions", "", *wrapped]
     for section in sections(report):
         lines += ["", f"### {section.title}", "", "| figure | value | n | 95 % interval |"]
         lines += ["|---|---|---|---|"]

@@ -112,6 +112,21 @@ def test_without_calibration_rates_have_a_reason(write_rows: WriteRows) -> None:
     assert report.rates.largest_gap.value is None
 
 
+def test_policy_that_rejects_dials_leaves_reasons(write_rows: WriteRows) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if b'"never"' in request.content or b'"bias"' in request.content:
+            return httpx.Response(403, json={"error": {"message": "below the floor"}})
+        return serve(request)
+
+    report = evaluated(write_rows(small_rows()), handler)
+
+    assert "bounds" in str(report.texts.flip_to_respond.reason)
+    assert report.texts.own_fidelity.value == 1.0
+    assert "below the floor" in str(report.agreement.dialled.reason)
+    assert "below the floor" in str(report.rules["paper"].agreement.reason)
+    assert report.agreement.chat.value == 1.0
+
+
 def test_shadow_mode_checks_nothing(write_rows: WriteRows) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/refusal/policies":

@@ -185,9 +185,10 @@ def test_missing_figures_are_null_with_a_reason_never_0() -> None:
 
 
 def test_schema_of_the_docs_is_current_and_reports_follow_it() -> None:
-    documented = json.loads((ROOT / "docs" / "evaluation.schema.json").read_text())
+    path = ROOT / "docs" / "evaluation.schema.json"
+    documented = json.loads(path.read_text())
 
-    assert documented == schema()
+    assert documented == schema(), f"{path}: write json.dumps(schema(), indent=1) there"
     jsonschema_rs.validate(documented, json.loads(small_report().to_json()))
     with pytest.raises(jsonschema_rs.ValidationError):
         jsonschema_rs.validate(documented, {"version": 1})
