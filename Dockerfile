@@ -1,10 +1,13 @@
 # The server as an image: `--target cpu` or `--target gpu`. docs/docker.md says how to use it.
 #
-# BASE may be any Debian or Ubuntu of amd64 with Python 3.11 or newer, in it or in its packages.
-# The defaults: Python's own slim image for the CPU; for GPUs NVIDIA's of the CUDA that the wheels
-# of torch are built with. Those wheels bring CUDA's libraries; "devel" is for nvcc and the
-# headers, with which FlashInfer and Triton compile kernels while a model loads.
+# BASE may be any Debian or Ubuntu of amd64 with the Python of docker/locked-*.txt, in it or in its
+# packages: 3.11 for the CPU, 3.12 for GPUs. The defaults: Python's own slim image for the CPU; for
+# GPUs NVIDIA's of the CUDA that the wheels of torch are built with. Those wheels bring CUDA's
+# libraries; "devel" is for nvcc and the headers, with which FlashInfer and Triton compile kernels
+# while a model loads.
 ARG BASE
+# What `--target sbom` describes.
+ARG KIND=cpu
 
 FROM ${BASE:-python:3.11-slim-bookworm} AS cpu-system
 # torch.compile builds kernels with g++ and Python's headers when a model loads; vllm's CPU kernels
@@ -21,8 +24,7 @@ RUN apt-get update \
 
 FROM cpu-system AS cpu-dependencies
 WORKDIR /src
-COPY pyproject.toml constraints.txt ./
-COPY docker/install.sh docker/install.sh
+COPY docker/install.sh docker/locked-cpu.txt docker/
 RUN VENV=/opt/rheostat PIP_NO_CACHE_DIR=1 sh docker/install.sh cpu dependencies
 
 FROM cpu-system AS wheel
@@ -62,8 +64,7 @@ RUN apt-get update \
 
 FROM gpu-system AS gpu-dependencies
 WORKDIR /src
-COPY pyproject.toml constraints.txt ./
-COPY docker/install.sh docker/install.sh
+COPY docker/install.sh docker/locked-gpu.txt docker/
 RUN VENV=/opt/rheostat PIP_NO_CACHE_DIR=1 sh docker/install.sh gpu dependencies
 
 FROM gpu-dependencies AS gpu
@@ -85,3 +86,17 @@ EXPOSE 9400
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
     CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000", "--metrics-host", "0.0.0.0", "--metrics-port", "9400"]
+
+# What is in an image: `docker build --target sbom --output sbom .`
+FROM ${KIND} AS described
+USER root
+RUN python3 -m venv /opt/sbom \
+ && /opt/sbom/bin/pip install --quiet --no-cache-dir cyclonedx-bom==7.5.0 pip-licenses==5.5.5 \
+ && mkdir /sbom \
+ && /opt/sbom/bin/cyclonedx-py environment --output-file /sbom/python.cdx.json /opt/rheostat \
+ && /opt/sbom/bin/pip-licenses --python /opt/rheostat/bin/python --format csv --with-urls \
+    > /sbom/python-licences.csv \
+ && dpkg-query --show --showformat '${Package},${Version}\n' > /sbom/debian.csv
+
+FROM scratch AS sbom
+COPY --from=described /sbom /

@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-long lint bench bench-training fuzz screenshots manifests
+.PHONY: setup demo test test-long lint bench bench-training fuzz screenshots manifests lock
 
 setup: $(STAMP)
 
@@ -51,3 +51,8 @@ screenshots: setup
 
 manifests: setup
 	@$(BIN)/python -m tests.docker.chart
+
+# LOCK_OPTIONS are uv's, such as --find-links DIR or --extra-index-url for the CPU build of torch.
+lock: setup
+	@$(BIN)/python -m pip install --quiet --target .venv/uv uv==0.13.9
+	@PYTHONPATH=.venv/uv $(BIN)/python docker/lock.py $(LOCK_OPTIONS)

