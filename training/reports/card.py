@@ -33,7 +33,8 @@ def write_card(report: Report, path: Path) -> None:
         ConfigError: The card's metadata cannot be read.
     """
     try:
-        card = ModelCard(path.read_text(encoding="utf-8") if path.exists() else "---\n{}\n---\n")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a model card: {error}") from error
     assert isinstance(card.data, ModelCardData)

@@ -141,6 +141,19 @@ def test_card_shows_hostile_strings_as_text(tmp_path: Path) -> None:
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
+def test_page_of_markdown_gets_metadata_and_section_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "results.md"
+    path.write_text("# Results\n")
+
+    write_card(small_report(), path)
+
+    assert path.read_text().startswith("---\nmodel-index:")
+    assert f"# Results\n\n{BEGIN}" in path.read_text()
+    assert caplog.messages == []
+
+
 def test_card_with_wrong_metadata_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("---\n- a list\n---\n")
