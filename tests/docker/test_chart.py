@@ -2,8 +2,11 @@
 
 import json
 import re
+import shlex
 import tarfile
 import tomllib
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +318,39 @@ def test_values_of_the_operations_page_exist() -> None:
         "metrics.serviceMonitor",
         "metrics.rules",
     }
+
+
+def test_install_command_of_the_operations_page_renders_what_kubernetes_takes() -> None:
+    page = (chart.ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"^helm upgrade --install (.*?[^\\])\n", page, re.DOTALL | re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    values: dict[str, Any] = {}
+    for flag, text in pairwise(words):
+        if flag in READERS:
+            merge(values, READERS[flag](text))
+    assert {"image", "model", "operatorKeyHash", "policies", "resources"} == values.keys()
+    for one in chart.manifests(values):
+        kubernetes_validate.validate(one, "1.37", strict=True)
+    (applied,) = re.findall(r"<<'END'\n(.*?)END\n", page, re.DOTALL)
+    for one in yaml.safe_load_all(applied):
+        kubernetes_validate.validate(one, "1.37", strict=True)
+
+
+def from_file(text: str) -> dict[str, Any]:
+    path, _, file = text.partition("=")
+    return helm_python.parse_set_file(f"{path}={chart.ROOT / file}")
+
+
+READERS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "--set": helm_python.parse_set_string,
+    "--set-json": helm_python.parse_set_json,
+    "--set-file": from_file,
+}
+
+
+def merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict):
+            merge(values.setdefault(key, {}), value)
+        else:
+            values[key] = value
