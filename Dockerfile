@@ -6,8 +6,6 @@
 # libraries; "devel" is for nvcc and the headers, with which FlashInfer and Triton compile kernels
 # while a model loads.
 ARG BASE
-# What `--target sbom` describes.
-ARG KIND=cpu
 
 FROM ${BASE:-python:3.11-slim-bookworm} AS cpu-system
 # torch.compile builds kernels with g++ and Python's headers when a model loads; vllm's CPU kernels
@@ -87,16 +85,19 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
     CMD ["python", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--", "rheostat", "serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000", "--metrics-host", "0.0.0.0", "--metrics-port", "9400"]
 
-# What is in an image: `docker build --target sbom --output sbom .`
-FROM ${KIND} AS described
+# What is in an image: `docker build --target cpu-sbom --output sbom .`
+FROM cpu AS cpu-described
 USER root
-RUN python3 -m venv /opt/sbom \
- && /opt/sbom/bin/pip install --quiet --no-cache-dir cyclonedx-bom==7.5.0 pip-licenses==5.5.5 \
- && mkdir /sbom \
- && /opt/sbom/bin/cyclonedx-py environment --output-file /sbom/python.cdx.json /opt/rheostat \
- && /opt/sbom/bin/pip-licenses --python /opt/rheostat/bin/python --format csv --with-urls \
-    > /sbom/python-licences.csv \
- && dpkg-query --show --showformat '${Package},${Version}\n' > /sbom/debian.csv
+COPY docker/describe.sh /src/
+RUN sh /src/describe.sh
 
-FROM scratch AS sbom
-COPY --from=described /sbom /
+FROM scratch AS cpu-sbom
+COPY --from=cpu-described /sbom /
+
+FROM gpu AS gpu-described
+USER root
+COPY docker/describe.sh /src/
+RUN sh /src/describe.sh
+
+FROM scratch AS gpu-sbom
+COPY --from=gpu-described /sbom /

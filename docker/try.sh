@@ -53,7 +53,7 @@ echo
 kill -TERM $server
 wait $server || echo "ended with status $?"
 
-build sbom --output "$out" "$@"
+build cpu-sbom --output "$out" "$@"
 mounted=$(buildah mount "$container")
 echo "the image's files: $(du -sm "$mounted" | cut -f1) MiB, of which"
 du -sm "$mounted"/opt/rheostat/lib/python3*/site-packages/* "$mounted"/usr/* | sort -rn | head -12

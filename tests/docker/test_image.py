@@ -27,8 +27,11 @@ def targets() -> set[str]:
     return set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
 
 
-def test_dockerfile_has_both_targets() -> None:
-    assert {"cpu", "gpu"} <= targets()
+def test_dockerfile_has_the_targets_that_the_page_names() -> None:
+    page = (ROOT / "docs" / "docker.md").read_text()
+    named = {*re.findall(r"--target ([\w-]+)", page)}
+    assert named == {"cpu", "gpu", "cpu-sbom", "gpu-sbom"}
+    assert named <= targets()
 
 
 def test_dockerfile_targets_end_alike() -> None:
