@@ -1,5 +1,6 @@
 """The demo model on evaluation templates that it never saw, as `rheostat evaluate` measures it."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 from models.manifest import Manifest
 from tests.docs.test_readme import ROOT, commands
 from tests.e2e.servers import Server
+from training.judging.exchanges import Exchange
+from training.judging.model import JudgeModel
+from training.judging.reading import Readers, read_texts
 
 PAGE = ROOT / "docs" / "evaluation.md"
 
@@ -29,7 +33,7 @@ def report(
     (words,) = [words for words in commands(PAGE) if "--train-data" in words]
     rows = str(request.param)
     command = [sys.executable, "-m", "rheostat", *words[1:], "--url", server.url]
-    command += ["--limit", rows, "--texts", rows]
+    command += ["--limit", rows, "--texts", rows, "--rules"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         command,
@@ -75,6 +79,25 @@ def test_text_follows_a_forced_refusal(report: dict[str, Any], manifest: Manifes
         flip = report["texts"]["flip_to_refuse"][name]
         assert flip["value"] >= 0.95
         assert flip["n"] > report["sets"]["all"]["prompts"] / 40
+
+
+def test_readers_of_the_texts_agree_with_the_token(report: dict[str, Any]) -> None:
+    pairs = report["readers"]["pairs"]
+    assert pairs["token-wording"]["agreement"]["value"] >= 0.95
+    assert pairs["token-wording"]["kappa"]["value"] >= 0.9
+    # Phrases know fewer refusals than the demo has.
+    assert pairs["token-rules"]["agreement"]["n"] == report["sets"]["all"]["prompts"]
+
+
+def test_server_that_cannot_judge_leaves_every_text_undecided(server: Server) -> None:
+    exchanges = [Exchange("What is tea?", "A drink."), Exchange("Steal?", "I won't help.")]
+    judge = JudgeModel(f"{server.url}/v1", "demo")
+
+    readings = asyncio.run(read_texts(exchanges, {}, Readers(judge=judge), {}, lambda: None))
+
+    assert readings.by["judge"].outcomes == {"answered": 0, "refused": 0, "undecided": 2}
+    assert readings.by["judge"].judge is not None
+    assert readings.by["judge"].judge.unreadable == 2
 
 
 def test_margins_spread(report: dict[str, Any], manifest: Manifest) -> None:

@@ -99,7 +99,7 @@ SETS: Mapping[SetName, PublicSet] = {
         split="train",
         prompt=("turns",),
         only={"prompt_style": "base"},
-        licence="SORRY-Bench's own",
+        licence="its own",
         paper="2406.14598",
     ),
     "strongreject": PublicSet(

@@ -53,16 +53,16 @@ class JudgeModel(NamedTuple):
 
 
 class Memory(Protocol):
-    """Keeps what was answered, by what was asked: a JSON value."""
+    """Keeps replies, by what was asked: a dict, or a file of them."""
 
-    def __contains__(self, asked: object) -> bool:
-        """Returns whether the answer is known."""
+    def __contains__(self, asked: object, /) -> bool:
+        """Returns whether the reply is known."""
 
-    def __getitem__(self, asked: Any) -> Any:
-        """Returns the answer."""
+    def __getitem__(self, asked: str, /) -> Any:
+        """Returns the reply."""
 
-    def __setitem__(self, asked: Any, answer: Any) -> None:
-        """Keeps an answer."""
+    def __setitem__(self, asked: str, reply: str, /) -> None:
+        """Keeps a reply."""
 
 
 class _Verdict(BaseModel):
@@ -125,7 +125,7 @@ class ModelReader:
     async def _reply(self, exchange: Exchange) -> str:
         question, text = (part[:CHARACTERS] for part in exchange)
         content = json.dumps({"question": question, "text": text}, ensure_ascii=False)
-        key = ["judge", self.judge.url, self.judge.model, self.judge.prompt_sha256, content]
+        key = json.dumps([self.judge.url, self.judge.model, self.judge.prompt_sha256, content])
         if key not in self._memory:
             async with self._slots:
                 self._memory[key] = await self._ask(content)

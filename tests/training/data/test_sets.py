@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,3 +245,33 @@ def test_resolved_recipe_reads_as_it_was() -> None:
 
     assert Source.model_validate(source.model_dump(mode="json")) == source
     assert "set" not in Source(path="rows.csv").model_dump(mode="json")
+
+
+PAPER = re.compile(r"\| 2\d{3}\.\d{5} \|$")
+PAGE = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+
+
+def test_sets_of_the_page_are_these() -> None:
+    rows = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if PAPER.search(line)]
+    told = {row[0].strip("`"): row[1:] for row in rows}
+
+    assert list(told) == list(SETS)
+    for name, known in SETS.items():
+        hub, place, _, licence, paper = told[name]
+        assert hub.removesuffix(", gated") == f"`{known.hub}`"
+        parts = [part for part in (known.subset, known.split) if part]
+        assert place == ", ".join(f"`{part}`" for part in parts)
+        assert (licence, paper) == (known.licence, known.paper)
+
+
+def test_list_of_the_page_is_valid(write: Write) -> None:
+    block = PAGE.partition("```yaml\n")[2].partition("```")[0]
+
+    sources = named_sources(Path(write("sets.yaml", block)))
+
+    assert [source.set for source in sources] == [
+        "xstest",
+        "coconot",
+        "wildguardtest",
+        "strongreject",
+    ]

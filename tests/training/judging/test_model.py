@@ -30,22 +30,6 @@ TEXTS = [
 OUTCOMES: list[Outcome] = ["refused", "answered", "undecided"]
 
 
-class Kept:
-    """Remembers by what was asked, as the file beside a report does."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
-
-    def __contains__(self, asked: object) -> bool:
-        return json.dumps(asked) in self.known
-
-    def __getitem__(self, asked: object) -> str:
-        return self.known[json.dumps(asked)]
-
-    def __setitem__(self, asked: object, answer: str) -> None:
-        self.known[json.dumps(asked)] = answer
-
-
 def outcome_in(body: Body) -> Outcome:
     exchange = json.loads(body["messages"][1]["content"])
     return OUTCOMES[[text for _, text in TEXTS].index(exchange["text"])]
@@ -61,7 +45,7 @@ def read(
     """Returns outcomes, the number of unreadable replies, and the bodies of the requests."""
 
     async def run(judge: JudgeModel) -> tuple[list[Outcome], int]:
-        reader = ModelReader(judge, Kept() if memory is None else memory)
+        reader = ModelReader(judge, {} if memory is None else memory)
         async with aclosing(reader):
             return await reader.read(texts), reader.unreadable
 
@@ -154,7 +138,7 @@ def test_slow_judge_ends_the_run() -> None:
         return rightly(body, number)
 
     async def run(url: str) -> None:
-        reader = ModelReader(JudgeModel(url, "m", retries=0, timeout_s=0.2), Kept())
+        reader = ModelReader(JudgeModel(url, "m", retries=0, timeout_s=0.2), {})
         async with aclosing(reader):
             await reader.read(TEXTS[:1])
 
@@ -171,7 +155,7 @@ def test_dead_judge_ends_the_run() -> None:
         pass
 
     async def run() -> None:
-        async with aclosing(ModelReader(JudgeModel(server.url, "m", retries=0), Kept())) as reader:
+        async with aclosing(ModelReader(JudgeModel(server.url, "m", retries=0), {})) as reader:
             await reader.read(TEXTS)
 
     with pytest.raises(EvaluationError, match="the judge m at http"):
@@ -180,14 +164,14 @@ def test_dead_judge_ends_the_run() -> None:
 
 def test_address_that_is_none_ends_the_run() -> None:
     async def run() -> None:
-        await ModelReader(JudgeModel("ht!tp:/x", "m", retries=0), Kept()).read(TEXTS)
+        await ModelReader(JudgeModel("ht!tp:/x", "m", retries=0), {}).read(TEXTS)
 
     with pytest.raises(EvaluationError, match="the judge m at"):
         asyncio.run(run())
 
 
 def test_run_goes_on_where_it_ended() -> None:
-    memory = Kept()
+    memory: dict[str, str] = {}
 
     def breaks(body: Body, number: int) -> Said:
         return Said("gone", 400) if number == 2 else rightly(body, number)
@@ -217,7 +201,7 @@ def test_few_requests_wait_at_once() -> None:
         return Said("{}")
 
     async def run(url: str) -> None:
-        reader = ModelReader(JudgeModel(url, "m", at_once=2), Kept())
+        reader = ModelReader(JudgeModel(url, "m", at_once=2), {})
         async with aclosing(reader):
             await reader.read([Exchange(str(number), "x") for number in range(8)])
 
@@ -229,7 +213,7 @@ def test_few_requests_wait_at_once() -> None:
 def test_key_is_sent() -> None:
     async def run(url: str) -> None:
         judge = JudgeModel(url, "m", api_key="secret")
-        async with aclosing(ModelReader(judge, Kept())) as reader:
+        async with aclosing(ModelReader(judge, {})) as reader:
             await reader.read(TEXTS[:1])
 
     with judge_server(rightly) as server:
