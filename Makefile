@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-long lint bench bench-training fuzz screenshots manifests lock
+.PHONY: setup demo test test-long setup-tools test-tools lint bench bench-training fuzz screenshots manifests lock
 
 setup: $(STAMP)
 
@@ -24,6 +24,13 @@ test: setup
 # What `make test` leaves out: the tests with the marker "long".
 test-long: setup
 	@$(BIN)/python -m pytest -m long
+
+# Other people's tools, in .tools: 10 minutes and 3 GB the first time, so no part of CI.
+setup-tools: setup
+	@PYTHON=$(BIN)/python TOOLS=.tools sh tests/e2e/tools/install.sh
+
+test-tools: setup-tools
+	@$(BIN)/python -m pytest -m tools tests/e2e/tools
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Other people's tools, unchanged, against the real server: `make test-tools`."""
