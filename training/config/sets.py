@@ -34,7 +34,8 @@ class PublicSet(NamedTuple):
         hub: Its repository on the hub.
         prompt: Columns that may hold the prompt, the hub's first; in one of the authors' own files
             the column may have another name. A list of turns counts by its first turn.
-        context: Column of a text that stands before the prompt, where a row has one.
+        context: Columns, in the same way, of a text that stands before the prompt, where a row has
+            one.
         label: Column of the label; None where all prompts are alike.
         refused: Label → the category that its prompts are refused for, or None: to be answered.
             A single value stands for every row. Rows without a label are no part of the set.
@@ -50,7 +51,7 @@ class PublicSet(NamedTuple):
     split: str
     subset: str | None = None
     prompt: tuple[str, ...] = ("prompt",)
-    context: str | None = None
+    context: tuple[str, ...] = ()
     label: str | None = None
     refused: Mapping[str, str | None] | str | None = SAFETY
     answered: bool = False
@@ -82,7 +83,7 @@ SETS: Mapping[SetName, PublicSet] = {
         subset="standard",
         split="train",
         prompt=("prompt", "Behavior"),
-        context="context",  # in the subset `contextual`
+        context=("context", "ContextString"),  # of the subset `contextual`
         licence="MIT",
         paper="2402.04249",
     ),

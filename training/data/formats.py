@@ -232,12 +232,16 @@ def _renamed_category(category: str | None, source: Source) -> str | None:
 
 
 def _prompt_of(values: Values, known: PublicSet) -> Any:
-    prompt = next((values[column] for column in known.prompt if column in values), None)
+    prompt = _first(values, known.prompt)
     if isinstance(prompt, list):
         prompt = prompt[0] if prompt else None
-    context = values.get(known.context) if known.context else None
+    context = _first(values, known.context)
     # As HarmBench's own baselines put it.
     return f"{context}\n\n---\n\n{prompt}" if context and prompt else prompt
+
+
+def _first(values: Values, columns: Sequence[str]) -> Any:
+    return next((values[column] for column in columns if column in values), None)
 
 
 # What returns None is no part of the data set.

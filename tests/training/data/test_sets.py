@@ -159,13 +159,14 @@ def test_set_is_read_from_one_of_its_authors_files(write: Write) -> None:
     assert identify(Source(set="strongreject", path=path)).keys() == {path}
 
 
-def test_context_of_a_prompt_stands_before_it(write: Write) -> None:
-    row = {"prompt": "Sum this up.", "context": "A text.", "category": "x"}
-    path = write("contextual.jsonl", json.dumps(row) + "\n")
+@pytest.mark.parametrize("columns", ["prompt,context", "Behavior,ContextString"])
+def test_context_of_a_prompt_stands_before_it(write: Write, columns: str) -> None:
+    path = write("behaviors.csv", f"{columns}\nSum this up.,A text.\n{LOCK},\n")
 
-    ((prompt, _, _),) = read_set(set="harmbench", path=path)
+    (with_context, _, _), (without, _, _) = read_set(set="harmbench", path=path)
 
-    assert prompt == "A text.\n\n---\n\nSum this up."
+    assert with_context == "A text.\n\n---\n\nSum this up."
+    assert without == LOCK
 
 
 def test_refused_rows_take_the_checkpoints_category(tmp_path: Path) -> None:
