@@ -10,16 +10,9 @@ from tests.e2e.tools.blocks import block, python_of, run
 pytestmark = pytest.mark.tools
 
 
-def refusal_of(server: Server, question: str) -> str:
-    """Returns what the server refuses a question with."""
-    body = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": question}],
-        "refusal": {"categories": {"safety": "always"}},
-        "temperature": 0,
-    }
-    answer = server.http.post("/v1/chat/completions", json=body).json()
-    return str(answer["choices"][0]["message"]["refusal"])
+STREAMED = """\
+print("".join(chunk.text for chunk in model.stream("What is the capital of France?")))
+"""
 
 
 def test_parse_of_openais_client_gives_the_refusal(server: Server, tmp_path: Path) -> None:
@@ -39,3 +32,17 @@ def test_langchain_has_the_refusal_beside_its_content(server: Server, tmp_path: 
     assert plain.startswith("'' ")
     assert plain[3:]
     assert structured
+
+
+@pytest.mark.parametrize("in_content", [True, False])
+def test_langchain_streams_refusals_only_in_content(
+    server: Server, tmp_path: Path, in_content: bool
+) -> None:
+    script = block("LangChain", "python", server.url).partition("answer =")[0] + STREAMED
+    if in_content:
+        both = '"refusal": {"refusal_in": ["refusal", "content"], '
+        script = script.replace('"refusal": {', both)
+
+    said = run(python_of("clients"), "-c", script, folder=tmp_path)
+
+    assert bool(said.strip()) is in_content
