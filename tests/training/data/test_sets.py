@@ -266,7 +266,8 @@ def test_sets_of_the_page_are_these() -> None:
 
 
 def test_list_of_the_page_is_valid(write: Write) -> None:
-    block = PAGE.partition("```yaml\n")[2].partition("```")[0]
+    section = PAGE.partition("## Public sets")[2]
+    block = section.partition("```yaml\n")[2].partition("```")[0]
 
     sources = named_sources(Path(write("sets.yaml", block)))
 
