@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
 from vllm import __version__ as VLLM_VERSION
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
@@ -28,7 +28,6 @@ from vllm.entrypoints.anthropic.protocol import (
 )
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -41,7 +40,6 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.exceptions import (
     GracefulHTTPError,
     VLLMClientError,
@@ -61,7 +59,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from models.checkpoint import opening_ids, turn_opening_ids
+from models.checkpoint import opening_ids
 from models.errors import ConfigError, RequestError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
@@ -80,7 +78,6 @@ from server.context import DECISION_CONTEXT, TURN_IDS_KEY, Decision, DecisionCon
 from server.dials.board import Resolution
 from server.flags import bound_grammars, fit_to_cpu, refuse_switched_on, refuse_unserved
 from server.generation.call import admit, decision_of, outputs_of
-from server.generation.grammars import LIMIT_KEY
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider, merged
 from server.generation.scoring import Handlers, VllmScorer
@@ -92,9 +89,17 @@ from server.telemetry.listener import MetricsApp, bind, listening, metrics_route
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.running import name_server, observers, observing
 from server.telemetry.spans import trace_headers
+from server.vllm_names import (
+    cli_env_setup,
+    make_arg_parser,
+    run_headless,
+    validate_parsed_serve_args,
+)
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import stop_at_first_error
+from server.workers.config import additional, put_into_flags, steer_workers
+from server.workers.handshake import shake_hands
 
 # The bodies of the routes that tenants may send to.
 _REQUESTS = (
@@ -144,7 +149,7 @@ class SteeredLLM(AsyncLLM):
         self.repetition_penalty = float(self.defaults.get("repetition_penalty", 1.0))
         tokenizer: Any = self.renderer.get_tokenizer()
         self.opening = opening_ids(tokenizer)
-        self.turn_ids = frozenset(_additional(self.vllm_config)[TURN_IDS_KEY])
+        self.turn_ids = frozenset(additional(self.vllm_config)[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
         self.count_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
@@ -236,7 +241,7 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
         ConfigError: This server would ignore a flag or variable, or it would bypass what was
             verified.
     """
-    cli_env_setup()  # type: ignore[no-untyped-call]
+    cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
     args: Namespace = parser.parse_args(list(arguments))
     refuse_unserved(args, parser.get_default)
@@ -258,7 +263,21 @@ def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Pol
         settings: The operator's.
         policies: The policies in force.
     """
-    uvloop.run(_serve(args, manifest, settings, policies))
+    if args.headless:
+        _join(args, settings)
+    else:
+        uvloop.run(_serve(args, manifest, settings, policies))
+
+
+def _join(args: Namespace, settings: Settings) -> None:
+    """Runs engines for a server on another machine, until a signal."""
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+        usage_context=UsageContext.OPENAI_API_SERVER, headless=True
+    )
+    steer_workers(config, settings, cached_tokenizer_from_config(config.model_config))
+    put_into_flags(config, args)
+    args.api_server_count = 0
+    run_headless(args)
 
 
 async def _serve(
@@ -277,7 +296,7 @@ async def _serve(
     policies.fit(api_keys=_api_keys(args))
     recorder = open_recorder(Path(args.model), manifest, settings)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
-    _steer_workers(config, settings, tokenizer)
+    steer_workers(config, settings, tokenizer)
     service = Service(
         manifest,
         settings,
@@ -296,6 +315,7 @@ async def _serve(
     engine = _engine(config, args)
     try:
         engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
+        await shake_hands(engine.engine_core.call_utility_all_async, config)
         await engine.reset_mm_cache()
         app = await _app(engine, args, service)
         async with (
@@ -311,31 +331,6 @@ async def _serve(
         await shutdown
     finally:
         sock.close()
-
-
-def _steer_workers(config: VllmConfig, settings: Settings, tokenizer: Any) -> None:
-    """Has vLLM's engine process load server/steering.py, and tells that what it needs."""
-    interface = "SteeringV2" if config.use_v2_model_runner else "SteeringV1"
-    config.model_config.logits_processors = [f"server.steering:{interface}"]
-    config.additional_config = {
-        **_additional(config),
-        LIMIT_KEY: settings.max_grammar_s,
-        TURN_IDS_KEY: sorted(turn_opening_ids(tokenizer) - _ending_ids(config.model_config)),
-    }
-    kind = "Async" if config.scheduler_config.async_scheduling else ""
-    config.scheduler_config.scheduler_cls = f"server.steering.Steered{kind}Scheduler"
-
-
-def _additional(config: VllmConfig) -> dict[str, Any]:
-    assert isinstance(config.additional_config, dict)  # vLLM's flag takes nothing else
-    return config.additional_config
-
-
-def _ending_ids(model: ModelConfig) -> set[int | None]:
-    # What ends an answer is never masked, even if it opens a turn.
-    ends = model.try_get_generation_config().get("eos_token_id")
-    more = getattr(model.hf_text_config, "eos_token_id", None)
-    return {end for ids in (ends, more) for end in (ids if isinstance(ids, list) else [ids])}
 
 
 def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:

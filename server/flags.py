@@ -11,7 +11,6 @@ from server.generation.grammars import BOUNDED_BACKEND
 CPU_KVCACHE_GIB = "2"
 
 UNSERVED = {
-    "headless": "this is one HTTP server with its engine; run vLLM's own for engines without one",
     "grpc": "only HTTP is served",
     "api_server_count": "one HTTP process a server; put several servers behind the gateway",
     "tokenizer": "the control tokens are verified against the checkpoint's own tokenizer",
@@ -23,6 +22,9 @@ UNSERVED = {
     "tool_server": "its turns would hold no control tokens",
     "scheduler_cls": "the scheduler here bounds what a request's grammar costs others",
     "logits_processors": "the decision is the one logits processor here",
+    "worker_extension_cls": "through it each worker says which steering it runs",
+    "enable_elastic_ep": "an engine that joins later would not be asked which steering it runs",
+    "data_parallel_multi_port_external_lb": "start one server a rank, with --data-parallel-rank",
     "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }
 
@@ -30,6 +32,7 @@ SWITCHES = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "nothing that a model said is kept here, for no tenant",
     "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": "it opens turns that have no control token",
     "VLLM_ENABLE_COHERE_API": "Cohere's API has no word for a refusal",
+    "VLLM_USE_RUST_FRONTEND": "it would answer without this server",
 }
 
 

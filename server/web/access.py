@@ -137,7 +137,14 @@ ROUTES: tuple[Route, ...] = (
         "/fault_tolerance/apply",
     ),
     *_all(Access.OPERATOR, "DELETE", "/adapters/{adapter_name}"),
-    *_all(Access.OFF, "POST", "/generative_scoring", "/v1/systemone", reason=_READS_DECISION_STEP),
+    *_all(
+        Access.OFF,
+        "POST",
+        "/generative_scoring",
+        "/v1/systemone",
+        "/v1/decisions",
+        reason=_READS_DECISION_STEP,
+    ),
     *_all(Access.OFF, "POST", "/inference/v1/generate", reason=_RAW_ENGINE),
     *_all(Access.OFF, "POST", "/cohere/v2/chat", "/cohere/v2/chat/render", reason=_UNSHAPED),
     *_all(

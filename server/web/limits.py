@@ -19,6 +19,7 @@ _BETWEEN_INSTANCES = (
     "a prompt past the chat template"
 )
 _NOT_STORED = "responses are not stored here: send the earlier items in `input`"
+_OWN_TEMPLATE = "the checkpoint's own template is the one that its decision was trained with"
 # Arguments of the renderer, not variables of a template: they cut, fill or end the prompt. And the
 # texts of special tokens, which the renderer hands to every template.
 TEMPLATE_ARGUMENTS = frozenset(
@@ -337,10 +338,8 @@ REFUSED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "previous_response_id": (_NOT_STORED, _given),
     "previous_input_messages": (_NOT_STORED, _given),
     "background": (_NOT_STORED, _asked),
-    "chat_template": (
-        "the checkpoint's own template is the one that its decision was trained with",
-        _given,
-    ),
+    "chat_template": (_OWN_TEMPLATE, _given),
+    "return_weight_versions": ("its spans would count the control token", _asked),
 }
 RESERVED: Mapping[str, tuple[str, frozenset[str]]] = {
     "chat_template_kwargs": ("an argument of the renderer", TEMPLATE_ARGUMENTS),

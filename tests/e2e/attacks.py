@@ -83,6 +83,7 @@ REFUSED: dict[str, list[tuple[str, Any]]] = {
         (name, {"prompt_token_ids": [300, 301]})
         for name in ("chat", "text", "responses", "messages")
     ],
+    "return_weight_versions": [("chat", True), ("text", True)],
     "ec_transfer_params": [(name, {}) for name in ("chat", "text", "responses", "messages")],
     "previous_response_id": [("responses", "resp_1")],
     "previous_input_messages": [("responses", [USER])],

@@ -12,11 +12,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers.chat_utils import MM_PARSER_MAP
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
+from server.vllm_names import moved
 from server.web.guard import Guard, build_guard, protected_tokens
 from tests.toy import save_toy
 
@@ -25,6 +25,7 @@ REQUESTS: dict[str, Any] = {
     "responses": ResponsesRequest,
     "messages": AnthropicMessagesRequest,
 }
+MM_PARSER_MAP = moved("MM_PARSER_MAP", "renderers.chat_utils.chat_message", "renderers.chat_utils")
 PART_TYPES = {*MM_PARSER_MAP, *get_args(AnthropicContentBlock.model_fields["type"].annotation)}
 # How vLLM fails at what it does not take: some parts it only finds out about by an accident.
 REJECTIONS = (

@@ -110,7 +110,6 @@ def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--headless"],
         ["--grpc"],
         ["--api-server-count", "2"],
         ["--tokenizer", "elsewhere"],
@@ -124,6 +123,9 @@ def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
         ["--enable-chunked-prefill"],
         ["--tool-server", "demo"],
         ["--scheduler-cls", "some.module.Scheduler"],
+        ["--worker-extension-cls", "some.module.Extension"],
+        ["--enable-elastic-ep"],
+        ["--data-parallel-multi-port-external-lb"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -138,6 +140,7 @@ def test_flags_that_would_be_ignored_are_refused(flags: list[str]) -> None:
         "VLLM_ENABLE_RESPONSES_API_STORE",
         "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT",
         "VLLM_ENABLE_COHERE_API",
+        "VLLM_USE_RUST_FRONTEND",
     ],
 )
 def test_switches_that_are_not_served_are_refused_in_one_line(

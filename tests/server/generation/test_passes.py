@@ -49,7 +49,14 @@ def test_draws_of_a_seed_begin_with_the_first_token_of_the_answer(
     assert len(engine.calls) == passes
 
 
-@pytest.mark.parametrize("field", [{"repetition_penalty": 1.1}, {"skip_special_tokens": False}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"repetition_penalty": 1.1},
+        {"skip_special_tokens": False},
+        {"skip_special_tokens": None},
+    ],
+)
 @pytest.mark.parametrize("v2", [False, True])
 def test_decision_comes_first_where_a_field_reaches_its_logits(
     field: dict[str, Any], v2: bool
