@@ -28,6 +28,14 @@ UNSERVED = {
     "logprobs_mode": "a report reads the model's own margins from raw log-probabilities",
 }
 
+# They find keys and values by the tokens of a prefix: these belong to the prompt that was checked.
+PREFIX_STORES = frozenset(
+    {
+        *("OffloadingConnector", "SimpleCPUOffloadConnector", "FlexKVConnectorV1"),
+        *("LMCacheConnectorV1", "LMCacheMPConnector", "MooncakeStoreConnector"),
+    }
+)
+
 SWITCHES = {
     "VLLM_ENABLE_RESPONSES_API_STORE": "nothing that a model said is kept here, for no tenant",
     "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": "it opens turns that have no control token",
@@ -51,6 +59,7 @@ def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
         one_server = name == "api_server_count" and value == 1
         if value != default_of(name) and not one_server:
             raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
+    _refuse_split_prefill(args)
 
 
 def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
@@ -65,6 +74,25 @@ def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
     for name, reason in SWITCHES.items():
         if value_of(name):
             raise ConfigError(f"{name} must not be set: {reason}")
+
+
+def _refuse_split_prefill(args: Namespace) -> None:
+    """Rejects prefill and decode in different instances of vLLM.
+
+    The decode instance takes the prompt's keys and values from where `kv_transfer_params` say, and
+    no request may bring these: nobody here could tell which prompt they belong to.
+
+    Raises:
+        ConfigError: Names the connector.
+    """
+    wanted = args.kv_transfer_config
+    if wanted is None or (wanted.kv_role == "kv_both" and wanted.kv_connector in PREFIX_STORES):
+        return
+    raise ConfigError(
+        f"--kv-transfer-config: {wanted.kv_connector} with the role {wanted.kv_role} hands a "
+        "prompt's keys and values from one instance to another, past the check of the prompt; "
+        f"served are stores of prefixes, with the role kv_both: {', '.join(sorted(PREFIX_STORES))}"
+    )
 
 
 def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any]) -> None:

@@ -1,5 +1,6 @@
 """The parts of the engine seam that need no running engine; tests/e2e has the rest."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,24 @@ def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
 def test_flags_that_would_be_ignored_are_refused(flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"^{flags[0]}: "):
         parse_flags(["--model", "somewhere", *flags])
+
+
+@pytest.mark.parametrize(
+    ("connector", "role", "served"),
+    [
+        ("NixlConnector", "kv_both", False),
+        ("OffloadingConnector", "kv_consumer", False),
+        ("DecodeBenchConnector", "kv_both", False),
+        ("OffloadingConnector", "kv_both", True),
+    ],
+)
+def test_prefill_and_decode_apart_are_refused(connector: str, role: str, served: bool) -> None:
+    flag = ["--kv-transfer-config", json.dumps({"kv_connector": connector, "kv_role": role})]
+    if served:
+        assert parse_flags(["--model", "somewhere", *flag]).kv_transfer_config.kv_role == role
+        return
+    with pytest.raises(ConfigError, match=f"^--kv-transfer-config: {connector} with the role"):
+        parse_flags(["--model", "somewhere", *flag])
 
 
 @pytest.mark.parametrize(
