@@ -13,6 +13,7 @@ from vllm.entrypoints.serve.elastic_ep.middleware import ScalingMiddleware
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from models.checkpoint import PUBLISHED_REFUSALS, PUBLISHED_RESPOND
@@ -182,6 +183,11 @@ def test_grammars_are_followed_by_the_library_that_bounds_its_steps() -> None:
     flag = ["--structured-outputs-config.backend", "xgrammar"]
     chosen = parse_flags(["--model", "somewhere", *flag]).structured_outputs_config
     assert (chosen.backend, chosen.disable_additional_properties) == ("xgrammar", False)
+
+
+def test_ray_needs_another_platform_than_a_cpu() -> None:
+    """Once vLLM has Ray on CPUs, tests/e2e/test_ranks.py has to try it."""
+    assert CpuPlatform.ray_device_key == ""
 
 
 def test_flags_of_vllm_are_kept() -> None:

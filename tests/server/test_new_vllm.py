@@ -46,7 +46,14 @@ def newest() -> Path:
 
 def _unpack(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels = ["--no-deps", "--only-binary", ":all:", "--platform", "manylinux_2_28_x86_64"]
+    wheels = [
+        "--no-cache-dir",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--platform",
+        "manylinux_2_28_x86_64",
+    ]
     download = [*pip, "download", *wheels, "--dest", str(folder / "wheel"), f"vllm=={NEWEST}"]
     subprocess.run(download, check=True)
     (wheel,) = (folder / "wheel").iterdir()
