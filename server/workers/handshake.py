@@ -4,6 +4,7 @@ An engine may run on another machine, of another release, with another checkpoin
 steering. Its answers would look like all others. So the server asks before it answers anybody.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 Answer: TypeAlias = Mapping[str, Any]
 
 METHOD = "rheostat_steering"
-# A worker answers between two steps, and at the start there are none.
-_LIMIT_S = 60.0
+# A worker answers between two steps, and at the start there are none. A busy machine is slow.
+_LIMIT_S = 120.0
 # Ranks of a pipeline that do not sample have no processors.
 _PROCESSORS = "logits processors"
 _ROOT = Path(__file__).parents[2]
@@ -63,11 +64,12 @@ async def shake_hands(ask: Callable[..., Awaitable[Any]], config: "VllmConfig") 
         ConfigError: A worker does not answer, or steers otherwise.
     """
     try:
-        engines = await ask("collective_rpc", METHOD, _LIMIT_S, (), None)
+        async with asyncio.timeout(_LIMIT_S):
+            engines = await ask("collective_rpc", METHOD, None, (), None)
     except Exception as error:
         raise ConfigError(
             "an engine does not say which steering it runs, so it would answer unsteered: "
-            f"{shortened(str(error))}"
+            f"{shortened(repr(error))}"
         ) from error
     check_answers(expected(config), engines)
 
