@@ -29,6 +29,7 @@ from server.settings import load_settings
 from server.telemetry.listener import metrics_route
 from server.telemetry.running import name_server, observers
 from server.web.guard import build_guard
+from server.workers.config import steer_workers
 
 TOKENS = 16
 WORD = 300  # an ordinary id of the demo checkpoint
@@ -118,7 +119,7 @@ async def own_app(checkpoint: Path) -> FastAPI:
     name = str(config.model_config.served_model_name)
     name_server(name, vllm_version, policies.served)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
-    seam._steer_workers(config, settings, tokenizer)
+    steer_workers(config, settings, tokenizer)
     guard = build_guard(tokenizer, manifest, config.model_config.max_model_len)
     engine = _Generating(config, manifest.respond.id)
     engine.steer(manifest, settings, guard.mark, policies.strictest)
