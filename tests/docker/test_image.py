@@ -1,5 +1,6 @@
 """What Docker would only say when it builds: the names and files that the two files agree on."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -134,6 +136,14 @@ def test_packages_of_the_wheel_are_not_ignored() -> None:
     packages = setuptools["packages"]["find"]["include"]
     assert all(f"!{name.removesuffix('*')}" in ignore for name in packages)
     assert all(f"!{name}.py" in ignore for name in setuptools["py-modules"])
+
+
+def test_compose_file_is_what_the_specification_allows() -> None:
+    # The library knows neither merge keys nor variables.
+    text = re.sub(r"\$\{\w+:-(.*?)\}", r"\1", json.dumps(COMPOSE))
+    PyCompose.from_json(text).validate()
+    with pytest.raises(ValueError, match="nowhere"):
+        PyCompose.from_json(text.replace('["servers"]', '["nowhere"]')).validate()
 
 
 def test_compose_builds_targets_that_exist() -> None:
