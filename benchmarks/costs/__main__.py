@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
@@ -21,7 +22,7 @@ from benchmarks.costs.http_layer import measure_http
 from benchmarks.costs.processors import Case, cases, cpu_microseconds
 from benchmarks.costs.quiet_steps import STEPS, Quiet, quiet_steps
 from benchmarks.serving.machine import machine
-from benchmarks.serving.report import table
+from benchmarks.serving.report import WIDTH, table
 from benchmarks.serving.servers import Site
 from benchmarks.serving.statistics import estimate
 
@@ -138,12 +139,13 @@ def main() -> None:
         options.rounds, options.requests, options.steps, options.calls = 4, 30, 8, 50
     console = Console()
     where = machine()
+    torch.set_num_threads(1)  # of small tensors; threads that wait for each other cost more
     found = measure(options, console)
     options.out.mkdir(parents=True, exist_ok=True)
     results = {"machine": where, **as_json(found)}
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "tables.md").write_text(tables(found))
-    console.print(Markdown(tables(found)))
+    console.print(Markdown(tables(found)), width=WIDTH)
 
 
 if __name__ == "__main__":

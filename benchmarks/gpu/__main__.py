@@ -24,6 +24,7 @@ from benchmarks.gpu.report import markdown
 from benchmarks.gpu.scenarios import Machine
 from benchmarks.gpu.speed import measure_speed
 from benchmarks.serving.machine import machine as describe_machine
+from benchmarks.serving.report import WIDTH
 
 PARTS = ("correctness", "kernel", "speed", "large", "loss")
 # Two computations of one margin, in float32 and in what a GPU serves by default.
@@ -104,7 +105,7 @@ def main() -> None:
     found = results(options.out)
     (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (options.out / "tables.md").write_text(markdown(found))
-    console.print(Markdown(markdown(found)))
+    console.print(Markdown(markdown(found)), width=WIDTH)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Step(NamedTuple):
 def measure_kernel(checkpoint: Path, device: str) -> dict[str, Any]:
     """Returns every size's times, profiles, and whether a step waits for the device."""
     runner = 1 if device == "cpu" else 2
+    torch.set_num_threads(1)  # what a CPU does here is small
     rows = ROWS if device != "cpu" else ROWS[:3]
     cases = [
         Case(runner, count, deciding) for count in rows for deciding in dict.fromkeys((0, 1, count))

@@ -25,7 +25,7 @@ from benchmarks.serving.cells import (
     peers,
 )
 from benchmarks.serving.machine import machine
-from benchmarks.serving.report import figure, markdown
+from benchmarks.serving.report import WIDTH, figure, markdown
 from benchmarks.serving.results import aims, comparisons, paper_aim
 from benchmarks.serving.rounds import Plan, benign_prompts, measure_all
 from benchmarks.serving.servers import CPU_FLAGS, Site
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace, flags: tuple[str, ...] = CPU_FLAGS) -> None
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "tables.md").write_text(tables)
     figure(found, options.out / "figure.png")
-    console.print(Markdown(tables))
+    console.print(Markdown(tables), width=WIDTH)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from benchmarks.serving.results import Aim, Comparison
 
 # A p99 from fewer requests is little more than the slowest of them.
 LEAST_FOR_P99 = 300
+# Of tables on a terminal.
+WIDTH = 200
 TITLES = {
     "cost": "What it costs",
     "grid": "Dials on every request, all different, against stock vLLM",
@@ -29,11 +31,15 @@ def markdown(
     for group, title in TITLES.items():
         rows = [c for c in found if c.cell.group == group]
         if rows:
-            parts.append(f"### {title}\n\n{table(_HEAD, map(_row, rows))}")
+            parts.append(f"### {title}\n\n{_READING}\n\n{table(_HEAD, map(_row, rows))}")
     parts += [f"### Servers\n\n{_servers(starts)}", f"### Aims\n\n{_aims(aims)}"]
     return "\n\n".join(parts) + "\n"
 
 
+_READING = (
+    "The first line of each load has levels; the others have ratios to it, with their 95 % "
+    "intervals."
+)
 _HEAD = ["load", "", "requests/s", "throughput", "first token p50", "p99"]
 _HEAD += ["latency p50", "p95", "p99", "added, ms"]
 
@@ -55,7 +61,7 @@ def _row(c: Comparison) -> list[str]:
         str(c.latency[0.5]),
         str(c.latency[0.95]),
         str(c.latency[0.99]) if p99 else "",
-        str(c.added_ms),
+        "{:+.2f} ({:+.2f} to {:+.2f})".format(*c.added_ms),
     ]
 
 
