@@ -29,6 +29,14 @@ from training.demo_data.render import render
 
 PATH = "/v1/chat/completions"
 TOKENS = 24
+# What took part, by vLLM's own counters. One engine request for each of ours: the margins came
+# through shared memory.
+COUNTERS = {
+    "engine_requests": "vllm:request_success_total",
+    "preemptions": "vllm:num_preemptions_total",
+    "cached_tokens": "vllm:prefix_cache_hits_total",
+    "accepted_drafts": "vllm:spec_decode_num_accepted_tokens_total",
+}
 CANCELLED = 8  # one request of so many is left after its first chunk
 ALWAYS = 5  # one request of so many has a dial at `always`
 
@@ -248,6 +256,7 @@ def _checked(
             count.cancelled += 1
         else:
             count.add(one, answer, manifest, run.tolerance)
+    counters = {field: server.metric(name) for field, name in COUNTERS.items()}
     count.bounds_kept = too_many_stops(server, scenario.model)
     # vLLM's own line.
-    return {**vars(count), "v2": "V2 Model Runner" in server.log.read_text()}
+    return {**vars(count), **counters, "v2": "V2 Model Runner" in server.log.read_text()}

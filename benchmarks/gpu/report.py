@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.gpu.correctness import COUNTERS
 from benchmarks.serving.report import table
 
 
@@ -34,6 +35,7 @@ def _correctness(part: dict[str, Any]) -> str:
     )
     head = ["engine", "V2", "answered", "cancelled", "refused", "decisions equal", "of others near"]
     head += ["texts equal", "largest margin difference", "200 stop tokens are 422"]
+    head += ["engine requests", "preemptions", "cached tokens", "accepted drafts"]
     rows = table(head, _scenario_rows(part))
     return (
         f"### Correctness\n\n{rows}\n\nTexts of the unmodified engine that were the same when it "
@@ -46,11 +48,13 @@ def _scenario_rows(part: dict[str, Any]) -> Iterator[list[str]]:
         if name == "unmodified engine":
             continue
         if "failed" in found:
-            yield [name, "failed: " + found["failed"].splitlines()[0], *[""] * 8]
+            yield [name, "failed: " + found["failed"].splitlines()[0], *[""] * 12]
             continue
         fields = ("v2", "answered", "cancelled", "refused", "decisions_equal", "near")
         values = [str(found[field]) for field in (*fields, "texts_equal")]
-        yield [name, *values, f"{found['largest_difference']:.2g}", str(found["bounds_kept"])]
+        counters = [f"{found[field]:.0f}" for field in COUNTERS]
+        checks = [f"{found['largest_difference']:.2g}", str(found["bounds_kept"])]
+        yield [name, *values, *checks, *counters]
 
 
 def _kernel(part: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
 """The ways in which the engine is started, and their servers."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.servers import STOCK
-from tests.e2e.servers import Server
+from server.policies.credentials import hash_key
+from tests.e2e.servers import OPERATOR_KEY, Server
 
 ADAPTER = "adapter"
 RANK = 8
@@ -39,7 +39,6 @@ class Machine:
 
     device: str
     extra: tuple[str, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -54,7 +53,8 @@ class Machine:
     def environment(self) -> dict[str, str]:
         """Variables of every server."""
         on_gpu = {} if self.device == "cpu" else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-        return {**on_gpu, "VLLM_NO_USAGE_STATS": "1", **self.variables}
+        operator = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY)}
+        return {**on_gpu, **operator, "VLLM_NO_USAGE_STATS": "1"}
 
 
 def scenarios(device: str, adapter: Path) -> list[Scenario]:
@@ -65,7 +65,8 @@ def scenarios(device: str, adapter: Path) -> list[Scenario]:
     """
     lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{ADAPTER}={adapter}")
     if device == "cpu":  # the V1 runner: no chunks, no drafts
-        return [Scenario("plain"), Scenario("LoRA", lora, ADAPTER)]
+        tiny = ("--block-size", "32", "--num-gpu-blocks-override", "24")
+        return [Scenario("preemption, 24 blocks", tiny), Scenario("LoRA", lora, ADAPTER)]
     return [
         Scenario("graphs, async scheduling, prefix cache", ("--enable-prefix-caching",)),
         Scenario(

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from benchmarks.gpu.correctness import (
+    COUNTERS,
     Answer,
     Asked,
     Count,
@@ -83,7 +84,7 @@ def test_tables_show_engines_that_did_not_start() -> None:
         "python": "3",
         "versions": {"vllm": "0"},
     }
-    good = {**vars(Count(answered=3, bounds_kept=True)), "v2": True}
+    good = {**vars(Count(answered=3, bounds_kept=True)), **dict.fromkeys(COUNTERS, 5.0), "v2": True}
     engines = {
         "unmodified engine": {"demo": {"texts": 4, "texts_equal_to_itself": 4}},
         "eager": good,
