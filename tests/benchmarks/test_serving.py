@@ -2,12 +2,18 @@
 
 import random
 from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.serving.cells import Cell, Contender, Load, contenders, grid, load, peers
 from benchmarks.serving.load import GUARD_TOKENS, Target, measure, sample_requests
+from benchmarks.serving.naive import NaiveBias
+from benchmarks.serving.paper import PaperProcedure
 from benchmarks.serving.report import markdown
 from benchmarks.serving.results import aims, comparisons, paper_aim
 from benchmarks.serving.rounds import in_turn, server_names
@@ -17,7 +23,9 @@ from benchmarks.serving.statistics import (
     estimate,
     quantile_ratios,
 )
+from models.manifest import load_manifest
 from tests.benchmarks.answering import answering
+from tests.toy import save_toy
 
 KNOWN = contenders(("safety", "humanizing"), (10, 11, 12), "[respond]")
 PROMPTS = ["a", "b", "c"]
@@ -155,3 +163,32 @@ def test_tables_hold_every_contender_and_no_p99_of_few_requests() -> None:
     assert alone.count("ms") == 5
     row = text.splitlines()[text.splitlines().index(alone) + 1]
     assert row.split(" | ")[-2] == ""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("toy")
+    save_toy(folder)
+    return folder
+
+
+def test_naive_processor_adds_its_biases_at_the_first_step_only(checkpoint: Path) -> None:
+    manifest = load_manifest(checkpoint)
+    category = manifest.categories[1]
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(model=str(checkpoint)))
+    processor = NaiveBias(config, torch.device("cpu"), False)
+    params: Any = SimpleNamespace(extra_args={category.name: -30.0})
+    add = processor.new_req_logits_processor(params)
+    expected = torch.zeros(300)
+    expected[category.id] = -30.0
+    assert torch.equal(add([], torch.zeros(300)), expected)
+    assert not add([5], torch.zeros(300)).any()
+
+
+def test_papers_procedure_answers_every_prompt_of_a_batch(checkpoint: Path) -> None:
+    procedure = PaperProcedure(checkpoint)
+    together = procedure.answers(["Hi", "What is a longer prompt?"], tokens=4)
+    assert together.shape == (2, 4)
+    alone = procedure.answers(["What is a longer prompt?"], tokens=4)
+    assert torch.equal(alone[0], together[1])  # padding changes nothing
+    assert procedure.per_s(["Hi"], tokens=1) > 0
