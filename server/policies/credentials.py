@@ -105,9 +105,12 @@ def presented_keys(headers: Headers) -> list[bytes]:
     """Returns the keys of ``Authorization: Bearer`` (OpenAI) and ``x-api-key`` (Anthropic)."""
     keys = []
     for name, value in headers.raw:
-        scheme, _, key = value.partition(b" ") if name == b"authorization" else (b"", b"", value)
-        if name == b"x-api-key" or scheme.lower() == b"bearer":
-            keys.append(key.strip())
+        if name == b"x-api-key":
+            keys.append(value.strip())
+        elif name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                keys.append(key.strip())
     return list(filter(None, keys))
 
 

@@ -45,22 +45,36 @@ def _adapt(schema: Any) -> None:
             if isinstance(kind, str) and kind in _COLLECTIONS:
                 node["fail_fast"] = True
             elif kind == "function-before" and isinstance(node.get("function"), dict):
-                node["type"] = "function-wrap"
-                function = node["function"]
-                node["function"] = {**function, "function": _leaving_types(function["function"])}
+                _join(node)
             nodes.extend(node.values())
         elif isinstance(node, list | tuple):
             nodes.extend(node)
 
 
-def _leaving_types(validator: Callable[..., Any]) -> Callable[..., Any]:
+def _join(node: dict[str, Any]) -> None:
+    # One Python function for a chain of validators: pydantic's way to each of them takes as long as
+    # the validator itself.
+    function, inner = node["function"], node["schema"]
+    chain = [function["function"]]
+    while inner["type"] == "function-before" and "ref" not in inner:
+        following = inner["function"]
+        if {**following, "function": None} != {**function, "function": None}:
+            break
+        chain.append(following["function"])
+        inner = inner["schema"]
+    node["type"], node["schema"] = "function-wrap", inner
+    node["function"] = {**function, "function": _leaving_types(tuple(chain))}
+
+
+def _leaving_types(chain: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
     def validate(value: Any, handler: Callable[[Any], Any], *info: Any) -> Any:
         try:
-            changed = validator(value, *info)
-        except (AttributeError, LookupError) as error:
+            for validator in chain:
+                value = validator(value, *info)
+        except (AttributeError, LookupError, TypeError) as error:
             handler(value)  # it knows which field has the wrong type
             raise ValueError(f"a field is not of its type: {error}") from error
-        return handler(changed)
+        return handler(value)
 
     return validate
 

@@ -176,7 +176,28 @@ class Looking(BaseModel):
         return {"a": info.field_name, None: None}[value]
 
 
-stop_at_first_error(Request, Looking)
+class Chained(BaseModel):
+    """Has validators that change the value one after the other, two of them with an info."""
+
+    steps: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _third(cls, data: Any) -> Any:
+        return {"steps": [*data["steps"], "third"]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _second(cls, data: Any, info: ValidationInfo) -> Any:
+        return {"steps": [*data["steps"], f"second, {info.mode}"]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first(cls, data: Any) -> Any:
+        return {"steps": [*data.get("steps", []), "first"]}
+
+
+stop_at_first_error(Request, Looking, Chained)
 
 
 @pytest.mark.parametrize(
@@ -219,3 +240,11 @@ def test_validator_that_trips_over_a_type_is_the_clients_mistake(
         assert error["loc"] == path
         assert message in error["msg"]
     assert Looking.model_validate({"options": {"a": 1}, "rest": "a"}).rest == "rest"
+
+
+def test_chain_of_validators_runs_in_its_order() -> None:
+    for validate in (Chained.model_validate, TypeAdapter(Chained).validate_python):
+        assert validate({}).steps == ["first", "second, python", "third"]
+        with pytest.raises(ValidationError) as caught:
+            validate({"steps": 5})
+        assert [error["loc"] for error in caught.value.errors()] == [("steps",)]
