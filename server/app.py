@@ -24,6 +24,7 @@ from server.telemetry.trace import DecisionTrace
 from server.web.connection import connection_options
 from server.web.guard import Guard
 from server.web.middleware import GENERATING, Observer, RefusalMiddleware
+from server.web.preflight import PreflightLayer
 from server.web.routes import Health, build_router
 from server.web.score import Scorer, ScoreRoute, build_score_router
 from server.web.validation import answer_failed, answer_invalid
@@ -97,6 +98,7 @@ def put_layer(
         replaced: The class of vLLM's own authentication.
         outside: Classes of middleware that stay around our layer.
     """
+    preflights = Middleware(PreflightLayer, settings=service.settings)
     layer = Middleware(
         RefusalMiddleware,
         manifest=service.manifest,
@@ -108,7 +110,7 @@ def put_layer(
     )
     theirs = [m for m in app.user_middleware if m.cls is not replaced]
     around = [m for m in theirs if m.cls in outside]
-    app.user_middleware[:] = [*around, layer, *(m for m in theirs if m not in around)]
+    app.user_middleware[:] = [preflights, *around, layer, *(m for m in theirs if m not in around)]
     app.middleware_stack = None  # build_app has built it already; the next request builds it anew
 
 

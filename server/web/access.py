@@ -11,6 +11,10 @@ from starlette.types import Scope
 from models.errors import RequestError, shortened
 
 
+# The label of requests that reach no route.
+NO_ROUTE = "none"
+
+
 class Access(Enum):
     """Who may reach a route."""
 

@@ -18,6 +18,12 @@ from server.web.bodies import read_body
 from server.web.limits import check_head, read_json, refuse_fields, refuse_headers
 
 
+def served_routes(settings: Settings) -> AccessTable:
+    """Returns the table of a server with these settings."""
+    routes = [*ROUTES, *(page_routes() if settings.page else [])]
+    return AccessTable(routes, operator=settings.operator_key_hash is not None)
+
+
 @dataclass
 class Arrival:
     """One request, as far as the gate knows it by now.
@@ -62,8 +68,7 @@ class Gate:
         self._settings = settings
         self._callers = callers
         self._reads = reads
-        routes = [*ROUTES, *(page_routes() if settings.page else [])]
-        self._table = AccessTable(routes, operator=settings.operator_key_hash is not None)
+        self._table = served_routes(settings)
 
     async def admit(self, arrival: Arrival, receive: Receive) -> None:
         """Finds out the rest of an arrival.

@@ -24,6 +24,7 @@ from server.policies.credentials import now
 from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Traced
+from server.web.access import NO_ROUTE
 from server.web.answer import Answer
 from server.web.bodies import (
     CLIENT_GONE,
@@ -50,8 +51,6 @@ GENERATING = frozenset(
     }
 )
 COUNTED = GENERATING | {SCORE}
-# The label of requests that reach no route.
-NO_ROUTE = "none"
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 # No chat template makes the prompt of these; all others end where the decision step begins.
 RAW_PROMPTS = frozenset({"/v1/completions"})

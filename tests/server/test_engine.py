@@ -27,6 +27,7 @@ from server.engine import ADDS_HEADERS, SteeredLLM, parse_flags
 from server.settings import Settings
 from server.web.guard import build_guard
 from server.web.middleware import RefusalMiddleware
+from server.web.preflight import PreflightLayer
 from tests.toy import byte_tokenizer
 
 
@@ -203,5 +204,6 @@ def test_only_what_adds_headers_stands_outside_of_our_layer() -> None:
     service: Any = SimpleNamespace(**dict.fromkeys(Service.__dataclass_fields__))
     put_layer(app, service, replaced=AuthenticationMiddleware, outside=ADDS_HEADERS)
     assert [m.cls for m in app.user_middleware] == [
-        *(XRequestIdMiddleware, CORSMiddleware, RefusalMiddleware, ScalingMiddleware)
+        *(PreflightLayer, XRequestIdMiddleware, CORSMiddleware),
+        *(RefusalMiddleware, ScalingMiddleware),
     ]

@@ -1,5 +1,6 @@
 import asyncio
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -15,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from models.errors import RequestError
 from server.web.validation import (
@@ -197,7 +199,21 @@ class Chained(BaseModel):
         return {"steps": [*data.get("steps", []), "first"]}
 
 
-stop_at_first_error(Request, Looking, Chained)
+class Said(TypedDict):
+    content: Iterable[Text]
+
+
+class Noted(TypedDict):
+    note: str
+
+
+class Batch(BaseModel):
+    """Has conversations whose parts pydantic validates only when they are read."""
+
+    messages: list[list[Said | Noted]]
+
+
+stop_at_first_error(Request, Looking, Chained, Batch)
 
 
 @pytest.mark.parametrize(
@@ -248,3 +264,14 @@ def test_chain_of_validators_runs_in_its_order() -> None:
         with pytest.raises(ValidationError) as caught:
             validate({"steps": 5})
         assert [error["loc"] for error in caught.value.errors()] == [("steps",)]
+
+
+def test_parts_of_a_batch_are_validated_once_for_all() -> None:
+    part = {"type": "text", "text": "a"}
+    batch = Batch.model_validate({"messages": [[{"content": [part]}, {"note": "b"}]]})
+    assert batch.messages == [[{"content": [Text(type="text", text="a")]}, {"note": "b"}]]
+    wrong = {"messages": [[{"content": [part, {"type": "other", "text": "a"}]}]]}
+    with pytest.raises(ValidationError) as caught:
+        Batch.model_validate(wrong)
+    error = first_problem(caught.value.errors(), wrong)
+    assert error.param == "messages.0.0.content.1.type"
