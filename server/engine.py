@@ -8,6 +8,7 @@ import secrets
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Coroutine, Sequence
+from copy import copy
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -80,6 +81,7 @@ from server.flags import bound_grammars, fit_to_cpu, refuse_switched_on, refuse_
 from server.generation.call import admit, decision_of, outputs_of
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider, merged
+from server.generation.parameters import MOST_BAD_WORD_TOKENS
 from server.generation.scoring import Handlers, VllmScorer
 from server.generation.seam import Call, Outputs
 from server.policies.reloading import Policies
@@ -151,6 +153,7 @@ class SteeredLLM(AsyncLLM):
         self.opening = opening_ids(tokenizer)
         self.turn_ids = frozenset(additional(self.vllm_config)[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
+        self.bad_word_tokens = min(MOST_BAD_WORD_TOKENS, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS)
         self.count_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
     def generate(
@@ -215,6 +218,11 @@ class SteeredLLM(AsyncLLM):
             output_kind=RequestOutputKind.FINAL_ONLY,
             logprob_token_ids=self.manifest.control_ids if margins else None,
         )
+
+    def validate(self, params: SamplingParams) -> None:
+        """Raises what vLLM would; see server/generation/seam.py."""
+        self.input_processor._validate_params(params, ("generate",))
+        copy(params).update_from_tokenizer(self.renderer.get_tokenizer())
 
     def merge(self, streams: Sequence[Outputs], params: SamplingParams) -> Outputs:
         """Merges the streams of a request's choices; see server/generation/seam.py."""

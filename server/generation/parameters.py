@@ -80,7 +80,9 @@ def check_params(params: "SamplingParams", control_ids: frozenset[int]) -> None:
             )
 
 
-def check_room(params: "SamplingParams", count_tokens: Callable[[str], int]) -> None:
+def check_room(
+    params: "SamplingParams", count_tokens: Callable[[str], int], bad_word_tokens: int
+) -> None:
     """Checks that vLLM's workers have room for the client's parameters.
 
     The V2 model runner would raise in its worker, which ends the engine. The bounds are those of
@@ -89,6 +91,7 @@ def check_room(params: "SamplingParams", count_tokens: Callable[[str], int]) -> 
     Args:
         params: The client's.
         count_tokens: Returns the number of a text's tokens.
+        bad_word_tokens: The workers' room for those of ``bad_words``.
 
     Raises:
         RequestError: A field holds too many entries, or a number of too many bits.
@@ -105,9 +108,9 @@ def check_room(params: "SamplingParams", count_tokens: Callable[[str], int]) -> 
     for word in params.bad_words or ():
         # vLLM forbids a word with and without a space before it.
         tokens += count_tokens(word.lstrip()) + count_tokens(f" {word.lstrip()}")
-        if tokens > MOST_BAD_WORD_TOKENS:
+        if tokens > bad_word_tokens:
             raise RequestError(
-                f"bad_words: at most {MOST_BAD_WORD_TOKENS} tokens, counted with and without a "
+                f"bad_words: at most {bad_word_tokens} tokens, counted with and without a "
                 "space before each word",
                 param="bad_words",
             )

@@ -107,11 +107,15 @@ class _DecisionFirst:
         call = self._call
         decider = Decider(call)
         final = await decider.first(self._prompt.rendered, self._prompt.decided)
+        choices = decider.choices(final)
+        if any(choice.token_ids[0] in call.engine.category_of for choice in choices):
+            # A refusal drops some of them, and an answer with them would be rejected.
+            call.engine.validate(call.params)
         streams = [
             self._continued(choice.token_ids[0], index)
             if choice.token_ids[0] not in call.texts
             else self._ended(final, choice)
-            for index, choice in enumerate(decider.choices(final))
+            for index, choice in enumerate(choices)
         ]
         merged = streams[0] if len(streams) == 1 else call.engine.merge(streams, call.params)
         async with aclosing(merged) as outputs:

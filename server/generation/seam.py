@@ -41,6 +41,7 @@ class Engine(Protocol):
             control tokens without changing the answers of other requests in its batch.
         repetition_penalty: The penalty of requests that name none.
         count_tokens: Returns how many tokens a text has.
+        bad_word_tokens: How many tokens of ``bad_words`` the workers have room for.
         model_config: vLLM's.
     """
 
@@ -55,6 +56,7 @@ class Engine(Protocol):
     margins_by_logprobs: bool
     repetition_penalty: float
     count_tokens: Callable[[str], int]
+    bad_word_tokens: int
     model_config: "ModelConfig"
 
     def generate_stock(
@@ -76,6 +78,9 @@ class Engine(Protocol):
             choices: How many are decided.
             margins: Whether to ask for the raw log-probabilities of the control tokens.
         """
+
+    def validate(self, params: "SamplingParams") -> None:
+        """Raises vLLM's error for parameters that it would reject."""
 
     def merge(self, streams: Sequence[Outputs], params: "SamplingParams") -> Outputs:
         """Merges the streams of a request's choices into its outputs."""

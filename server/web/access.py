@@ -10,7 +10,6 @@ from starlette.types import Scope
 
 from models.errors import RequestError, shortened
 
-
 # The label of requests that reach no route.
 NO_ROUTE = "none"
 

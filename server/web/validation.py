@@ -56,8 +56,8 @@ def _adapt(schema: Any) -> None:
 
 
 def _read_entries(conversation: dict[str, Any]) -> None:
-    # pydantic validates an `Iterable` while it is read, and only the first time. vLLM validates each
-    # conversation of a batch once more, and would find nothing left of invalid parts.
+    # pydantic validates an `Iterable` while it is read, and only the first time. vLLM validates
+    # each conversation of a batch once more, and would find nothing left of invalid parts.
     entries = conversation["items_schema"]
     conversation["items_schema"] = no_info_after_validator_function(_read, entries)
 

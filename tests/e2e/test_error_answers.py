@@ -74,6 +74,10 @@ def mistakes() -> list[tuple[str, str, dict[str, Any], int, str]]:
         if path != INVOCATIONS:  # vLLM's route takes any name for its one model
             unknown = {**good, "model": "nope"}
             rows.append(("unknown model", path, {"json": unknown}, 404, "not_found_error"))
+        if path in (CHAT, BATCH):
+            turn = {"role": "user", "content": [{"type": "other", "text": "Hi"}]}
+            messages = [[turn]] if path == BATCH else [turn]
+            rows.append(("unknown part", path, {"json": {**good, field: messages}}, 400, kind))
         if path != COUNT:  # nothing is decided there
             rows.append(("wrong dial", path, {"json": refusal}, 422, kind))
         text = {"content": b"{}", "headers": {"content-type": "text/plain"}}
@@ -97,13 +101,17 @@ def test_mistake_has_one_status_one_shape_and_one_line_of_log(
 
 
 CATEGORIES = ("safety", "humanizing", "incomplete", "indeterminate", "unsupported")
-ANSWERED = {"categories": dict.fromkeys(CATEGORIES, "never")}  # a refusal follows no grammar
+ANSWERED = {"categories": dict.fromkeys(CATEGORIES, "never")}
+REFUSED = {"categories": dict.fromkeys(CATEGORIES, "always")}
 REJECTED: dict[str, dict[str, Any]] = {
     "too long a prompt": {"prompt": [300] * 511},
     "unknown id": {"allowed_token_ids": [99_999_999]},
     "number of too many bits": {"top_k": "9" * 30},
     "no place for the decision": {"add_generation_prompt": False},
     "regular expression": {"structured_outputs": {"regex": "("}, "refusal": ANSWERED},
+    # A refusal drops these fields.
+    "unknown id, refused": {"allowed_token_ids": [99_999_999], "refusal": REFUSED},
+    "regular expression, refused": {"structured_outputs": {"regex": "("}, "refusal": REFUSED},
     "schema": {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "x"}}}},
     "stop sequence": {"stop_sequences": [5]},
 }
@@ -113,6 +121,8 @@ ON = {
         "number of too many bits",
         "no place for the decision",
         "regular expression",
+        "unknown id, refused",
+        "regular expression, refused",
     ],
     TEXT: ["too long a prompt", "unknown id", "number of too many bits", "regular expression"],
     RESPONSES: ["schema"],

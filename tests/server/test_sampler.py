@@ -4,11 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample import logit_bias
 
-from server.generation.parameters import MOST_BAD_WORD_TOKENS, MOST_IDS, MOST_STOPS
+from server.generation.parameters import MOST_IDS, MOST_STOPS
 
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 0.0]])
 
@@ -49,4 +48,3 @@ def test_v2_runners_workers_have_room_for_what_is_let_in() -> None:
     assert logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS >= MOST_IDS
     # Those that end every answer come on top.
     assert logit_bias.MAX_NUM_STOP_TOKEN_IDS >= MOST_STOPS + 28
-    assert envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS >= MOST_BAD_WORD_TOKENS

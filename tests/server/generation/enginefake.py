@@ -62,6 +62,7 @@ class FakeEngine:
         self.turn_ids = frozenset({TURN})
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.repetition_penalty = 1.2
+        self.bad_word_tokens = 1024
         self.count_tokens = lambda text: len(text.split())
         self.model_config: Any = SimpleNamespace(max_model_len=16)
         self.recorder = recorder
@@ -76,6 +77,7 @@ class FakeEngine:
     ) -> AsyncGenerator[Any, None]:
         ids = prompt["prompt_token_ids"]
         self.calls.append((ids, sampling_params, request_id))
+        self.validate(sampling_params)
         if self.silent:
             return
         wire = (sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
@@ -118,6 +120,10 @@ class FakeEngine:
 
     def vllm_error(self, error: RequestError) -> Exception:
         return RequestError(error.message, param=error.param, status=error.status)
+
+    def validate(self, params: Any) -> None:
+        if max(params.allowed_token_ids or [0]) > TURN:
+            raise ValueError("out of the vocabulary")
 
     async def merge(self, streams: Sequence[Any], params: Any) -> AsyncGenerator[Any, None]:
         for index, stream in enumerate(streams):

@@ -157,3 +157,17 @@ def test_decision_that_never_came_is_an_error() -> None:
     engine = FakeEngine(silent=True)
     with pytest.raises(RequestError, match="aborted"):
         collected(called(engine, DecisionContext(AS_TRAINED), parameters(repetition_penalty=1.1)))
+
+
+@pytest.mark.parametrize("has_floor", [False, True])
+@pytest.mark.parametrize("texts", [(), ("Ask the desk.", None)])
+@pytest.mark.parametrize("answers", [False, True])
+def test_parameters_that_a_refusal_drops_are_validated(
+    texts: tuple[str | None, ...], has_floor: bool, answers: bool
+) -> None:
+    context = DecisionContext(AS_TRAINED, has_floor=has_floor, texts=texts)
+    engine = FakeEngine(answers=answers)
+    with pytest.raises(ValueError, match="out of the vocabulary"):
+        collected(called(engine, context, parameters(allowed_token_ids=[99])))
+    assert context.failure is not None
+    assert context.refusal_texts == {}
