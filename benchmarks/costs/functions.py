@@ -41,7 +41,7 @@ def measure_functions(checkpoint: Path, calls: int) -> dict[str, float]:
     manifest = load_manifest(checkpoint)
     calibration = _calibration(manifest)
     calibrations = Calibrations({"default": calibration})
-    board = DialBoard(manifest.names, RefusalOptions(), calibrations)
+    board = DialBoard(manifest, RefusalOptions(), calibrations)
     rng = random.Random(0)
 
     def new_dials() -> RefusalOptions:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from models.controls import Controls, Rule
 from models.errors import NotAllowedError
+from models.manifest import Manifest
 from models.solver import Solution, Target
 from server.dials.calibrations import Calibrations, Question
 from server.dials.floors import Bounds, Side
@@ -45,7 +46,7 @@ class DialBoard:
     Whatever a request sets, each resolved bias lies within the bounds.
 
     Args:
-        names: The checkpoint's categories, in manifest order.
+        manifest: The served checkpoint's.
         bounds: None lets requests move dials freely.
 
     Attributes:
@@ -57,17 +58,17 @@ class DialBoard:
 
     def __init__(
         self,
-        names: Sequence[str],
+        manifest: Manifest,
         defaults: DialOptions,
         calibrations: Calibrations,
         bounds: Bounds | None = None,
     ) -> None:
-        self.names = tuple(names)
+        self.names = tuple(manifest.names)
         self.bounds = bounds or Bounds.none(len(self.names))
         self._reports = bool(defaults.report)
         self._refusal_in = defaults.refusal_in or REFUSAL_ONLY
         self._calibrations = calibrations
-        self._overlay = Overlay(self.names, defaults, calibrations, self.bounds)
+        self._overlay = Overlay(manifest, defaults, calibrations, self.bounds)
         self._recent = lru_cache(_MOST_KEPT)(self._resolve)
         self.unasked = self.resolve(RefusalOptions())
 
@@ -86,8 +87,9 @@ class DialBoard:
             explain: Whether to add a forecast, if a calibration is loaded.
 
         Raises:
-            RequestError: A category or a calibration is unknown, a bound cannot be certified, or
-                rates or bounds are asked for under another rule than greedy.
+            RequestError: A category or a calibration is unknown, a bound cannot be certified, rates
+                or bounds are asked for under another rule than greedy, or the checkpoint cannot
+                follow the rule.
             NotAllowedError: A dial lies beyond a bound of a policy that does not clamp.
         """
         return self._recent(options, explain)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from models.controls import Rule
 from models.errors import NotAllowedError, RequestError, shortened
+from models.manifest import Manifest
 from models.solver import Target
 from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations, Question
 from server.dials.floors import Bounds, Side
@@ -40,17 +41,18 @@ class Overlay:
     """Merges requests' dials into the operator's.
 
     Args:
-        names: The checkpoint's categories, in manifest order.
+        manifest: The served checkpoint's.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
+        manifest: Manifest,
         defaults: DialOptions,
         calibrations: Calibrations,
         bounds: Bounds,
     ) -> None:
-        self._names = tuple(names)
+        self._names = tuple(manifest.names)
+        self._kept = manifest.kept
         self._defaults = defaults
         self._calibrations = calibrations
         self._bounds = bounds
@@ -59,8 +61,8 @@ class Overlay:
         """Returns what a request wants.
 
         Raises:
-            RequestError: A category or a calibration is unknown, or rates or bounds are asked for
-                under another rule than greedy.
+            RequestError: A category or a calibration is unknown, rates or bounds are asked for
+                under another rule than greedy, or the checkpoint cannot follow the rule.
             NotAllowedError: It asks for another rule beside floors, and the policy does not clamp.
         """
         named = {**self._defaults.categories, **options.categories}
@@ -108,6 +110,13 @@ class Overlay:
 
     def _rule(self, options: RefusalOptions) -> tuple[Rule, str | None]:
         asked = options.decision or self._defaults.decision or "greedy"
+        if asked == "paper" and not self._kept:
+            raise RequestError(
+                f"{FIELD}.decision: paper compares control tokens with the whole vocabulary, and "
+                "this checkpoint's are trained against each other only (kept: false): use greedy "
+                "or sample",
+                param=f"{FIELD}.decision",
+            )
         # Only under greedy is a refusal independent of the temperature, the draw and the other
         # dials.
         if asked == "greedy" or not self._bounds.has_floor:

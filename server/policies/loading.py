@@ -63,7 +63,7 @@ def default_policies(
         ConfigError: The defaults cannot be met.
     """
     try:
-        board = DialBoard(served.manifest.names, defaults, served.calibrations)
+        board = DialBoard(served.manifest, defaults, served.calibrations)
     except RequestError as error:
         raise ConfigError(f"RHEOSTAT_DEFAULTS: {error.message}") from error
     return PolicyBook.for_everybody(board, api_keys)
@@ -93,7 +93,7 @@ def _policy(name: str, entry: PolicyEntry, served: Served) -> ActivePolicy:
         raise _WrongPolicyError(unknown)
     bounds = _bounds(entry, served)
     try:
-        board = DialBoard(names, entry.defaults, served.calibrations, bounds)
+        board = DialBoard(served.manifest, entry.defaults, served.calibrations, bounds)
     except RequestError as error:
         path = tuple((error.param or FIELD).split(".")[1:])
         raise _WrongPolicyError([Problem(("defaults", *path), _without_path(error))]) from error

@@ -42,6 +42,7 @@ class Answer:
         self._buffer = b""
         self._context: DecisionContext | None = None
         self._shaper: Shaper | None = None
+        self._change: Callable[[Any], Any] | None = None
         self._mark = b""
         self._events_sent = 0
         self.status = 500
@@ -58,7 +59,12 @@ class Answer:
         """
         self._context = context
         self._shaper = shaper
+        self._change = shaper.shape_answer
         self._mark = mark
+
+    def rewrite(self, change: Callable[[Any], Any]) -> None:
+        """Sends what ``change`` makes of the JSON value of an answer of 200."""
+        self._change = change
 
     async def refuse(self, error: RequestError) -> None:
         """Answers with an error of ours, before anything else was asked for an answer."""
@@ -99,7 +105,10 @@ class Answer:
             self._held, self._take = message, self._error
             return
         if self._shaper is None:
-            await self._start(message)
+            if self._change is not None and message["status"] == 200:
+                self._held, self._take = message, self._shaped
+            else:
+                await self._start(message)
             return
         media_type = _media_type(message["headers"])
         if media_type.startswith(b"text/event-stream"):
@@ -141,10 +150,10 @@ class Answer:
             await self._fail(failure, self._held["headers"])
 
     async def _shaped(self, message: Message) -> None:
-        assert self._shaper is not None
+        assert self._change is not None
         self._buffer += message.get("body", b"")
         if not message.get("more_body", False):
-            await self._end_whole(encode(self._shaper.shape_answer(json.loads(self._buffer))))
+            await self._end_whole(encode(self._change(json.loads(self._buffer))))
 
     async def _whole(self, message: Message) -> None:
         self._buffer += message.get("body", b"")

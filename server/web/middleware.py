@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,7 +55,8 @@ COUNTED = GENERATING | {SCORE}
 READS_BEAM_SEARCH = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 # No chat template makes the prompt of these; all others end where the decision step begins.
 RAW_PROMPTS = frozenset({"/v1/completions"})
-# They show the ids of a prompt: those of earlier turns with their control tokens.
+# They show the ids of a prompt as the model reads it: earlier turns with their control tokens,
+# where the checkpoint keeps them.
 RENDERS = {
     f"{path}/render": path for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages")
 }
@@ -141,6 +143,8 @@ class RefusalMiddleware:
             scope["headers"] = with_length(scope["headers"], len(raw)) if raw else scope["headers"]
             receive = replay_body(raw, receive)
         if prepared is None:
+            if arrival.path in RENDERS and not self._manifest.kept:
+                answer.rewrite(partial(_without_tokens, frozenset(self._manifest.control_ids)))
             await self._app(scope, receive, answer)
             return
         try:
@@ -244,6 +248,17 @@ def _in_content(options: RefusalOptions, policy: ActivePolicy, *, chat: bool) ->
 
 def _names_length(body: dict[str, Any]) -> bool:
     return [body.get(name) for name in LENGTHS] != [None] * len(LENGTHS)
+
+
+def _without_tokens(tokens: frozenset[int], rendered: dict[str, Any]) -> dict[str, Any]:
+    ids = rendered["token_ids"]
+    parallel = {
+        name: rendered[name] for name in ("token_ids", "token_offsets") if rendered.get(name)
+    }
+    return rendered | {
+        name: [entry for token, entry in zip(ids, entries, strict=True) if token not in tokens]
+        for name, entries in parallel.items()
+    }
 
 
 def _tenant(arrival: Arrival) -> str | None:

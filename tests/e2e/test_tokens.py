@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from models.manifest import load_manifest
-from tests.e2e.servers import Server, rheostat_server, stock_server
+from tests.e2e.servers import OPERATOR, Server, rheostat_server, stock_server
 from tests.toy import save_base
 from tests.training.conftest import small_rows
 from tests.training.recipes import CATEGORIES
@@ -62,6 +62,13 @@ def _post(server: Server, path: str, body: dict[str, Any]) -> Any:
     answer = httpx.post(server.url + path, json={"model": "demo", **body}, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def test_rendered_prompt_is_what_the_model_reads(pair: Pair) -> None:
+    body = {"model": "demo", "messages": [ASKED, SAID, REFUSED, SAID_NO, ASKED]}
+    plain = {**body, "messages": [ASKED, SAID, REFUSED, PLAIN_NO, ASKED]}
+    ours = httpx.post(f"{pair.ours.url}{CHAT}/render", json=body, headers=OPERATOR, timeout=60)
+    assert ours.json()["token_ids"] == _post(pair.stock, f"{CHAT}/render", plain)["token_ids"]
 
 
 def _said(answer: dict[str, Any]) -> Any:

@@ -50,7 +50,7 @@ def calibrations(*names: str) -> Calibrations:
 
 def board(defaults: DialOptions | None = None, *names: str) -> DialBoard:
     """Returns a board with the named calibrations loaded."""
-    return DialBoard(MANIFEST.names, defaults or RefusalOptions(), calibrations(*names))
+    return DialBoard(MANIFEST, defaults or RefusalOptions(), calibrations(*names))
 
 
 def everybody(defaults: DialOptions | None = None, *names: str) -> PolicyBook:

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from models.manifest import Manifest
 from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.settings import Settings
 from server.web.errors import Failure
@@ -29,10 +30,11 @@ def steering_app(
     settings: Settings = SETTINGS,
     *calibrations: str,
     observers: Sequence[Observer] = (),
+    manifest: Manifest = MANIFEST,
 ) -> RefusalMiddleware:
     return RefusalMiddleware(
         app,
-        manifest=MANIFEST,
+        manifest=manifest,
         settings=settings,
         callers=everybody(settings.defaults, *calibrations),
         guard=GUARD,
@@ -117,6 +119,7 @@ def send_to(
     headers: Sequence[tuple[str, str]] = (),
     calibrations: Sequence[str] = (),
     observers: Sequence[Observer] = (),
+    manifest: Manifest = MANIFEST,
 ) -> httpx.Response:
     """Sends one request through the middleware; what is no bytes is sent as JSON."""
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -126,7 +129,7 @@ def send_to(
             yield raw[start : start + chunks]
 
     async def ask() -> httpx.Response:
-        app = steering_app(server, settings, *calibrations, observers=observers)
+        app = steering_app(server, settings, *calibrations, observers=observers, manifest=manifest)
         transport = httpx.ASGITransport(app, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer = await client.request(

@@ -7,6 +7,7 @@ from models.controls import Controls, Rule
 from models.errors import ConfigError, RequestError
 from server.context import DecisionContext
 from server.dials.board import DialBoard
+from server.dials.floors import Bounds
 from server.dials.protocol import RefusalOptions, parse_options
 from server.policies.loading import Served, default_policies
 from tests.server.boards import board, calibrations
@@ -50,6 +51,21 @@ def test_request_wins_over_the_defaults_category_by_category() -> None:
     options = parse_options({"decision": "greedy", "categories": {"safety": "default"}})
     controls = board(defaults).resolve(options).controls
     assert controls == Controls(Rule.GREEDY, (0.0, -INF), (True, True))
+
+
+@pytest.mark.parametrize("has_floor", [False, True])
+def test_paper_needs_tokens_that_are_trained_against_the_vocabulary(has_floor: bool) -> None:
+    manifest = MANIFEST.model_copy(update={"kept": False})
+    floors = (1.0, 0.0) if has_floor else (-INF, -INF)
+    bounds = Bounds(floors, (INF, INF))
+    dials = DialBoard(manifest, NOTHING, calibrations(), bounds)
+    assert dials.resolve(parse_options({"decision": "greedy"})).controls.rule is Rule.GREEDY
+    paper = parse_options({"decision": "paper"})
+    with pytest.raises(RequestError, match="kept: false") as caught:
+        dials.resolve(paper)
+    assert (caught.value.status, caught.value.param) == (422, "refusal.decision")
+    with pytest.raises(RequestError, match="kept: false"):
+        DialBoard(manifest, paper, calibrations())
 
 
 def test_rule_is_greedy_where_nobody_says() -> None:
@@ -255,7 +271,7 @@ def test_dials_are_resolved_once_and_told_apart() -> None:
 
 def test_solutions_are_found_once_and_their_number_is_bounded() -> None:
     loaded = calibrations("default")
-    dials = DialBoard(MANIFEST.names, NOTHING, loaded)
+    dials = DialBoard(MANIFEST, NOTHING, loaded)
     for _ in range(3):
         dials.resolve(safety({"rate": 0.25}))
         dials.resolve(safety({"rate": 0.25}), explain=True)

@@ -24,7 +24,7 @@ CEILED = Bounds((-INF, -INF), (-1.0, INF))
 def bounded(bounds: Bounds, defaults: DialOptions = NOTHING, *names: str) -> DialBoard:
     """Returns a board with calibrations: `default` and `tenant` unless others are named."""
     loaded = calibrations(*(names or ("default", "tenant")))
-    return DialBoard(MANIFEST.names, defaults, loaded, bounds)
+    return DialBoard(MANIFEST, defaults, loaded, bounds)
 
 
 def resolved(bounds: Bounds, value: Any, **more: Any) -> Resolution:
@@ -96,7 +96,7 @@ def test_category_that_a_request_does_not_name_keeps_its_floor_unreported() -> N
 def test_other_categories_move_freely_below_and_above() -> None:
     for dial in ("never", "always", 0.3, {"bias": -7}):
         asked = {"categories": {"humanizing": dial}}
-        free = DialBoard(MANIFEST.names, NOTHING, calibrations()).resolve(parse_options(asked))
+        free = DialBoard(MANIFEST, NOTHING, calibrations()).resolve(parse_options(asked))
         assert resolved(FLOORED, asked).controls.bias == (1.0, free.controls.bias[1])
 
 

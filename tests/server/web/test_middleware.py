@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from starlette.types import Message, Receive, Scope, Send
 
 from models.controls import Controls, Rule
+from models.manifest import Manifest
 from server.apis.turns import MESSAGES, READS_CHAT, RESPONSES
 from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.dials.protocol import parse_options
@@ -19,6 +20,7 @@ from server.policies.credentials import hash_key
 from server.settings import Settings
 from server.web.middleware import GENERATING, RAW_PROMPTS
 from tests.server.guards import MARK
+from tests.server.manifests import MANIFEST
 from tests.server.middlewares import (
     ANSWERED,
     CHAT,
@@ -328,11 +330,15 @@ def test_no_depth_of_nesting_crashes() -> None:
 # what the operator renders
 
 
-def render(path: str, body: Any) -> tuple[httpx.Response, FakeServer]:
-    server = FakeServer()
+def render(
+    path: str, body: Any, manifest: Manifest = MANIFEST, rendered: bytes = b"{}"
+) -> tuple[httpx.Response, FakeServer]:
+    server = FakeServer(parts=(rendered,))
     settings = Settings(operator_key_hash=hash_key("operator"))
     headers = [("authorization", "Bearer operator")]
-    answer = send_to(server, f"{path}/render", body, settings=settings, headers=headers)
+    answer = send_to(
+        server, f"{path}/render", body, settings=settings, headers=headers, manifest=manifest
+    )
     return answer, server
 
 
@@ -341,6 +347,18 @@ def test_rendered_prompts_hold_the_control_tokens_of_earlier_turns(path: str) ->
     answer, server = render(path, {"messages": [USER, ANSWERED]})
     assert answer.status_code == 200
     assert server.body["messages"] == [USER, {**ANSWERED, "content": "[respond]Hi"}]
+    assert server.context is None
+
+
+@pytest.mark.parametrize("offsets", [None, [[0, 1], [1, 2], [2, 3], [3, 4]]])
+def test_rendered_prompt_is_what_a_model_reads_that_keeps_no_control_tokens(offsets: Any) -> None:
+    first, *_ = MANIFEST.control_ids
+    respond = MANIFEST.respond.id
+    told = {"token_ids": [1, respond, 2, first], "token_offsets": offsets, "model": "demo"}
+    manifest = MANIFEST.model_copy(update={"kept": False})
+    answer, server = render(CHAT, {"messages": [USER]}, manifest, json.dumps(told).encode())
+    bare = None if offsets is None else [[0, 1], [2, 3]]
+    assert answer.json() == {"token_ids": [1, 2], "token_offsets": bare, "model": "demo"}
     assert server.context is None
 
 
