@@ -29,8 +29,10 @@ class PreflightLayer:
             try:
                 self._check(scope)
             except RequestError as error:
-                metrics.count_request(NO_ROUTE, error.status)
-                answer = failure_of(error).response(error.headers, route_path(scope))
+                failure = failure_of(error)
+                metrics.count_request(NO_ROUTE, failure.status)
+                metrics.count_rejection(failure.code)
+                answer = failure.response(error.headers, route_path(scope))
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)

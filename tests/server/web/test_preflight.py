@@ -29,7 +29,7 @@ def ask(
 
 
 def counted(status: str) -> float:
-    labels = {"route": "none", "status": status}
+    labels = {"model_name": "", "route": "none", "status": status}
     return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0
 
 
