@@ -37,10 +37,25 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
         weights = {name: value.to(dtype) for name, value in weights.items()}
         model.config.dtype = dtype
     if processes.is_main:
-        with saved_silently():
-            model.save_pretrained(folder, state_dict=weights)
+        write_weights(model, folder, weights)
         load_checkpoint(folder)
     processes.wait()
+
+
+def write_weights(model: Any, folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+    """Writes a model for everybody who may read its configuration.
+
+    Args:
+        model: Of transformers.
+        folder: Where it goes.
+        weights: In the place of the model's own.
+    """
+    with saved_silently():
+        model.save_pretrained(folder, state_dict=weights)
+    # safetensors lets only the owner read its files; a container's user is another one.
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _check_finite(weights: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ from training.model.output_rows import on_device, set_row
 from training.model.start import Start
 from training.model.states import decision_states
 from training.model.token_rows import Decisions, Fit, Floats, fit
+from training.run.export import write_weights
 from training.run.kept_states import keep_states
-from training.run.resume import saved_silently
 
 
 class Prompt(NamedTuple):
@@ -121,8 +121,7 @@ def save_model(model: Any, dtype: str, folder: Path) -> None:
     import torch
 
     model.to(getattr(torch, dtype))
-    with saved_silently():
-        model.save_pretrained(folder)
+    write_weights(model, folder)
 
 
 def _told(decisions: Decisions, fitted: Fit) -> dict[str, Any]:
