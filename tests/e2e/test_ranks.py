@@ -18,6 +18,7 @@ from tests.e2e.servers import START_LIMIT_S, Post, Server, free_port, rheostat_s
 pytestmark = pytest.mark.long
 
 REQUESTS = 256
+ENGINES = {"tensor": 1, "data": 2, "headless": 2}
 RULES = ("greedy", "greedy", "paper")
 # Two workers on one NUMA node, which vLLM would not bind to cores by itself.
 UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -38,7 +39,7 @@ def other_engine(port: int) -> list[str]:
     return ["--headless", *two_engines(port, local=1), "--data-parallel-start-rank", "1"]
 
 
-@pytest.fixture(scope="module", params=["tensor", "data", "headless"])
+@pytest.fixture(scope="module", params=list(ENGINES))
 def ranks(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
@@ -98,14 +99,15 @@ def test_ranks_decide_as_one(
             sides.append(abs(said["margin"] + said["bias"]))
         if min(sides) > ROUNDING:
             assert (theirs["refused"], theirs["category"]) == (mine["refused"], mine["category"])
-            assert together["message"] == alone["message"]
-    assert REQUESTS / 8 < refused < REQUESTS * 7 / 8
+            assert (together["message"].get("refusal") is not None) == mine["refused"]
+    assert 0 < refused < REQUESTS
 
 
-def test_every_engine_answered(ranks: Server) -> None:
+def test_every_engine_answered(request: pytest.FixtureRequest, ranks: Server) -> None:
     line = "vllm:request_success_total{"
     lines = [one for one in ranks.metrics().splitlines() if one.startswith(line)]
     engines = {one.split('engine="')[1][0] for one in lines}
+    assert len(engines) == ENGINES[request.node.callspec.params["ranks"]]
     for engine in engines:
         of_engine = [one for one in lines if f'engine="{engine}"' in one]
         assert sum(float(one.rsplit(" ", 1)[1]) for one in of_engine) >= REQUESTS / 8
