@@ -51,6 +51,7 @@ from vllm.exceptions import (
 from vllm.logger import configure_logging_from_args
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.usage.usage_lib import UsageContext
@@ -279,6 +280,8 @@ def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Pol
 
 def _join(args: Namespace, settings: Settings) -> None:
     """Runs engines for a server on another machine, until a signal."""
+    if args.reasoning_parser_plugin:  # the configuration names its parser
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
         usage_context=UsageContext.OPENAI_API_SERVER, headless=True
     )
