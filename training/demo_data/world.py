@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from models.files import parse_yaml
 
 Split = Literal["train", "heldout"]
 
@@ -96,7 +96,7 @@ def load_world(directory: Path = Path(__file__).parent) -> World:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     return content
 
 

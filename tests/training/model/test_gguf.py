@@ -1,6 +1,9 @@
 """A model in a GGUF file: a small one that is written here, and the real one of `make setup`."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +100,42 @@ def test_file_is_converted_once(tmp_path: Path) -> None:
     assert (ours.converted(path, tmp_path / "cache") / "mark").exists()
     other = write_gguf(tmp_path / "other.gguf", tiny_model(len(TOKENS), seed=1))
     assert ours.converted(other, tmp_path / "cache") != first
+
+
+_CONVERT = """
+import sys
+from pathlib import Path
+from training.model.gguf import converted
+print("ready", flush=True)
+sys.stdin.readline()
+print(converted(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.long  # two processes import transformers
+def test_file_that_processes_convert_at_once_is_in_the_cache_once(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model(len(TOKENS)))
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", _CONVERT, str(path), str(cache)]
+    with ExitStack() as running:
+        processes = [
+            running.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            for _ in range(2)
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:  # together, for what takes long comes after this
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        told = [process.communicate()[0].strip() for process in processes]
+    (folder,) = cache.iterdir()
+    assert told == [str(folder)] * 2
+    assert [process.returncode for process in processes] == [0, 0]
+    load_tokenizer(folder)
 
 
 def test_vocabulary_merges_the_best_pair_first_and_within_a_word(tmp_path: Path) -> None:
