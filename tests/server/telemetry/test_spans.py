@@ -1,5 +1,8 @@
+from collections.abc import Iterator
+
 import pytest
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -7,6 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from server.context import Decision
 from server.telemetry.spans import RequestSpans, trace_headers
 from server.web.middleware import COUNTED
+from tests.server.collector import Collector, collecting
 from tests.server.manifests import MANIFEST
 from tests.server.middlewares import CHAT, USER, FakeServer, send_to
 
@@ -15,10 +19,16 @@ EXPORTER = InMemorySpanExporter()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def provider() -> None:
+def collector() -> Iterator[Collector]:
+    """Sets up what --otlp-traces-endpoint does, beside an exporter that keeps spans."""
     made = TracerProvider()
     made.add_span_processor(SimpleSpanProcessor(EXPORTER))
     trace.set_tracer_provider(made)
+    with collecting() as running:
+        exporter = OTLPSpanExporter(endpoint=running.endpoint)
+        made.add_span_processor(SimpleSpanProcessor(exporter))
+        yield running
+        made.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +111,13 @@ def test_routes_that_generate_nothing_have_no_span() -> None:
     observed = [RequestSpans(MANIFEST.names, "demo", COUNTED)]
     send_to(FakeServer(), "/v1/models", b"", method="GET", observers=observed)
     assert EXPORTER.get_finished_spans() == ()
+
+
+def test_span_reaches_a_collector_as_it_was_made(collector: Collector) -> None:
+    collector.spans.clear()
+    decisions = {(0, 0): Decision(0, margins=(1.5, -2.0))}
+    one_span(FakeServer(decisions), CHAT, {"messages": [USER]}, traceparent=PARENT)
+    (span,) = collector.spans
+    assert (span.name, span.trace_id, span.parent_id) == ("chat demo", *PARENT.split("-")[1:3])
+    assert span.attributes["rheostat.decision"] == ["refuse"]
+    assert span.attributes[f"rheostat.margin.{MANIFEST.names[0]}"] == 1.5
