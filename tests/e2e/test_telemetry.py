@@ -14,9 +14,9 @@ from models.calibration import CALIBRATIONS, save_calibration
 from models.manifest import Manifest
 from tests.docker.prometheus import Prometheus, expressions, prometheus
 from tests.docker.test_prometheus import dashboard, targets
-from tests.server.collector import Collector, Exported, collecting
 from tests.e2e.policied import made_up_calibration
 from tests.e2e.servers import OPERATOR, Server, free_port, http_client, rheostat_server, until
+from tests.server.collector import Collector, Exported, collecting
 
 CHAT, SCORE = "/v1/chat/completions", "/v1/refusal/score"
 SECRET = "Is the zanzibar ledger a secret?"
