@@ -16,6 +16,7 @@ if [ -z "${BASE:-}" ]; then
     if ! buildah inspect --type image $BASE >/dev/null 2>&1; then
         root=$(mktemp -d)
         debootstrap --variant=minbase --include=ca-certificates bookworm "$root"
+        rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
         empty=$(buildah from scratch)
         buildah add --quiet "$empty" "$root" /
         buildah commit --quiet --rm "$empty" $BASE
