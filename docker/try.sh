@@ -51,7 +51,8 @@ curl --silent --show-error --fail $url/v1/chat/completions -H 'Content-Type: app
   "model": "rheostat", "messages": [{"role": "user", "content": "What is the capital of France?"}],
   "max_tokens": 16, "refusal": {"report": true, "categories": {"safety": 0.9}}}'
 echo
-kill -TERM $server
+# buildah would kill what it runs; this isolation shows its processes to the host.
+kill -TERM "$(pgrep --newest --full "^tini -- rheostat serve .*--port $port")"
 wait $server || echo "ended with status $?"
 
 build cpu-sbom --output "$out" "$@"
