@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := cpu,train,smollm2,wandb,dev
 STAMP := .venv/.rheostat-$(shell echo $(EXTRAS) | cat - pyproject.toml constraints.txt docker/install.sh | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test test-long setup-tools test-tools lint bench bench-training fuzz screenshots manifests lock
+.PHONY: setup demo test test-long setup-tools test-tools lint bench bench-training fuzz soak screenshots manifests lock
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ lint: setup
 
 fuzz: setup
 	@FUZZ_S=$${FUZZ_S:-1800} $(BIN)/python -m pytest -m long tests/e2e/test_fuzz.py tests/e2e/test_conversations.py
+
+# A server under mixed load, for SECONDS.
+SECONDS ?= 600
+soak: setup
+	@SOAK_S=$(SECONDS) $(BIN)/python -m pytest -m long --log-cli-level=INFO tests/e2e/test_soak.py
 
 # What the server costs; BENCH=--quick for fewer rounds.
 bench: setup

@@ -6,12 +6,12 @@ import typer
 
 from models.errors import RheostatError
 from server import commands as server_commands
-from server.lifetime import end_with_parent
+from server.lifetime import follow_parent
 from training import category_commands, evaluation_command
 from training import commands as training_commands
 
 # vLLM spawns its engine and its workers, and a spawned process imports this module again.
-end_with_parent()
+follow_parent()
 
 app = typer.Typer(
     no_args_is_help=True,

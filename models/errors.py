@@ -1,11 +1,14 @@
 """Every error that Rheostat raises on purpose.
 
 RheostatError
-├── RequestError           the caller can fix it (HTTP 4xx)
+├── RequestError           the caller can fix it (HTTP 4xx), or wait
 │   ├── UnknownCallerError no known key (401)
 │   │   └── ExpiredKeyError   an expired key
 │   ├── ContextLengthError the prompt is longer than the model's context allows (400)
-│   └── NotAllowedError    the caller's policies do not allow it (403)
+│   ├── NotAllowedError    the caller's policies do not allow it (403)
+│   └── UnavailableError   not now: the same request may be sent again (503)
+│       ├── QueueFullError    too much waits for the engine (429)
+│       └── TenantFullError   the tenant has as much under way as it may (429)
 └── ServiceError           the operator can fix it (HTTP 5xx; one line and exit 1 on the CLI)
     ├── CheckpointError    the model folder breaks the contract of models/manifest.py
     ├── ConfigError        a settings, recipe or data file is wrong
@@ -39,7 +42,7 @@ class RequestError(RheostatError):
     """A request that cannot be served.
 
     Attributes:
-        status: HTTP status, 4xx.
+        status: HTTP status.
         param: Path of the offending field, such as ``refusal.categories.safety``.
         headers: Further headers of the answer.
     """
@@ -94,6 +97,34 @@ class NotAllowedError(RequestError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, status=403)
+
+
+class UnavailableError(RequestError):
+    """A request that is not served now and may be sent again."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, status: int = 503) -> None:
+        # Long enough for a place to come free, or for a gateway to know of another server.
+        super().__init__(message, status=status, headers={"retry-after": "1"})
+
+
+class QueueFullError(UnavailableError):
+    """A request to a server on whose engine too much waits."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=429)
+
+
+class TenantFullError(UnavailableError):
+    """A request of a tenant that has as much under way as it may."""
+
+    code = "tenant_full"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=429)
 
 
 class ServiceError(RheostatError):

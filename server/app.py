@@ -21,15 +21,18 @@ from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.trace import DecisionTrace
+from server.web.admission import Admission
 from server.web.connection import connection_options
 from server.web.guard import Guard
 from server.web.middleware import GENERATING, Observer, RefusalMiddleware
 from server.web.preflight import PreflightLayer
-from server.web.routes import Health, build_router
+from server.web.probes import Engine, build_probe_router
+from server.web.routes import build_router
 from server.web.score import Scorer, ScoreRoute, build_score_router
 from server.web.validation import answer_failed, answer_invalid
 
 YOUNG_OBJECTS = 20_000
+# vLLM's flags that are uvicorn's settings.
 _UVICORN_FLAGS = (
     "enable_ssl_refresh",
     "host",
@@ -52,6 +55,7 @@ class Service:
         manifest: The served checkpoint's.
         settings: The operator's.
         policies: Know who calls.
+        admission: Counts the answers under way.
         guard: Makes client-typed special tokens ordinary text.
         trace: Gets a line of each request; None without a trace file.
         observers: Hold each request's span open, and its name for the log.
@@ -61,26 +65,28 @@ class Service:
     manifest: Manifest
     settings: Settings
     policies: Policies
+    admission: Admission
     guard: Guard
     trace: DecisionTrace | None
     observers: tuple[Observer, ...]
     metrics: Route
 
 
-def surround(app: FastAPI, service: Service, health: Health, hashes: Callable[[], Hashes]) -> None:
+def surround(app: FastAPI, service: Service, engine: Engine, hashes: Callable[[], Hashes]) -> None:
     """Adds our routes and error handlers to vLLM's app.
 
     Args:
         app: vLLM's.
         service: Shared by all requests.
-        health: Tells whether the engine can answer.
+        engine: Tells whether it can answer.
         hashes: Returns the checkpoint's; may read all weights the first time.
     """
     app.add_exception_handler(RequestValidationError, answer_invalid)
     app.add_exception_handler(Exception, answer_failed)
     app.router.routes.insert(0, service.metrics)  # before vLLM's
     calibrations = service.policies.served.calibrations
-    app.include_router(build_router(service.manifest, health, calibrations, hashes))
+    app.include_router(build_probe_router(engine, service.admission))
+    app.include_router(build_router(service.manifest, calibrations, hashes))
     if service.settings.page:
         app.include_router(build_page_router())
 
@@ -104,6 +110,7 @@ def put_layer(
         manifest=service.manifest,
         settings=service.settings,
         callers=service.policies,
+        admission=service.admission,
         guard=service.guard,
         trace=service.trace,
         observers=service.observers,

@@ -4,6 +4,7 @@ Every route of vLLM's server that generates calls ``AsyncLLM.generate()``; here 
 This module and server/steering.py are the only ones that import vllm.
 """
 
+import asyncio
 import secrets
 import socket
 from argparse import Namespace
@@ -58,11 +59,12 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.checkpoint import opening_ids
-from models.errors import ConfigError, RequestError
+from models.errors import ConfigError, RequestError, ServiceError, UnavailableError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
@@ -85,6 +87,7 @@ from server.generation.outputs import Hider, merged
 from server.generation.parameters import MOST_BAD_WORD_TOKENS
 from server.generation.scoring import Handlers, VllmScorer
 from server.generation.seam import Call, Outputs
+from server.lifetime import ending_on_signal
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
@@ -98,6 +101,7 @@ from server.vllm_names import (
     run_headless,
     validate_parsed_serve_args,
 )
+from server.web.admission import Admission
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import stop_at_first_error
@@ -115,6 +119,11 @@ _REQUESTS = (
 )
 # vLLM's middleware that stays around our layer, so that pages can read our errors as well.
 ADDS_HEADERS = (CORSMiddleware, XRequestIdMiddleware)
+ENDED = "the engine ended before the answer was complete: send the request again"
+# How long what is in flight may take at the end, unless --shutdown-timeout says otherwise.
+DRAIN_S = 30
+# How long an engine without work may take to end.
+RELEASE_S = 5
 
 
 class SteeredLLM(AsyncLLM):
@@ -196,7 +205,19 @@ class SteeredLLM(AsyncLLM):
         params = SamplingParams(temperature=temperature, max_tokens=1)
         request_id = f"score-{secrets.token_hex(16)}"
         call = Call(self, context, 0, params, request_id, {"lora_request": lora_request})
-        return await decision_of(call, prompt)
+        try:
+            return await decision_of(call, prompt)
+        except EngineDeadError as error:
+            raise UnavailableError(ENDED) from error
+
+    async def decide_once(self) -> None:
+        """Makes one decision, to see that the engine can.
+
+        Raises:
+            RheostatError: It cannot.
+        """
+        prompt = {"type": "token", "prompt_token_ids": self.opening or [0]}
+        await self.decide(prompt, DecisionContext(self.unsteered()))
 
     def generate_stock(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -239,6 +260,8 @@ class SteeredLLM(AsyncLLM):
 
     def failure(self, error: Exception | ErrorResponse) -> Failure:
         """Returns what vLLM's routes answer to an error; see server/generation/seam.py."""
+        if isinstance(error, EngineDeadError):
+            return failure_of(UnavailableError(ENDED))
         answer = error if isinstance(error, ErrorResponse) else create_error_response(error)
         return failure(answer.error.code, answer.error.message, answer.error.param)
 
@@ -252,6 +275,7 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     """
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    parser.set_defaults(shutdown_timeout=DRAIN_S)
     args: Namespace = parser.parse_args(list(arguments))
     refuse_unserved(args, parser.get_default)
     refuse_switched_on(lambda name: getattr(envs, name))
@@ -312,6 +336,7 @@ async def _serve(
         manifest,
         settings,
         policies,
+        Admission(_capacity(config), settings.max_waiting),
         # Before the engine is made: its renderer encodes with copies of this tokenizer.
         build_guard(tokenizer, manifest, config.model_config.max_model_len),
         open_trace(manifest, settings, _REQUESTS),
@@ -328,20 +353,27 @@ async def _serve(
         engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
         await shake_hands(engine.engine_core.call_utility_all_async, config)
         await engine.reset_mm_cache()
+        await engine.decide_once()
         app = await _app(engine, args, service)
         async with (
             observing(engine, settings, policies, service.trace, recorder),
             policies.watching(),
             listening(MetricsApp(app, service.metrics), scraped, settings),
         ):
-            shutdown = await _serve_http(app, args, sock, settings)
+            shutdown = await _serve_http(app, args, sock, service, engine)
     finally:
-        engine.shutdown(timeout=config.shutdown_timeout)
+        engine.shutdown(timeout=RELEASE_S)
         engine.margin_board.close()
     try:
         await shutdown
     finally:
         sock.close()
+
+
+def _capacity(config: VllmConfig) -> int:
+    """Returns how many answers the engines work on at once."""
+    engines = config.parallel_config.data_parallel_size
+    return int(config.scheduler_config.max_num_seqs * engines)
 
 
 def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
@@ -390,9 +422,24 @@ async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI
 
 
 async def _serve_http(
-    app: FastAPI, args: Namespace, sock: socket.socket, settings: Settings
+    app: FastAPI, args: Namespace, sock: socket.socket, service: Service, engine: SteeredLLM
 ) -> Coroutine[Any, Any, None]:
-    """Serves until a signal; returns the rest of the shutdown."""
-    options = http_options(args, settings, get_uvicorn_log_config(args))
-    shutdown: Coroutine[Any, Any, None] = await serve_http(app, sock=sock, **options)
+    """Serves until a signal or the engine's end; returns the rest of the shutdown.
+
+    Raises:
+        ServiceError: The engine has ended by itself.
+    """
+
+    async def end() -> None:
+        if service.admission.held:  # it fails now, and is answered
+            await asyncio.to_thread(engine.shutdown, timeout=0)
+        app.state.server.should_exit = True
+
+    options = http_options(args, service.settings, get_uvicorn_log_config(args))
+    serving = asyncio.create_task(serve_http(app, sock=sock, **options))
+    await asyncio.sleep(0)  # vLLM's own handlers of signals are in place, which do not drain
+    async with ending_on_signal(service.admission, args.shutdown_timeout, end):
+        shutdown: Coroutine[Any, Any, None] = await serving
+    if engine.errored and not service.admission.draining:
+        raise ServiceError("the engine has ended by itself; vLLM's log above says why")
     return shutdown

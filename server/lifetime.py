@@ -1,10 +1,18 @@
-"""Signals of the server's processes; workers end with the process that started them."""
+"""From the start of the server's processes to their end: signals, and what is in flight then."""
 
+import asyncio
 import ctypes
+import logging
+import os
 import signal
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
 _PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger(__name__)
 
 
 def ignore_hangups() -> None:
@@ -15,11 +23,67 @@ def ignore_hangups() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def end_with_parent() -> None:
-    """Has Linux kill this process, if it was spawned, when its parent dies for any reason.
+def follow_parent() -> None:
+    """Has a spawned process end with its parent, and by its parent only.
 
-    vLLM's engine process would otherwise outlive a killed API server and keep its memory. A spawned
+    vLLM's engine process would otherwise outlive a killed API server and keep its memory, and end
+    before what is in flight on a Ctrl-C, which the terminal sends to the whole group. A spawned
     process runs its parent's main module under the name ``__mp_main__``.
     """
     if sys.platform == "linux" and "__mp_main__" in sys.modules:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, 0)
+
+
+class Drained(Protocol):
+    """What takes no more requests once it is told, and knows when the last one is answered."""
+
+    held: int
+
+    def drain(self) -> None:
+        """Takes no more."""
+
+    async def idle(self) -> None:
+        """Waits for the last one."""
+
+
+@asynccontextmanager
+async def ending_on_signal(
+    admission: Drained, drain_s: float, end: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Ends the block's server on SIGTERM or SIGINT: drained, or at once on a second signal.
+
+    Args:
+        admission: Lets requests in.
+        drain_s: How long what is in flight may take.
+        end: Ends the server. It is awaited, unless the block ends first.
+    """
+    asked, hurried = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        (hurried if asked.is_set() else asked).set()
+        admission.drain()
+
+    async def work() -> None:
+        await asked.wait()
+        _log.info("ending: %d answers are in flight and have %g s", admission.held, drain_s)
+        waiting = [asyncio.create_task(event) for event in (admission.idle(), hurried.wait())]
+        await asyncio.wait(waiting, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if admission.held:
+            _log.warning("ending: %d answers in flight fail", admission.held)
+        await end()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

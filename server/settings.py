@@ -20,6 +20,8 @@ class Settings(BaseSettings):
 
     Attributes:
         defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
+        max_waiting: How many answers may wait for the engine beside those that it works on; a
+            request beyond is answered with 429. None: as many as it works on at once.
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
         head_timeout_s: How long a request's address and headers may take to come.
         body_timeout_s: How long its body may take.
@@ -64,6 +66,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     defaults: DialOptions = Field(default_factory=DialOptions)
+    max_waiting: int | None = Field(default=None, ge=0)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     head_timeout_s: float = Field(default=15, gt=0, allow_inf_nan=False)
     body_timeout_s: float = Field(default=60, gt=0, allow_inf_nan=False)

@@ -4,7 +4,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from models.controls import Rule
-from models.errors import RequestError
+from models.errors import RequestError, ServiceError
 from server.context import Decision
 from server.generation.margins import Margins, Ticket
 from server.generation.parameters import steered
@@ -102,9 +102,12 @@ class Decider:
 
         Raises:
             RequestError: Its margins are needed and did not come back.
+            ServiceError: The engine decides nothing.
         """
-        context = self._call.context
-        category = self._call.engine.category_of.get(choice.token_ids[0])
+        context, token = self._call.context, choice.token_ids[0]
+        if token not in self._call.engine.hider.control_ids:
+            raise ServiceError("the engine opened an answer with no control token: is it steered?")
+        category = self._call.engine.category_of.get(token)
         if margins is not None:
             shadow = None if context.enforce else self._shadow(margins)
             return Decision(category, margins.margins, margins.log_normaliser, shadow)

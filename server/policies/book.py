@@ -128,10 +128,12 @@ class Caller:
     Attributes:
         tenant: None for callers who are no tenant.
         policies: The policies that it may choose; the first is its default.
+        max_running: How many of its answers may be under way at once.
     """
 
     tenant: str | None
     policies: tuple[ActivePolicy, ...]
+    max_running: int | None = None
 
     def policy(self, name: str | None = None) -> ActivePolicy:
         """Returns the policy that a request follows: the named one, or the caller's default.

@@ -117,11 +117,13 @@ class TenantEntry(_Strict):
         policies: The policies that it may choose; the first is its default.
         keys: Hashes of its API keys, with their expiry.
         header: Its name in the gateway's tenant header.
+        max_running: How many of its answers may be under way at once.
     """
 
     policies: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)]
     keys: Keys = ()
     header: HeaderValue | None = None
+    max_running: Annotated[int, Field(ge=1, strict=True)] | None = None
 
 
 class GatewayEntry(_Strict):

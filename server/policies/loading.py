@@ -71,7 +71,9 @@ def default_policies(
 
 def _book(file: PolicyFile, policies: Mapping[str, ActivePolicy]) -> PolicyBook:
     callers = {
-        name: Caller(name, tuple(policies[policy] for policy in tenant.policies))
+        name: Caller(
+            name, tuple(policies[policy] for policy in tenant.policies), tenant.max_running
+        )
         for name, tenant in file.tenants.items()
     }
     return PolicyBook(

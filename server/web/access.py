@@ -56,7 +56,7 @@ def _all(access: Access, method: str, *paths: str, reason: str = "") -> list[Rou
 
 
 ROUTES: tuple[Route, ...] = (
-    *_all(Access.OPEN, "GET", "/healthz", "/readyz", "/health", "/ping"),
+    *_all(Access.OPEN, "GET", "/healthz", "/livez", "/startupz", "/readyz", "/health", "/ping"),
     *_all(Access.OPEN, "POST", "/ping"),
     *_all(
         Access.TENANT,

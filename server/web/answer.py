@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Send
 
 from models.errors import RequestError
 from server.apis.shaping import Shaper
 from server.context import DecisionContext
-from server.web.bodies import encode
+from server.web.bodies import CLIENT_GONE, encode
 from server.web.errors import SEPARATOR, Failure, failure_in, failure_of, read_failure
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -28,16 +28,15 @@ class Answer:
         path: The route.
 
     Attributes:
-        status: HTTP's; 500 until it is known, for what ends without an answer.
         failure: What the client was told instead of an answer.
         refused: Whether the failure is ours, and vLLM's app was not asked.
     """
 
     def __init__(self, send: Send, path: str) -> None:
-        self._send = send
+        self._to_client = send
         self._path = path
         # Takes each part of the body that follows.
-        self._take = send
+        self._take: Send = self._send
         self._held: Message | None = None
         self._buffer = b""
         self._context: DecisionContext | None = None
@@ -45,9 +44,26 @@ class Answer:
         self._change: Callable[[Any], Any] | None = None
         self._mark = b""
         self._events_sent = 0
-        self.status = 500
+        self._status = 500
+        self._is_complete = self._is_unheard = False
         self.failure: Failure | None = None
         self.refused = False
+
+    @property
+    def status(self) -> int:
+        """HTTP's status; 500 for what ends without an answer, 499 if its client went before."""
+        return CLIENT_GONE if self._is_unheard else self._status
+
+    def heeding(self, receive: Receive) -> Receive:
+        """Returns a ``receive`` that notes when the client goes before the answer is complete."""
+
+        async def heed() -> Message:
+            message = await receive()
+            if message["type"] == "http.disconnect" and not self._is_complete:
+                self._is_unheard = True
+            return message
+
+        return heed
 
     def shape(self, context: DecisionContext, shaper: Shaper, mark: bytes) -> None:
         """Shapes what comes from here on.
@@ -126,8 +142,13 @@ class Answer:
 
     async def _start(self, message: Message) -> None:
         self._held = None
-        self.status = message["status"]
+        self._status = message["status"]
         await self._send(message)
+
+    async def _send(self, message: Message) -> None:
+        await self._to_client(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._is_complete = True
 
     async def _fail(self, failure: Failure, headers: Headers) -> None:
         self.failure = failure = failure.on(self._path)

@@ -14,6 +14,7 @@ from server.policies.book import Caller, CallerSource
 from server.policies.credentials import hash_key, presented_keys
 from server.settings import PREFIX, Settings
 from server.web.access import ROUTES, Access, AccessTable, Route, route_path
+from server.web.admission import Admission, Place, answers_in
 from server.web.bodies import read_body
 from server.web.limits import check_head, read_json, refuse_fields, refuse_headers
 
@@ -37,6 +38,7 @@ class Arrival:
         raw: Its body; None on open routes, where nothing is read.
         body: The JSON object of a tenant's request; None where nothing was sent.
         context: What the engine is told, and what it decided; None where nothing is generated.
+        place: Where it counts among the answers under way; None where the engine has no work.
     """
 
     scope: Scope
@@ -47,6 +49,7 @@ class Arrival:
     raw: bytes | None = None
     body: dict[str, Any] | None = None
     context: DecisionContext | None = None
+    place: Place | None = None
 
     def __post_init__(self) -> None:
         self.path = route_path(self.scope)
@@ -59,14 +62,23 @@ class Gate:
     Args:
         settings: The bounds and the hash of the operator's key.
         callers: Knows the tenants.
+        admission: Says whether a tenant's request may come in now.
+        generates: Paths of the routes on which the engine works.
         reads: Paths of the operator's routes whose body is parsed too.
     """
 
     def __init__(
-        self, settings: Settings, callers: CallerSource, reads: frozenset[str] = frozenset()
+        self,
+        settings: Settings,
+        callers: CallerSource,
+        admission: Admission,
+        generates: frozenset[str],
+        reads: frozenset[str],
     ) -> None:
         self._settings = settings
         self._callers = callers
+        self._admission = admission
+        self._generates = generates
         self._reads = reads
         self._table = served_routes(settings)
 
@@ -85,15 +97,26 @@ class Gate:
         if route.access is Access.TENANT:
             refuse_headers(headers)
             arrival.caller = self._callers.caller(headers)
+            self._admission.check(arrival.caller, generates=arrival.path in self._generates)
         else:
             self._check_operator(route, headers)
         self._check_declared(headers)
         arrival.raw = await read_body(receive, self._settings.max_body_bytes)
-        is_tenants = route.access is Access.TENANT
-        if arrival.raw and (is_tenants or arrival.path in self._reads):
+        if arrival.caller is not None:
+            self._read_tenants(arrival, arrival.caller)
+        elif arrival.raw and arrival.path in self._reads:
             arrival.body = read_json(arrival.raw, self._settings)
-            if is_tenants:
-                refuse_fields(arrival.body)
+
+    def _read_tenants(self, arrival: Arrival, caller: Caller) -> None:
+        # Only now: who sends a body slowly keeps nobody else out.
+        if arrival.path in self._generates:
+            arrival.place = self._admission.enter(caller)
+        if not arrival.raw:
+            return
+        arrival.body = read_json(arrival.raw, self._settings)
+        refuse_fields(arrival.body)
+        if arrival.place is not None:
+            arrival.place.widen(answers_in(arrival.body))
 
     def _check_operator(self, route: Route, headers: Headers) -> None:
         # Without a hash in the settings the table has no such route.

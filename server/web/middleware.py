@@ -26,6 +26,7 @@ from server.settings import Settings
 from server.telemetry import metrics
 from server.telemetry.trace import DecisionTrace, Traced
 from server.web.access import NO_ROUTE
+from server.web.admission import Admission
 from server.web.answer import Answer
 from server.web.bodies import (
     CLIENT_GONE,
@@ -96,6 +97,7 @@ class RefusalMiddleware:
         settings: Settings,
         guard: Guard,
         callers: CallerSource,
+        admission: Admission,
         trace: DecisionTrace | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -103,7 +105,7 @@ class RefusalMiddleware:
         self._manifest = manifest
         self._settings = settings
         self._guard = guard
-        self._gate = Gate(settings, callers, frozenset(RENDERS))
+        self._gate = Gate(settings, callers, admission, COUNTED, frozenset(RENDERS))
         self._trace = trace
         self._observers = observers
 
@@ -120,9 +122,11 @@ class RefusalMiddleware:
             with ExitStack() as observed:
                 for observe in self._observers:
                     observed.enter_context(observe(arrival, answer))
-                await self._serve(arrival, receive, answer)
+                await self._serve(arrival, answer.heeding(receive), answer)
         finally:
             metrics.count_in_flight(-in_flight)
+            if arrival.place is not None:
+                arrival.place.leave()
             self._record(arrival, answer)
 
     async def _serve(self, arrival: Arrival, receive: Receive, answer: Answer) -> None:

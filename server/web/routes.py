@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,21 +16,13 @@ from server.context import CALLER
 from server.dials.calibrations import DEFAULT_CALIBRATION, Calibrations
 from server.policies.book import Caller
 from server.web.bodies import encode
-from server.web.errors import error_response, failure
+from server.web.errors import error_response
 
 Result = TypeVar("Result")
 
 
-class Health(Protocol):
-    """What readiness needs of the engine."""
-
-    async def check_health(self) -> None:
-        """Raises when the engine cannot answer."""
-
-
 def build_router(
     manifest: Manifest,
-    engine: Health,
     calibrations: Calibrations,
     served: Callable[[], Hashes],
 ) -> APIRouter:
@@ -39,7 +30,6 @@ def build_router(
 
     Args:
         manifest: Its manifest.
-        engine: Says whether it can answer.
         calibrations: The checkpoint's.
         served: Returns its hashes; may read all weights the first time.
     """
@@ -83,21 +73,6 @@ def build_router(
             "data": [policy.describe() for policy in caller.policies],
         }
         return Response(encode(answer), media_type="application/json")
-
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """Says that the process answers."""
-        return {"status": "alive"}
-
-    @router.get("/readyz")
-    async def readyz() -> Response:
-        """Says whether the engine can take requests."""
-        try:
-            await engine.check_health()
-        except Exception as error:  # noqa: BLE001  any failure of the engine means: not ready
-            told = f"the engine is not ready: {type(error).__name__}"
-            return failure(HTTPStatus.SERVICE_UNAVAILABLE, told).response()
-        return JSONResponse({"status": "ready"})
 
     return router
 

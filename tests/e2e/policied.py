@@ -20,7 +20,8 @@ from models.manifest import load_manifest
 from server.policies.credentials import generate_key, hash_key
 from tests.e2e.servers import Server, http_client, rheostat_server
 
-ACME, SHOP, SECRET, CLINIC, PRESS = (generate_key() for _ in range(5))
+ACME, SHOP, SECRET, CLINIC, PRESS, CROWD = (generate_key() for _ in range(6))
+CROWDS_MOST = 3
 FIXED_TEXT = "Please ask at the desk."
 GRADED_SENSITIVITY = 0.95
 # A floor of 60 nats refuses every prompt, so one answer would be one too many.
@@ -80,6 +81,10 @@ tenants:
   press:
     policies: [prefilled, free_text]
     keys: ["{hash_key(PRESS)}"]
+  crowd:
+    policies: [lab]
+    keys: ["{hash_key(CROWD)}"]
+    max_running: {CROWDS_MOST}
 gateway:
   tenant_header: X-Tenant
   secret_header: X-Gateway-Secret

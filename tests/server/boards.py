@@ -10,6 +10,7 @@ from server.dials.board import DialBoard
 from server.dials.calibrations import Calibrations
 from server.dials.protocol import DialOptions, RefusalOptions
 from server.policies.book import PolicyBook
+from server.web.admission import Admission
 from tests.server.manifests import MANIFEST
 
 HASHES = Hashes(weights="a" * 64, template="b" * 64, tokenizer="c" * 64)
@@ -51,6 +52,11 @@ def calibrations(*names: str) -> Calibrations:
 def board(defaults: DialOptions | None = None, *names: str) -> DialBoard:
     """Returns a board with the named calibrations loaded."""
     return DialBoard(MANIFEST, defaults or RefusalOptions(), calibrations(*names))
+
+
+def wide_admission() -> Admission:
+    """Returns an admission that nothing fills."""
+    return Admission(10**6)
 
 
 def everybody(defaults: DialOptions | None = None, *names: str) -> PolicyBook:

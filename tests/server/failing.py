@@ -19,7 +19,7 @@ from server.policies.book import PolicyBook
 from server.settings import Settings
 from server.web.middleware import RefusalMiddleware
 from server.web.validation import answer_failed
-from tests.server.boards import board
+from tests.server.boards import board, wide_admission
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
 
@@ -104,7 +104,12 @@ def failing_app() -> Starlette:
     settings = Settings(max_body_bytes=MOST_BODY_BYTES)
     callers = PolicyBook.for_everybody(board(), ["tenant"])
     layer = Middleware(
-        RefusalMiddleware, manifest=MANIFEST, settings=settings, guard=GUARD, callers=callers
+        RefusalMiddleware,
+        manifest=MANIFEST,
+        settings=settings,
+        guard=GUARD,
+        callers=callers,
+        admission=wide_admission(),
     )
     return Starlette(
         routes=[Route(CHAT, _Endpoint())],

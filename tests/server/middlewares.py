@@ -11,9 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.manifest import Manifest
 from server.context import DECISION_CONTEXT, Decision, DecisionContext
 from server.settings import Settings
+from server.web.admission import Admission
 from server.web.errors import Failure
 from server.web.middleware import Observer, RefusalMiddleware
-from tests.server.boards import everybody
+from tests.server.boards import everybody, wide_admission
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
 
@@ -31,12 +32,14 @@ def steering_app(
     *calibrations: str,
     observers: Sequence[Observer] = (),
     manifest: Manifest = MANIFEST,
+    admission: Admission | None = None,
 ) -> RefusalMiddleware:
     return RefusalMiddleware(
         app,
         manifest=manifest,
         settings=settings,
         callers=everybody(settings.defaults, *calibrations),
+        admission=admission or wide_admission(),
         guard=GUARD,
         observers=observers,
     )

@@ -19,7 +19,7 @@ from server.telemetry.trace import DecisionTrace
 from server.web.middleware import RefusalMiddleware
 from server.web.routes import build_router
 from server.web.score import SCORE, ScoreRoute, build_score_router
-from tests.server.boards import HASHES, calibrations
+from tests.server.boards import HASHES, calibrations, wide_admission
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
 from tests.server.policybooks import ACME_KEY, SHOP_KEY, TWO_TENANTS, book, headers
@@ -85,6 +85,7 @@ def refusal_middleware(
         manifest=MANIFEST,
         settings=Settings(),
         callers=policies,
+        admission=wide_admission(),
         guard=GUARD,
         trace=trace,
     )
@@ -381,7 +382,7 @@ def test_policy_without_reports_gives_no_scores(tmp_path: Path) -> None:
 
 def test_list_of_policies_is_the_callers_own(policies: PolicyBook) -> None:
     app = FastAPI()
-    app.include_router(build_router(MANIFEST, FakeServer(), calibrations(), lambda: HASHES))
+    app.include_router(build_router(MANIFEST, calibrations(), lambda: HASHES))
     layer = refusal_middleware(app, policies)
     path = "/v1/refusal/policies"
     body = call(layer, "GET", path, x_api_key=ACME_KEY).json()

@@ -17,7 +17,7 @@ from server.settings import Settings
 from server.telemetry.trace import DecisionTrace
 from server.web.access import ROUTES, Access
 from server.web.middleware import RefusalMiddleware
-from tests.server.boards import board
+from tests.server.boards import board, wide_admission
 from tests.server.guards import GUARD
 from tests.server.manifests import MANIFEST
 
@@ -58,7 +58,13 @@ def layer(
 ) -> RefusalMiddleware:
     known = callers(keys)
     return RefusalMiddleware(
-        inside, manifest=MANIFEST, settings=settings, guard=GUARD, callers=known, trace=trace
+        inside,
+        manifest=MANIFEST,
+        settings=settings,
+        guard=GUARD,
+        callers=known,
+        admission=wide_admission(),
+        trace=trace,
     )
 
 

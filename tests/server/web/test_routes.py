@@ -12,20 +12,9 @@ from tests.server.manifests import MANIFEST
 from tests.server.middlewares import steering_app
 
 
-class FakeEngine:
-    """An engine that is well, or fails with an error."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    async def check_health(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-
-def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
+def get(path: str, *names: str) -> httpx.Response:
     app = FastAPI()
-    app.include_router(build_router(MANIFEST, engine, calibrations(*names), lambda: HASHES))
+    app.include_router(build_router(MANIFEST, calibrations(*names), lambda: HASHES))
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(steering_app(app))
@@ -36,7 +25,7 @@ def get(path: str, engine: FakeEngine, *names: str) -> httpx.Response:
 
 
 def test_categories_are_listed_in_manifest_order() -> None:
-    answer = get("/v1/refusal/categories", FakeEngine())
+    answer = get("/v1/refusal/categories")
     assert answer.status_code == 200
     assert answer.json() == {
         "object": "list",
@@ -58,7 +47,7 @@ def test_categories_are_listed_in_manifest_order() -> None:
 
 
 def test_categories_say_on_demand_what_the_checkpoint_is() -> None:
-    answer = get("/v1/refusal/categories?hashes=true", FakeEngine())
+    answer = get("/v1/refusal/categories?hashes=true")
     assert answer.json()["hashes"] == HASHES.model_dump()
     assert len(answer.json()["data"]) == 2
 
@@ -72,7 +61,7 @@ def test_weights_are_read_by_one_request_at_a_time() -> None:
         return HASHES
 
     app = FastAPI()
-    app.include_router(build_router(MANIFEST, FakeEngine(), calibrations(), read))
+    app.include_router(build_router(MANIFEST, calibrations(), read))
 
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(steering_app(app))
@@ -80,7 +69,7 @@ def test_weights_are_read_by_one_request_at_a_time() -> None:
             path = "/v1/refusal/categories?hashes=true"
             asking = [asyncio.create_task(client.get(path)) for _ in range(5)]
             await asyncio.to_thread(begun.acquire)
-            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get("/v1/refusal/categories")).status_code == 200
             assert not begun.acquire(blocking=False)
             may_end.set()
             return await asyncio.gather(*asking)
@@ -89,7 +78,7 @@ def test_weights_are_read_by_one_request_at_a_time() -> None:
 
 
 def test_calibration_has_its_curves_and_says_what_it_is_bound_to() -> None:
-    answer = get("/v1/refusal/calibration", FakeEngine(), "tenant", "default")
+    answer = get("/v1/refusal/calibration", "tenant", "default")
     assert answer.status_code == 200
     body = answer.json()
     assert body["object"] == "refusal.calibration"
@@ -112,17 +101,17 @@ def test_calibration_has_its_curves_and_says_what_it_is_bound_to() -> None:
 
 
 def test_names_of_the_operators_data_files_stay_with_the_operator() -> None:
-    assert "secret-tenant" not in get("/v1/refusal/calibration", FakeEngine(), "default").text
+    assert "secret-tenant" not in get("/v1/refusal/calibration", "default").text
 
 
 def test_calibration_is_asked_for_by_name() -> None:
     path = "/v1/refusal/calibration?name=tenant"
-    assert get(path, FakeEngine(), "default", "tenant").json()["name"] == "tenant"
+    assert get(path, "default", "tenant").json()["name"] == "tenant"
 
 
 @pytest.mark.parametrize("name", ["elsewhere", "../default", "default.safetensors", ""])
 def test_unknown_calibration_is_not_found(name: str) -> None:
-    answer = get(f"/v1/refusal/calibration?name={name}", FakeEngine(), "default")
+    answer = get(f"/v1/refusal/calibration?name={name}", "default")
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert error["param"] == "name"
@@ -130,28 +119,6 @@ def test_unknown_calibration_is_not_found(name: str) -> None:
 
 
 def test_without_a_calibration_the_answer_is_the_command_that_makes_one() -> None:
-    answer = get("/v1/refusal/calibration", FakeEngine())
+    answer = get("/v1/refusal/calibration")
     assert answer.status_code == 404
     assert "rheostat calibrate --model" in answer.json()["error"]["message"]
-
-
-def test_ready_when_the_engine_is_well() -> None:
-    answer = get("/readyz", FakeEngine())
-    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
-
-
-@pytest.mark.parametrize("error", [RuntimeError("secret path /x"), TimeoutError()])
-def test_not_ready_when_the_engine_fails_and_says_no_more_than_the_kind(error: Exception) -> None:
-    answer = get("/readyz", FakeEngine(error))
-    assert answer.status_code == 503
-    assert answer.json()["error"] == {
-        "message": f"the engine is not ready: {type(error).__name__}",
-        "type": "server_error",
-        "param": None,
-        "code": "service_error",
-    }
-
-
-def test_alive_whatever_the_engine_does() -> None:
-    answer = get("/healthz", FakeEngine(RuntimeError("dead")))
-    assert (answer.status_code, answer.json()) == (200, {"status": "alive"})

@@ -1,0 +1,145 @@
+"""How many answers may be under way: in all, of one tenant, and none once the server drains."""
+
+import asyncio
+from typing import Any
+
+from models.errors import QueueFullError, RequestError, TenantFullError, UnavailableError
+from server.policies.book import Caller
+from server.settings import PREFIX
+from server.web.limits import number, prompts_in
+from server.web.score import AT_ONCE
+
+
+def answers_in(body: dict[str, Any]) -> int:
+    """Returns how many answers the engine works on at once for a body."""
+    inputs = body.get("inputs")
+    scored = min(len(inputs), AT_ONCE) if isinstance(inputs, list) else 1
+    return scored * max(1, number(body, "n"), number(body, "best_of")) * prompts_in(body)
+
+
+class Admission:
+    """Counts the answers under way, and says who may begin another. Nothing here waits.
+
+    Args:
+        capacity: How many answers the engine works on at once.
+        most_waiting: How many more may wait for it; None: as many again.
+
+    Attributes:
+        draining: Whether the server ends, and takes no more requests.
+        held: How many answers are under way.
+    """
+
+    def __init__(self, capacity: int, most_waiting: int | None = None) -> None:
+        self._capacity = capacity
+        self._most = capacity + (capacity if most_waiting is None else most_waiting)
+        self._tenants: dict[str | None, int] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+        self.held = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many answers wait for the engine."""
+        return max(0, self.held - self._capacity)
+
+    def drain(self) -> None:
+        """Takes no more requests from here on."""
+        self.draining = True
+
+    async def idle(self) -> None:
+        """Waits until no answer is under way."""
+        await self._idle.wait()
+
+    def check(self, caller: Caller, *, generates: bool) -> None:
+        """Checks whether a request may come in now.
+
+        Args:
+            caller: Who sends it.
+            generates: Whether the engine works on it.
+
+        Raises:
+            UnavailableError: The server drains or is full, or the caller has enough under way.
+        """
+        if self.draining:
+            raise UnavailableError("the server is ending: send the request again")
+        if not generates:
+            return
+        if self.held >= self._most:
+            raise QueueFullError(
+                f"{self.held} answers are under way, and at most {self._most} may be "
+                f"({PREFIX}MAX_WAITING): send the request again later"
+            )
+        self.check_tenant(caller, 1)
+
+    def check_tenant(self, caller: Caller, answers: int) -> None:
+        """Checks whether a caller may have more answers under way.
+
+        Raises:
+            UnavailableError: They are too many beside its others.
+        """
+        most, held = caller.max_running, self._tenants.get(caller.tenant, 0)
+        if most is not None and held + answers > most:
+            raise TenantFullError(
+                f"{held} answers of this tenant are under way, and at most {most} may be "
+                "(max_running): send the request again later"
+            )
+
+    def enter(self, caller: Caller) -> "Place":
+        """Counts a request as one answer, until it leaves its place.
+
+        Raises:
+            UnavailableError: As of ``check``.
+        """
+        self.check(caller, generates=True)
+        return Place(self, caller)
+
+    def add(self, caller: Caller, answers: int) -> None:
+        """Counts a caller's answers; fewer than 0 are under way no more."""
+        self.held += answers
+        held = self._tenants.pop(caller.tenant, 0) + answers
+        if held:  # only those stay who have something under way
+            self._tenants[caller.tenant] = held
+        if self.held:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+
+class Place:
+    """What one request counts for.
+
+    Args:
+        admission: Where it counts.
+        caller: Whose request it is.
+    """
+
+    def __init__(self, admission: Admission, caller: Caller) -> None:
+        self._admission = admission
+        self._caller = caller
+        self._answers = 1
+        admission.add(caller, 1)
+
+    def widen(self, answers: int) -> None:
+        """Counts all answers that the request asks for, once they are known.
+
+        Raises:
+            RequestError: They alone are more than the caller may ever have under way.
+            UnavailableError: They are more than the caller may have now.
+        """
+        most = self._caller.max_running
+        if most is not None and answers > most:
+            raise RequestError(
+                f"the request asks for {answers} answers at once, and at most {most} of this "
+                "tenant may be under way (max_running): lower n, or send fewer prompts",
+                param="n",
+            )
+        more = answers - self._answers
+        self._admission.check_tenant(self._caller, more)
+        self._admission.add(self._caller, more)
+        self._answers = answers
+
+    def leave(self) -> None:
+        """Counts the request no more."""
+        self._admission.add(self._caller, -self._answers)
+        self._answers = 0
