@@ -191,6 +191,11 @@ def test_ray_needs_another_platform_than_a_cpu() -> None:
     assert CpuPlatform.ray_device_key == ""
 
 
+@pytest.mark.parametrize(("flags", "seconds"), [([], 30), (["--shutdown-timeout", "0"], 0)])
+def test_server_drains_unless_told_otherwise(flags: list[str], seconds: int) -> None:
+    assert parse_flags(["--model", "somewhere", *flags]).shutdown_timeout == seconds
+
+
 def test_flags_of_vllm_are_kept() -> None:
     args = parse_flags(["--model", "somewhere", "--port", "7", "--tensor-parallel-size", "2"])
     assert (args.model, args.port, args.tensor_parallel_size) == ("somewhere", 7, 2)

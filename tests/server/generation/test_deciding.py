@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from models.controls import EXTRA_ARGS_KEY, Controls, Rule
-from models.errors import RequestError
+from models.errors import RequestError, ServiceError
 from models.histogram import load_margins
 from server.context import Decision, DecisionContext
 from server.dials.board import Resolution
@@ -52,6 +52,18 @@ def assert_all_rows_are_free(engine: FakeEngine) -> None:
             await engine.margin_board.take()
 
     asyncio.run(asyncio.wait_for(take_all(), timeout=30))
+
+
+def test_engine_that_opens_an_answer_with_no_control_token_is_not_believed() -> None:
+    engine = FakeEngine()
+    engine.opens_with = TEXT
+    context = DecisionContext(AS_TRAINED)
+    with pytest.raises(ServiceError, match="is it steered"):
+        collected(called(engine, context))
+    assert context.failure is not None
+    assert context.failure.status == 500
+    with pytest.raises(ServiceError):
+        asyncio.run(decision_of(called(engine, DecisionContext(AS_TRAINED)), PROMPT))
 
 
 def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:

@@ -4,11 +4,13 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
+from starlette.types import Message, Receive, Scope, Send
 
 from models.errors import RequestError, UnavailableError
 from server.policies.book import Caller
 from server.web.admission import Admission, answers_in
-from tests.server.middlewares import CHAT, USER, FakeServer, steering_app
+from tests.server.middlewares import CHAT, USER, FakeServer, scope_of, steering_app
 
 ANYBODY = Caller(None, ())
 BODY = {"messages": [USER]}
@@ -144,6 +146,36 @@ def test_place_is_left_however_a_request_ends(server: FakeServer, content: bytes
     for _ in range(3):
         assert post(server, admission, content).status_code != 429
         assert admission.held == 0
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_client_that_goes_leaves_its_place_and_counts_as_gone(after: int) -> None:
+    """It goes before its answer begins, or within."""
+    admission = Admission(5)
+    asked = iter([{"type": "http.request", "body": b'{"messages": []}'}])
+
+    async def receive() -> Message:
+        return next(asked, {"type": "http.disconnect"})
+
+    async def send(_: Message) -> None:
+        pass
+
+    async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        parts = [{"type": "http.response.start", "status": 200, "headers": []}]
+        for part in parts[:after]:
+            await send(part)
+        assert admission.held == 1
+        assert (await receive())["type"] == "http.disconnect"
+
+    before = requests(499)
+    asyncio.run(steering_app(inside, admission=admission)(scope_of(CHAT), receive, send))
+    assert (admission.held, requests(499) - before) == (0, 1)
+
+
+def requests(status: int) -> float:
+    labels = {"route": CHAT, "status": str(status)}
+    return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0.0
 
 
 def test_full_server_reads_no_body_and_says_when_to_come_again() -> None:
