@@ -120,10 +120,8 @@ _REQUESTS = (
 # vLLM's middleware that stays around our layer, so that pages can read our errors as well.
 ADDS_HEADERS = (CORSMiddleware, XRequestIdMiddleware)
 ENDED = "the engine ended before the answer was complete: send the request again"
-# How long what is in flight may take at the end, unless --shutdown-timeout says otherwise.
-DRAIN_S = 30
-# How long an engine without work may take to end.
-RELEASE_S = 5
+DRAIN_S = 30  # for what is in flight at the end, unless --shutdown-timeout says otherwise
+RELEASE_S = 5  # for an engine without work to end
 
 
 class SteeredLLM(AsyncLLM):
@@ -372,7 +370,8 @@ async def _serve(
 
 def _capacity(config: VllmConfig) -> int:
     """Returns how many answers the engines work on at once."""
-    engines = config.parallel_config.data_parallel_size
+    of = config.parallel_config
+    engines = of.data_parallel_size_local if of.local_engines_only else of.data_parallel_size
     return int(config.scheduler_config.max_num_seqs * engines)
 
 

@@ -25,6 +25,7 @@ class Settings(BaseSettings):
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
         head_timeout_s: How long a request's address and headers may take to come.
         body_timeout_s: How long its body may take.
+        send_timeout_s: How long a client may take nothing of its answer.
         idle_timeout_s: How long a connection stays open between two requests.
         max_url_bytes: Longest address, its query included.
         max_headers: Most headers of a request.
@@ -70,6 +71,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     head_timeout_s: float = Field(default=15, gt=0, allow_inf_nan=False)
     body_timeout_s: float = Field(default=60, gt=0, allow_inf_nan=False)
+    send_timeout_s: float = Field(default=60, gt=0, allow_inf_nan=False)
     idle_timeout_s: float = Field(default=75, gt=0, allow_inf_nan=False)
     max_url_bytes: int = Field(default=8 * 2**10, ge=256)
     max_headers: int = Field(default=100, ge=16)

@@ -36,6 +36,7 @@ def connection_options(settings: Settings) -> dict[str, Any]:
             BoundedConnection,
             head_timeout_s=settings.head_timeout_s,
             body_timeout_s=settings.body_timeout_s,
+            send_timeout_s=settings.send_timeout_s,
         ),
         "timeout_keep_alive": settings.idle_timeout_s,
         # By then the engine has ended; a client that does not read would hold the process.
@@ -56,6 +57,7 @@ class BoundedConnection(HttpToolsProtocol):
     Args:
         head_timeout_s: For the whole head, from its first byte or from the connection's start.
         body_timeout_s: For the whole body, from its request's start.
+        send_timeout_s: For the client to take what waits to be sent.
     """
 
     _in_head = True
@@ -63,13 +65,20 @@ class BoundedConnection(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     # One for all requests of a connection: one of its own would cost a request more than its head.
     _body_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
     _exchange: "_Exchange"
     _body_until_s = 0.0
 
     def __init__(
-        self, *args: Any, head_timeout_s: float, body_timeout_s: float, **options: Any
+        self,
+        *args: Any,
+        head_timeout_s: float,
+        body_timeout_s: float,
+        send_timeout_s: float,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        self._send_timeout_s = send_timeout_s
         self._head_timeout_s = head_timeout_s
         self._body_timeout_s = body_timeout_s
 
@@ -81,9 +90,21 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits no longer."""
         self._stop_waiting()
-        if self._body_timer is not None:
-            self._body_timer.cancel()
+        for timer in (self._body_timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Waits for a client that takes nothing of its answer, which holds a place meanwhile."""
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(self._send_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Waits no longer."""
+        super().resume_writing()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Takes what came in."""

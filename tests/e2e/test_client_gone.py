@@ -14,6 +14,7 @@ LEAVES_WITHIN_S = 2.0
 MOST = 128
 WIDE: dict[str, Any] = {"n": MOST}
 GONE = 'rheostat_requests_total{route="%s",status="499"}'
+SPENT = "vllm:prompt_tokens_total"
 QUESTION = "Tell me about rivers, please. " * 20
 SCORED = {"inputs": [{"messages": [{"role": "user", "content": QUESTION}]}] * 1024}
 PROMPTS = {"model": "demo", "prompt": ["Hello"] * MOST, "max_tokens": 400, "ignore_eos": True}
@@ -35,12 +36,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
         long_chat(400, **WIDE, repetition_penalty=1.1, stream=True),
         MOST,
     ),
-    "beams": (CHAT, long_chat(400, n=16, use_beam_search=True, temperature=0), 16),
     "prompts": ("/v1/completions", PROMPTS, MOST),
     "prompts, streamed": ("/v1/completions", {**PROMPTS, "stream": True}, MOST),
     "batch": ("/v1/chat/completions/batch", BATCH, MOST),
     "invocations": ("/invocations", long_chat(400, **WIDE), MOST),
-    "score": ("/v1/refusal/score", SCORED, 1),
     "responses": ("/v1/responses", {"model": "demo", **SAID["/v1/responses"]}, 1),
     "messages": ("/v1/messages", {**SAID["/v1/messages"], "stream": True}, 1),
 }
@@ -63,6 +62,39 @@ def test_work_leaves_the_engine_with_its_client(server: Server, kind: str) -> No
 
     asyncio.run(leave())
     until(lambda: server.metric(GONE % path) == gone + 1)
+
+
+# Their requests of one token each are in the engine too shortly to be seen there.
+STEPS = {
+    "score": ("/v1/refusal/score", SCORED),
+    "beams": (CHAT, long_chat(400, n=16, use_beam_search=True, temperature=0)),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_work_in_many_steps_ends_with_its_client(server: Server, kind: str) -> None:
+    path, body = STEPS[kind]
+    gone, spent = server.metric(GONE % path), server.metric(SPENT)
+
+    async def leave() -> None:
+        async with http_of(server) as client:
+            asked = asyncio.create_task(client.post(path, json=body))
+            await asyncio.to_thread(until, lambda: server.metric(SPENT) > spent)
+            assert not asked.done()
+            await cancelled(asked)
+
+    asyncio.run(leave())
+    until(lambda: server.metric(GONE % path) == gone + 1)
+    left_s = time.monotonic()
+    until(lambda: not grows(server))
+    assert time.monotonic() - left_s < LEAVES_WITHIN_S
+
+
+def grows(server: Server) -> bool:
+    """Returns whether the engine reads more tokens within a while."""
+    spent = server.metric(SPENT)
+    time.sleep(0.3)
+    return server.metric(SPENT) > spent
 
 
 def test_client_leaves_while_its_decision_waits_in_the_queue(server: Server) -> None:

@@ -21,7 +21,7 @@ from tests.e2e.traffic import (
 )
 
 MOST_CHOICES = 128
-TOKENS = 24
+TOKENS = 200
 ALWAYS_ANSWER = ("/healthz", "/livez", "/startupz", "/readyz", "/health", "/metrics", "/version")
 REFUSED = 'rheostat_requests_total{route="/v1/chat/completions",status="429"}'
 GIVEN = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
@@ -30,44 +30,32 @@ GIVEN = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
 def test_full_server_turns_new_requests_away_and_answers_what_it_took(server: Server) -> None:
     before = [server.metric(name) for name in (GIVEN, REFUSED)]
 
-    async def fill() -> tuple[Counter[str], Counter[str], list[int]]:
+    async def fill() -> tuple[Counter[str], Counter[str], list[httpx.Response]]:
         async with http_of(server) as client:
-            # One body each: they come one after the other, and the last of them find it full.
             wide = [long_chat(TOKENS, n=MOST_CHOICES, stream=i % 2 == 0) for i in range(16)]
             filling = asyncio.create_task(outcomes_of(client, wide))
             await under_way(server, 2 * MOST_CHOICES)
+            # Its body would take long to come, and is not waited for.
+            large = client.post(CHAT, content=b"{" + b" " * 3_000_000)
             probes = [client.get(path, headers=OPERATOR) for path in ALWAYS_ANSWER]
-            statuses = [answer.status_code for answer in await asyncio.gather(*probes)]
+            answers = await asyncio.gather(large, *probes)
             late = await outcomes_of(client, [long_chat(1)] * 40)
-            return await filling, late, statuses
+            return await filling, late, answers
 
-    took, late, statuses = asyncio.run(fill())
-    assert statuses == [200] * len(ALWAYS_ANSWER)
+    took, late, (large, *probes) = asyncio.run(fill())
+    assert [probe.status_code for probe in probes] == [200] * len(ALWAYS_ANSWER)
+    error = large.json()["error"]
+    assert (large.status_code, large.headers["retry-after"]) == (429, "1")
+    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
     assert took[ANSWERED] + took[TURNED_AWAY] == 16
     assert took[ANSWERED] >= 2
     assert late == {TURNED_AWAY: 40}
     given, refused = (
         server.metric(name) - was for name, was in zip((GIVEN, REFUSED), before, strict=True)
     )
-    assert (given, refused) == (took[ANSWERED], took[TURNED_AWAY] + 40)
+    assert (given, refused) == (took[ANSWERED], took[TURNED_AWAY] + 41)
     assert in_engine(server) == 0
     assert server.http.post(CHAT, json=long_chat(1)).status_code == 200
-
-
-def test_body_of_a_full_servers_client_is_not_read(server: Server) -> None:
-    async def fill() -> httpx.Response:
-        async with http_of(server) as client:
-            wide = [long_chat(TOKENS, n=MOST_CHOICES)] * 8
-            filling = asyncio.create_task(outcomes_of(client, wide))
-            await under_way(server, 2 * MOST_CHOICES)
-            answer = await client.post(CHAT, content=b"{" + b" " * 3_000_000)
-            await filling
-            return answer
-
-    answer = asyncio.run(fill())
-    error = answer.json()["error"]
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-    assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
 
 
 def test_tenant_with_enough_under_way_waits_and_others_do_not(policied: Policied) -> None:

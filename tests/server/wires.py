@@ -19,12 +19,14 @@ def listening(
     head_timeout_s: float = 30,
     idle_timeout_s: float = 30,
     body_timeout_s: float = 30,
+    send_timeout_s: float = 30,
 ) -> Iterator[int]:
     """Serves an app as server/engine.py does, and gives its port."""
     settings = Settings(
         head_timeout_s=head_timeout_s,
         idle_timeout_s=idle_timeout_s,
         body_timeout_s=body_timeout_s,
+        send_timeout_s=send_timeout_s,
     )
     options = connection_options(settings)
     config = uvicorn.Config(app, lifespan="off", log_level="critical", **options)

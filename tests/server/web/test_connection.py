@@ -1,5 +1,6 @@
 import asyncio
 import socket
+import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
 
@@ -263,3 +264,20 @@ def test_body_that_is_no_http_stands_in_no_other_answer() -> None:
                     received += connection.recv(65536)
                 connection.sendall(b"no size\r\n")
                 assert b"HTTP/1.1" not in until_closed(connection)
+
+
+def test_client_that_takes_nothing_of_its_answer_is_not_waited_for() -> None:
+    ended = threading.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await receive()
+        gone = asyncio.create_task(receive())
+        while not gone.done():
+            await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+            await asyncio.sleep(0)
+        ended.set()
+
+    with listening(endless, send_timeout_s=SOON_S) as port, connect(port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert ended.wait(30)
