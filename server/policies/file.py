@@ -59,6 +59,7 @@ def _texts(value: Any) -> Any:
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 HeaderName = Annotated[str, AfterValidator(_free_header)]
 HeaderValue = Annotated[str, StringConstraints(pattern=r"^[!-~]([ -~]{0,126}[!-~])?$")]
+Most = Annotated[int, Field(ge=1, strict=True)]
 Keys = Annotated[tuple[KeyEntry, ...], AfterValidator(_distinct_keys)]
 
 
@@ -123,7 +124,7 @@ class TenantEntry(_Strict):
     policies: Annotated[tuple[Name, ...], Field(min_length=1), AfterValidator(_distinct)]
     keys: Keys = ()
     header: HeaderValue | None = None
-    max_running: Annotated[int, Field(ge=1, strict=True)] | None = None
+    max_running: Most | None = None
 
 
 class GatewayEntry(_Strict):
@@ -149,6 +150,7 @@ class PolicyFile(_Strict):
         tenants: By name.
         gateway: None trusts no header.
         anonymous: The policy of callers who are no tenant; None answers them 401.
+        anonymous_max_running: How many of their answers may be under way at once, together.
     """
 
     version: Literal[1] = 1
@@ -156,6 +158,7 @@ class PolicyFile(_Strict):
     tenants: dict[TenantName, TenantEntry] = {}
     gateway: GatewayEntry | None = None
     anonymous: Name | None = None
+    anonymous_max_running: Most | None = None
 
 
 class ReadPolicies(NamedTuple):
@@ -219,6 +222,8 @@ def _contradictions(file: PolicyFile) -> Iterator[Problem]:
         yield Problem(("gateway", "secret_header"), "must be another header than tenant_header")
     if not file.tenants and file.anonymous is None:
         yield Problem(("anonymous",), "without tenants nobody could call: name a policy")
+    if file.anonymous is None and file.anonymous_max_running is not None:
+        yield Problem(("anonymous_max_running",), "without `anonymous` such callers are 401")
     for name, policy in file.policies.items():
         for problem in _policy_contradictions(policy):
             yield Problem(("policies", name, *problem.path), problem.message)

@@ -83,7 +83,9 @@ def _book(file: PolicyFile, policies: Mapping[str, ActivePolicy]) -> PolicyBook:
             for name, tenant in file.tenants.items()
             for key in tenant.keys
         },
-        Caller(None, (policies[file.anonymous],)) if file.anonymous else None,
+        Caller(None, (policies[file.anonymous],), file.anonymous_max_running)
+        if file.anonymous
+        else None,
         file.gateway,
         {t.header: callers[name] for name, t in file.tenants.items() if t.header is not None},
     )

@@ -6,8 +6,9 @@ import pytest
 from models.controls import bias_of_sensitivity
 from server.dials.protocol import parse_options
 from server.policies.book import ActivePolicy
+from server.policies.credentials import hash_key
 from server.policies.source import FileError
-from tests.server.policybooks import book
+from tests.server.policybooks import book, headers
 
 INF = math.inf
 
@@ -215,3 +216,17 @@ def test_problems_of_all_policies_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileError) as caught:
         book(tmp_path, text)
     assert len(caught.value.problems) == 2
+
+
+def test_callers_know_how_much_they_may_have_under_way(tmp_path: Path) -> None:
+    text = f"""\
+policies: {{p: {{}}}}
+tenants:
+  a: {{policies: [p], keys: ["{hash_key("a")}"], max_running: 3}}
+  b: {{policies: [p], keys: ["{hash_key("b")}"]}}
+anonymous: p
+anonymous_max_running: 5
+"""
+    known = book(tmp_path, text)
+    most = [known.caller(headers(x_api_key=key)).max_running for key in ("a", "b", "c")]
+    assert most == [3, None, 5]
