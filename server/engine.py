@@ -430,8 +430,9 @@ async def _serve_http(
     """
 
     async def end() -> None:
-        if service.admission.held:  # it fails now, and is answered
+        if service.admission.held:  # it fails now, and is answered; vLLM would leave it waiting
             await asyncio.to_thread(engine.shutdown, timeout=0)
+            engine.output_processor.propagate_error(EngineDeadError())
         app.state.server.should_exit = True
 
     options = http_options(args, service.settings, get_uvicorn_log_config(args))

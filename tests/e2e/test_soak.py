@@ -19,10 +19,19 @@ import pytest
 from server.policies.credentials import generate_key, hash_key
 from tests.e2e.servers import Server, rheostat_server, until
 from tests.e2e.soak import SCORE, Counts, Load, Memory
-from tests.e2e.traffic import CHAT, http_of, in_engine, long_chat, under_way
+from tests.e2e.traffic import (
+    CHAT,
+    FAILED,
+    http_of,
+    in_engine,
+    long_chat,
+    outcomes_of,
+    under_way,
+)
 
 SOAK_S = float(os.environ.get("SOAK_S", "20"))
 KEY = generate_key()
+MOST = 128
 FILE = f"""\
 policies: {{open: {{}}, left: {{}}}}
 tenants:
@@ -121,22 +130,19 @@ def report(counts: Counts, memory: Memory) -> None:
 def test_second_signal_ends_the_server_at_once(soaked: Server) -> None:
     children = psutil.Process(soaked.process.pid).children(recursive=True)
 
-    async def hurry() -> None:
+    async def hurry() -> Counter[str]:
         async with http_of(soaked, authorization=f"Bearer {KEY}") as client:
-            body = {**long_chat(480, n=128), "refusal": {}}
-            asked = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(2)]
-            await under_way(soaked, 2 * 128)
+            wide = [{**long_chat(480, n=MOST), "refusal": {}, "stream": on} for on in (False, True)]
+            asked = asyncio.create_task(outcomes_of(client, wide))
+            await under_way(soaked, 2 * MOST)
             soaked.process.send_signal(signal.SIGTERM)
             while (await client.get("/readyz")).status_code == 200:
                 pass
+            assert not asked.done()
             soaked.process.send_signal(signal.SIGTERM)
-            await asyncio.wait(asked, timeout=30)
-            assert not any(
-                one.done() and not one.exception() and one.result().status_code == 200
-                for one in asked
-            )
+            return await asked
 
-    asyncio.run(hurry())
+    assert asyncio.run(hurry()) == {FAILED: 2}
     assert soaked.process.wait(timeout=10) == 0
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
