@@ -272,7 +272,7 @@ def test_client_that_takes_nothing_of_its_answer_is_not_waited_for() -> None:
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await receive()
-        gone = asyncio.create_task(receive())
+        gone = asyncio.ensure_future(receive())
         while not gone.done():
             await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
             await asyncio.sleep(0)
