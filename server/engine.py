@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from http import HTTPStatus
@@ -105,7 +105,12 @@ from server.web.admission import Admission
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import stop_at_first_error
-from server.workers.config import additional, put_into_flags, steer_workers
+from server.workers.config import (
+    additional,
+    answers_at_once,
+    put_into_flags,
+    steer_workers,
+)
 from server.workers.handshake import shake_hands
 
 # The bodies of the routes that tenants may send to.
@@ -209,11 +214,7 @@ class SteeredLLM(AsyncLLM):
             raise UnavailableError(ENDED) from error
 
     async def decide_once(self) -> None:
-        """Makes one decision, to see that the engine can.
-
-        Raises:
-            RheostatError: It cannot.
-        """
+        """Makes one decision; raises what keeps the engine from it."""
         prompt = {"type": "token", "prompt_token_ids": self.opening or [0]}
         await self.decide(prompt, DecisionContext(self.unsteered()))
 
@@ -334,7 +335,7 @@ async def _serve(
         manifest,
         settings,
         policies,
-        Admission(_capacity(config), settings.max_waiting),
+        Admission(answers_at_once(config), settings.max_waiting),
         # Before the engine is made: its renderer encodes with copies of this tokenizer.
         build_guard(tokenizer, manifest, config.model_config.max_model_len),
         open_trace(manifest, settings, _REQUESTS),
@@ -358,21 +359,11 @@ async def _serve(
             policies.watching(),
             listening(MetricsApp(app, service.metrics), scraped, settings),
         ):
-            shutdown = await _serve_http(app, args, sock, service, engine)
+            await _serve_http(app, args, sock, service, engine)
     finally:
         engine.shutdown(timeout=RELEASE_S)
         engine.margin_board.close()
-    try:
-        await shutdown
-    finally:
         sock.close()
-
-
-def _capacity(config: VllmConfig) -> int:
-    """Returns how many answers the engines work on at once."""
-    of = config.parallel_config
-    engines = of.data_parallel_size_local if of.local_engines_only else of.data_parallel_size
-    return int(config.scheduler_config.max_num_seqs * engines)
 
 
 def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
@@ -422,8 +413,8 @@ async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI
 
 async def _serve_http(
     app: FastAPI, args: Namespace, sock: socket.socket, service: Service, engine: SteeredLLM
-) -> Coroutine[Any, Any, None]:
-    """Serves until a signal or the engine's end; returns the rest of the shutdown.
+) -> None:
+    """Serves until a signal or the engine's end.
 
     Raises:
         ServiceError: The engine has ended by itself.
@@ -439,7 +430,6 @@ async def _serve_http(
     serving = asyncio.create_task(serve_http(app, sock=sock, **options))
     await asyncio.sleep(0)  # vLLM's own handlers of signals are in place, which do not drain
     async with ending_on_signal(service.admission, args.shutdown_timeout, end):
-        shutdown: Coroutine[Any, Any, None] = await serving
+        await (await serving)
     if engine.errored and not service.admission.draining:
         raise ServiceError("the engine has ended by itself; vLLM's log above says why")
-    return shutdown

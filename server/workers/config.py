@@ -51,6 +51,13 @@ def additional(config: "VllmConfig") -> dict[str, Any]:
     return config.additional_config
 
 
+def answers_at_once(config: "VllmConfig") -> int:
+    """Returns how many answers this server's engines work on at once."""
+    of = config.parallel_config
+    engines = of.data_parallel_size_local if of.local_engines_only else of.data_parallel_size
+    return int(config.scheduler_config.max_num_seqs * engines)
+
+
 def _ending_ids(model: "ModelConfig") -> set[int | None]:
     # What ends an answer is never masked, even if it opens a turn.
     ends = model.try_get_generation_config().get("eos_token_id")
