@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 
 from tests.e2e.servers import Server, until
-from tests.e2e.traffic import CHAT, cancelled, http_of, in_engine, long_chat, under_way
+from tests.e2e.traffic import (
+    CHAT,
+    cancelled,
+    http_of,
+    in_engine,
+    long_chat,
+    requests_metric,
+    under_way,
+)
 
 # One, on a machine that has nothing else to do; what is asked for takes several times as long.
 LEAVES_WITHIN_S = 2.0
 MOST = 128
 WIDE: dict[str, Any] = {"n": MOST}
-GONE = 'rheostat_requests_total{route="%s",status="499"}'
 SPENT = "vllm:prompt_tokens_total"
 QUESTION = "Tell me about rivers, please. " * 20
 SCORED = {"inputs": [{"messages": [{"role": "user", "content": QUESTION}]}] * 1024}
@@ -48,7 +55,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_work_leaves_the_engine_with_its_client(server: Server, kind: str) -> None:
     path, body, answers = REQUESTS[kind]
-    gone = server.metric(GONE % path)
+    gone = server.metric(requests_metric(path, 499))
 
     async def leave() -> float:
         async with http_of(server) as client:
@@ -61,7 +68,7 @@ def test_work_leaves_the_engine_with_its_client(server: Server, kind: str) -> No
             return time.monotonic() - left_s
 
     asyncio.run(leave())
-    until(lambda: server.metric(GONE % path) == gone + 1)
+    until(lambda: server.metric(requests_metric(path, 499)) == gone + 1)
 
 
 # Their requests of one token each are in the engine too shortly to be seen there.
@@ -74,7 +81,7 @@ STEPS = {
 @pytest.mark.parametrize("kind", STEPS)
 def test_work_in_many_steps_ends_with_its_client(server: Server, kind: str) -> None:
     path, body = STEPS[kind]
-    gone, spent = server.metric(GONE % path), server.metric(SPENT)
+    gone, spent = server.metric(requests_metric(path, 499)), server.metric(SPENT)
 
     async def leave() -> None:
         async with http_of(server) as client:
@@ -84,7 +91,7 @@ def test_work_in_many_steps_ends_with_its_client(server: Server, kind: str) -> N
             await cancelled(asked)
 
     asyncio.run(leave())
-    until(lambda: server.metric(GONE % path) == gone + 1)
+    until(lambda: server.metric(requests_metric(path, 499)) == gone + 1)
     left_s = time.monotonic()
     until(lambda: not grows(server))
     assert time.monotonic() - left_s < LEAVES_WITHIN_S

@@ -17,14 +17,15 @@ from tests.e2e.traffic import (
     long_chat,
     outcome_of,
     outcomes_of,
+    requests_metric,
     under_way,
 )
 
 MOST_CHOICES = 128
 TOKENS = 200
 ALWAYS_ANSWER = ("/healthz", "/livez", "/startupz", "/readyz", "/health", "/metrics", "/version")
-REFUSED = 'rheostat_requests_total{route="/v1/chat/completions",status="429"}'
-GIVEN = 'rheostat_requests_total{route="/v1/chat/completions",status="200"}'
+REFUSED = requests_metric(CHAT, 429)
+GIVEN = requests_metric(CHAT, 200)
 
 
 def test_full_server_turns_new_requests_away_and_answers_what_it_took(server: Server) -> None:

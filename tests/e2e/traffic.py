@@ -16,6 +16,11 @@ ANSWERED, TURNED_AWAY, FAILED, LOST = "answered", "turned away", "failed", "lost
 ENDS = {"stop", "length", "tool_calls"}
 
 
+def requests_metric(route: str, status: int) -> str:
+    """Returns how the line of the requests with a status begins."""
+    return f'rheostat_requests_total{{model_name="demo",route="{route}",status="{status}"}}'
+
+
 def long_chat(tokens: int, **fields: Any) -> dict[str, Any]:
     """Returns a body whose answers have so many tokens."""
     question = {"role": "user", "content": "Tell me about rivers."}

@@ -174,7 +174,7 @@ def test_client_that_goes_leaves_its_place_and_counts_as_gone(after: int) -> Non
 
 
 def requests(status: int) -> float:
-    labels = {"route": CHAT, "status": str(status)}
+    labels = {"model_name": "", "route": CHAT, "status": str(status)}
     return REGISTRY.get_sample_value("rheostat_requests_total", labels) or 0.0
 
 
