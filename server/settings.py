@@ -21,7 +21,7 @@ class Settings(BaseSettings):
     Attributes:
         defaults: The dials and the rule of requests that bring none, as a ``refusal`` object.
         max_waiting: How many answers may wait for the engine beside those that it works on; a
-            request beyond is answered with 429. None: as many as it works on at once.
+            request beyond is answered with 429. None: three times as many as it works on.
         max_body_bytes: Largest request body that is read; a larger one is answered with 413.
         head_timeout_s: How long a request's address and headers may take to come.
         body_timeout_s: How long its body may take.

@@ -10,6 +10,10 @@ from server.web.limits import number, prompts_in
 from server.web.score import AT_ONCE
 
 
+# So many rounds of answers may wait, unless the operator says otherwise.
+WAITING = 3
+
+
 def answers_in(body: dict[str, Any]) -> int:
     """Returns how many answers the engine works on at once for a body."""
     inputs = body.get("inputs")
@@ -22,7 +26,7 @@ class Admission:
 
     Args:
         capacity: How many answers the engine works on at once.
-        most_waiting: How many more may wait for it; None: as many again.
+        most_waiting: How many more may wait for it; None: three times as many.
 
     Attributes:
         draining: Whether the server ends, and takes no more requests.
@@ -31,7 +35,7 @@ class Admission:
 
     def __init__(self, capacity: int, most_waiting: int | None = None) -> None:
         self._capacity = capacity
-        self._most = capacity + (capacity if most_waiting is None else most_waiting)
+        self._most = capacity + (WAITING * capacity if most_waiting is None else most_waiting)
         self._tenants: dict[str | None, int] = {}
         self._idle = asyncio.Event()
         self._idle.set()

@@ -23,7 +23,7 @@ BODY: dict[str, Any] = {"model": "demo", "messages": [QUESTION], "max_tokens": 2
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 # Much longer than the client stays.
-LEFT = {**BODY, "n": 64, "max_tokens": 400, "ignore_eos": True, "refusal": {"policy": "left"}}
+LEFT = {**BODY, "n": 16, "max_tokens": 400, "ignore_eos": True, "refusal": {"policy": "left"}}
 MALFORMED: list[tuple[bytes | dict[str, Any], int]] = [
     (b"{", 400),
     ({**BODY, "temperature": -1}, 400),
