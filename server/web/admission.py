@@ -9,7 +9,6 @@ from server.settings import PREFIX
 from server.web.limits import number, prompts_in
 from server.web.score import AT_ONCE
 
-
 # So many rounds of answers may wait, unless the operator says otherwise.
 WAITING = 3
 
