@@ -25,15 +25,8 @@ SPENT = "vllm:prompt_tokens_total"
 QUESTION = "Tell me about rivers, please. " * 20
 SCORED = {"inputs": [{"messages": [{"role": "user", "content": QUESTION}]}] * 1024}
 PROMPTS = {"model": "demo", "prompt": ["Hello"] * MOST, "max_tokens": 400, "ignore_eos": True}
-BATCH = {
-    **long_chat(400, **WIDE),
-    "messages": [[{"role": "user", "content": "Hello"}]] * 16,
-    "n": 8,
-}
-SAID = {
-    "/v1/responses": {"input": "Hello", "max_output_tokens": 480},
-    "/v1/messages": long_chat(480),
-}
+RESPONSE = {"model": "demo", "input": "Hello", "max_output_tokens": 480, "ignore_eos": True}
+# The other routes do not take `ignore_eos`, and end too soon.
 REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "plain": (CHAT, long_chat(400, **WIDE), MOST),
     "streamed": (CHAT, long_chat(400, **WIDE, stream=True), MOST),
@@ -45,10 +38,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "prompts": ("/v1/completions", PROMPTS, MOST),
     "prompts, streamed": ("/v1/completions", {**PROMPTS, "stream": True}, MOST),
-    "batch": ("/v1/chat/completions/batch", BATCH, MOST),
     "invocations": ("/invocations", long_chat(400, **WIDE), MOST),
-    "responses": ("/v1/responses", {"model": "demo", **SAID["/v1/responses"]}, 1),
-    "messages": ("/v1/messages", {**SAID["/v1/messages"], "stream": True}, 1),
+    "responses": ("/v1/responses", RESPONSE, 1),
 }
 
 

@@ -80,9 +80,10 @@ def _reasons(answer: Mapping[str, Any]) -> Iterator[str | None]:
 
 
 async def under_way(server: Server, least: int) -> None:
-    """Waits until the engine works on so many answers."""
-    while await asyncio.to_thread(in_engine, server) < least:
-        await asyncio.sleep(0.02)
+    """Waits until the engine works on so many answers, for a while."""
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(in_engine, server) < least:
+            await asyncio.sleep(0.02)
 
 
 def in_engine(server: Server) -> float:
