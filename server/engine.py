@@ -6,7 +6,6 @@ This module and server/steering.py are the only ones that import vllm.
 
 import asyncio
 import secrets
-import socket
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -64,7 +63,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.checkpoint import opening_ids
-from models.errors import ConfigError, RequestError, ServiceError, UnavailableError
+from models.errors import ConfigError, RequestError, UnavailableError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
@@ -87,7 +86,7 @@ from server.generation.outputs import Hider, merged
 from server.generation.parameters import MOST_BAD_WORD_TOKENS
 from server.generation.scoring import Handlers, VllmScorer
 from server.generation.seam import Call, Outputs
-from server.lifetime import ending_on_signal
+from server.lifetime import DRAIN_S, RELEASE_S, serve_until_ended
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
@@ -105,12 +104,7 @@ from server.web.admission import Admission
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import stop_at_first_error
-from server.workers.config import (
-    additional,
-    answers_at_once,
-    put_into_flags,
-    steer_workers,
-)
+from server.workers.config import additional, answers_at_once, put_into_flags, steer_workers
 from server.workers.handshake import shake_hands
 
 # The bodies of the routes that tenants may send to.
@@ -125,8 +119,6 @@ _REQUESTS = (
 # vLLM's middleware that stays around our layer, so that pages can read our errors as well.
 ADDS_HEADERS = (CORSMiddleware, XRequestIdMiddleware)
 ENDED = "the engine ended before the answer was complete: send the request again"
-DRAIN_S = 30  # for what is in flight at the end, unless --shutdown-timeout says otherwise
-RELEASE_S = 5  # for an engine without work to end
 
 
 class SteeredLLM(AsyncLLM):
@@ -213,10 +205,10 @@ class SteeredLLM(AsyncLLM):
         except EngineDeadError as error:
             raise UnavailableError(ENDED) from error
 
-    async def decide_once(self) -> None:
-        """Makes one decision; raises what keeps the engine from it."""
-        prompt = {"type": "token", "prompt_token_ids": self.opening or [0]}
-        await self.decide(prompt, DecisionContext(self.unsteered()))
+    async def fail_all(self) -> None:
+        """Ends at once. What is in flight fails and is answered; in vLLM it would wait for ever."""
+        await asyncio.to_thread(self.shutdown, timeout=0)
+        self.output_processor.propagate_error(EngineDeadError())
 
     def generate_stock(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
@@ -352,14 +344,18 @@ async def _serve(
         engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
         await shake_hands(engine.engine_core.call_utility_all_async, config)
         await engine.reset_mm_cache()
-        await engine.decide_once()
+        first = {"type": "token", "prompt_token_ids": engine.opening or [0]}
+        await engine.decide(first, DecisionContext(policies.strictest()))
         app = await _app(engine, args, service)
         async with (
             observing(engine, settings, policies, service.trace, recorder),
             policies.watching(),
             listening(MetricsApp(app, service.metrics), scraped, settings),
         ):
-            await _serve_http(app, args, sock, service, engine)
+            options = http_options(args, settings, get_uvicorn_log_config(args))
+            serving = serve_http(app, sock=sock, **options)
+            drain_s = args.shutdown_timeout
+            await serve_until_ended(serving, app, engine, service.admission, drain_s)
     finally:
         engine.shutdown(timeout=RELEASE_S)
         engine.margin_board.close()
@@ -409,27 +405,3 @@ async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI
     # vLLM reads variables of the environment several times a request.
     envs.enable_envs_cache()
     return app
-
-
-async def _serve_http(
-    app: FastAPI, args: Namespace, sock: socket.socket, service: Service, engine: SteeredLLM
-) -> None:
-    """Serves until a signal or the engine's end.
-
-    Raises:
-        ServiceError: The engine has ended by itself.
-    """
-
-    async def end() -> None:
-        if service.admission.held:  # it fails now, and is answered; vLLM would leave it waiting
-            await asyncio.to_thread(engine.shutdown, timeout=0)
-            engine.output_processor.propagate_error(EngineDeadError())
-        app.state.server.should_exit = True
-
-    options = http_options(args, service.settings, get_uvicorn_log_config(args))
-    serving = asyncio.create_task(serve_http(app, sock=sock, **options))
-    await asyncio.sleep(0)  # vLLM's own handlers of signals are in place, which do not drain
-    async with ending_on_signal(service.admission, args.shutdown_timeout, end):
-        await (await serving)
-    if engine.errored and not service.admission.draining:
-        raise ServiceError("the engine has ended by itself; vLLM's log above says why")

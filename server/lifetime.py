@@ -6,10 +6,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from models.errors import ServiceError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+# For what is in flight at the end, unless --shutdown-timeout says otherwise.
+DRAIN_S = 30
+# For an engine without work to end.
+RELEASE_S = 5
 _PR_SET_PDEATHSIG = 1
 
 _log = logging.getLogger(__name__)
@@ -39,12 +48,57 @@ class Drained(Protocol):
     """What takes no more requests once it is told, and knows when the last one is answered."""
 
     held: int
+    draining: bool
 
     def drain(self) -> None:
         """Takes no more."""
 
     async def idle(self) -> None:
         """Waits for the last one."""
+
+
+class Engine(Protocol):
+    """What can end at any time, by itself or because it is told."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether it has ended."""
+
+    async def fail_all(self) -> None:
+        """Ends it at once, with all that is in flight."""
+
+
+async def serve_until_ended(
+    serving: Coroutine[Any, Any, Awaitable[None]],
+    app: "FastAPI",
+    engine: Engine,
+    admission: Drained,
+    drain_s: float,
+) -> None:
+    """Serves until a signal, or until the engine ends by itself.
+
+    Args:
+        serving: vLLM's server, which returns the rest of its shutdown.
+        app: Its app.
+        engine: Its engine.
+        admission: Lets requests in.
+        drain_s: How long what is in flight may take.
+
+    Raises:
+        ServiceError: The engine has ended by itself.
+    """
+
+    async def end() -> None:
+        if admission.held:
+            await engine.fail_all()
+        app.state.server.should_exit = True
+
+    server = asyncio.create_task(serving)
+    await asyncio.sleep(0)  # vLLM's own handlers of signals are in place, which do not drain
+    async with ending_on_signal(admission, drain_s, end):
+        await (await server)
+    if engine.errored and not admission.draining:
+        raise ServiceError("the engine has ended by itself; vLLM's log above says why")
 
 
 @asynccontextmanager

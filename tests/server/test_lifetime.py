@@ -1,11 +1,13 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
+from fastapi import FastAPI
 
-from server.lifetime import ending_on_signal
+from models.errors import ServiceError
+from server.lifetime import ending_on_signal, serve_until_ended
 from server.policies.book import Caller
 from server.web.admission import Admission
 
@@ -83,3 +85,55 @@ def test_server_that_ends_by_itself_waits_for_nothing_and_leaves_the_signals_alo
 
     asyncio.run(run())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+class FakeEngine:
+    """An engine that lives, or has ended by itself."""
+
+    def __init__(self, *, errored: bool = False) -> None:
+        self.errored = errored
+        self.failed = False
+
+    async def fail_all(self) -> None:
+        self.errored = self.failed = True
+
+
+class FakeServer:
+    should_exit = False
+
+
+def serve(engine: FakeEngine, admission: Admission, drain_s: float = FOREVER_S) -> None:
+    """Serves until vLLM would: its engine has ended, or it was told to."""
+    app = FastAPI()
+    app.state.server = FakeServer()
+
+    async def rest() -> None:
+        pass
+
+    async def serving() -> Coroutine[None, None, None]:
+        if not engine.errored:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while not (engine.errored or app.state.server.should_exit):
+            await asyncio.sleep(0.01)
+        return rest()
+
+    running = serve_until_ended(serving(), app, engine, admission, drain_s)
+    asyncio.run(asyncio.wait_for(running, 30))
+
+
+def test_engine_that_ends_by_itself_is_an_error_for_the_supervisor() -> None:
+    with pytest.raises(ServiceError, match="ended by itself"):
+        serve(FakeEngine(errored=True), Admission(1))
+
+
+def test_engine_of_a_drained_server_is_left_to_end_in_peace() -> None:
+    engine = FakeEngine()
+    serve(engine, Admission(1))
+    assert not engine.failed
+
+
+def test_what_is_left_when_the_time_is_over_fails() -> None:
+    engine, admission = FakeEngine(), Admission(1)
+    admission.enter(Caller(None, ()))
+    serve(engine, admission, drain_s=0.01)
+    assert engine.failed
