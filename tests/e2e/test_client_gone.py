@@ -21,9 +21,6 @@ from tests.e2e.traffic import (
 LEAVES_WITHIN_S = 2.0
 MOST = 128
 WIDE: dict[str, Any] = {"n": MOST}
-SPENT = "vllm:prompt_tokens_total"
-QUESTION = "Tell me about rivers, please. " * 20
-SCORED = {"inputs": [{"messages": [{"role": "user", "content": QUESTION}]}] * 1024}
 PROMPTS = {"model": "demo", "prompt": ["Hello"] * MOST, "max_tokens": 400, "ignore_eos": True}
 RESPONSE = {"model": "demo", "input": "Hello", "max_output_tokens": 480, "ignore_eos": True}
 # The other routes do not take `ignore_eos`, and end too soon.
@@ -60,39 +57,6 @@ def test_work_leaves_the_engine_with_its_client(server: Server, kind: str) -> No
 
     asyncio.run(leave())
     until(lambda: server.metric(requests_metric(path, 499)) == gone + 1)
-
-
-# Their requests of one token each are in the engine too shortly to be seen there.
-STEPS = {
-    "score": ("/v1/refusal/score", SCORED),
-    "beams": (CHAT, long_chat(400, n=16, use_beam_search=True, temperature=0)),
-}
-
-
-@pytest.mark.parametrize("kind", STEPS)
-def test_work_in_many_steps_ends_with_its_client(server: Server, kind: str) -> None:
-    path, body = STEPS[kind]
-    gone, spent = server.metric(requests_metric(path, 499)), server.metric(SPENT)
-
-    async def leave() -> None:
-        async with http_of(server) as client:
-            asked = asyncio.create_task(client.post(path, json=body))
-            await asyncio.to_thread(until, lambda: server.metric(SPENT) > spent)
-            assert not asked.done()
-            await cancelled(asked)
-
-    asyncio.run(leave())
-    until(lambda: server.metric(requests_metric(path, 499)) == gone + 1)
-    left_s = time.monotonic()
-    until(lambda: not grows(server))
-    assert time.monotonic() - left_s < LEAVES_WITHIN_S
-
-
-def grows(server: Server) -> bool:
-    """Returns whether the engine reads more tokens within a while."""
-    spent = server.metric(SPENT)
-    time.sleep(0.3)
-    return server.metric(SPENT) > spent
 
 
 def test_client_leaves_while_its_decision_waits_in_the_queue(server: Server) -> None:
