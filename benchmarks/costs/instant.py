@@ -28,8 +28,9 @@ from server.policies.reloading import Policies
 from server.settings import load_settings
 from server.telemetry.listener import metrics_route
 from server.telemetry.running import name_server, observers
+from server.web.admission import Admission
 from server.web.guard import build_guard
-from server.workers.config import steer_workers
+from server.workers.config import answers_at_once, steer_workers
 
 TOKENS = 16
 WORD = 300  # an ordinary id of the demo checkpoint
@@ -127,6 +128,7 @@ async def own_app(checkpoint: Path) -> FastAPI:
         manifest,
         settings,
         policies,
+        Admission(answers_at_once(config)),
         guard,
         None,
         observers(manifest, name, spans=False, json=False),
