@@ -111,6 +111,7 @@ def serve(engine: FakeEngine, admission: Admission, drain_s: float = FOREVER_S) 
         pass
 
     async def serving() -> Coroutine[None, None, None]:
+        await asyncio.sleep(0.01)  # until the signals are handled
         if not engine.errored:
             os.kill(os.getpid(), signal.SIGTERM)
         while not (engine.errored or app.state.server.should_exit):
