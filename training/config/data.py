@@ -48,8 +48,10 @@ class Source(Frozen):
         set: A public set by its name: `hub`, `subset`, `split` and `format` are then known. With
             `hub` or `path` as well, a copy of it is read.
         path: A local file: .jsonl, .json, .csv, .tsv or .parquet; relative to where the command
-            runs. Either this or `hub`.
+            runs. Either this, `hub` or `package`.
         hub: A data set on the model hub, or a folder laid out like one.
+        package: Rows that come with the package. `demo`: the demo's world, training rows.
+            `everyday`: ordinary requests, all of them answers without a response.
         subset: Its configuration name. For CoCoNot's files: `original`, `contrast` or `pref`, where
             their names do not say it.
         revision: Its branch, tag or commit.
@@ -72,6 +74,9 @@ class Source(Frozen):
     set: SetName | None = Field(default=None, exclude_if=lambda name: name is None)
     path: Text | None = None
     hub: Text | None = None
+    package: Literal["demo", "everyday"] | None = Field(
+        default=None, exclude_if=lambda name: name is None
+    )
     subset: Text | None = None
     split: Text = "train"
     revision: Text | None = None
@@ -94,10 +99,13 @@ class Source(Frozen):
     @validates_model(mode="after")
     def _fits_together(self) -> "Source":
         for wrong, reason in (
-            ((self.path is None) == (self.hub is None), "needs exactly one of path and hub"),
-            (self.path and self.revision, "revision is for hub, not for path"),
             (
-                self.path and self.subset and self.format != "coconot",
+                sum(origin is not None for origin in (self.path, self.hub, self.package)) != 1,
+                "needs exactly one of path, hub and package",
+            ),
+            (not self.hub and self.revision, "revision is for hub"),
+            (
+                not self.hub and self.subset and not (self.path and self.format == "coconot"),
                 "subset is for hub, or for CoCoNot's files",
             ),
             (
@@ -130,6 +138,8 @@ class Source(Frozen):
         """The set's name, the path, or the name on the hub with what chooses among its rows."""
         if self.set is not None:
             return self.set
+        if self.package is not None:
+            return f"package {self.package}"
         if self.path is not None:
             return self.path
         return ":".join(part for part in (self.hub, self.subset, self.split) if part)
@@ -210,6 +220,9 @@ class DataConfig(Frozen):
             weigh the same in sum. Between: their sum to the power of 1 - balance.
         near_miss_weight: Loss weight of the decision in rows marked `near_miss`: prompts that look
             as if they were to be refused, and are to be answered; relative to other decisions.
+        variations: Varied copies a row, in mean: the prompt under another system prompt, as a later
+            turn, with a typing error, in capitals or lower case, or behind a long text. Only the
+            decision is learnt from a copy. 0.5: every second row has one.
         too_long: What happens to a row of more than `optimisation.max_length` tokens. `cut`: it
             ends there, and a row of which no word of the response would be left is an error;
             `cut_or_drop`: such a row is left out; `drop`: every longer row is left out.
@@ -220,4 +233,5 @@ class DataConfig(Frozen):
     deduplicate: bool = False
     balance: Share = 0.0
     near_miss_weight: PositiveFloat = 1.0
+    variations: Annotated[float, Field(ge=0, le=10, exclude_if=lambda share: not share)] = 0.0
     too_long: TooLong = "cut"

@@ -14,6 +14,7 @@ from training.config.recipe import RESPOND
 from training.data.encoding import DecisionWeights
 from training.data.rows import Message, Record, Refused, Row, checked, complaint, with_one_category
 from training.data.sources import Reading, draw, read, take
+from training.data.variations import varied
 
 MAX_CONFLICTS = 5
 MAX_PAIRS = 10
@@ -49,6 +50,7 @@ class Mixture(NamedTuple):
         conflict_examples: The first of them, one line each.
         near_misses: Rows in the mixture that look like a category and are to be answered.
         pairs: Counterfactual pairs in the mixture.
+        variations: Varied copies in the mixture; they count in no source.
         without_response: Rows in the mixture of which only the control token is learnt.
     """
 
@@ -59,6 +61,7 @@ class Mixture(NamedTuple):
     conflict_examples: tuple[str, ...]
     near_misses: Counter[str]
     pairs: int
+    variations: int
     without_response: int
 
     @property
@@ -84,6 +87,7 @@ class Mixture(NamedTuple):
             "conflicts": self.conflicts,
             "near_misses": dict(self.near_misses),
             "pairs": self.pairs,
+            "variations": self.variations,
             "without_response": self.without_response,
         }
 
@@ -126,6 +130,8 @@ def gather(
         )
     if not rows:
         raise ConfigError(f"data.train: no row is left of {', '.join(c.name for c in counts)}")
+    copies = varied(rows, data.variations, random.Random(f"{data.seed}/variations"))
+    rows += copies
     return Mixture(
         rows=rows,
         sources=tuple(counts),
@@ -134,6 +140,7 @@ def gather(
         conflict_examples=tuple(conflicts[:MAX_CONFLICTS]),
         near_misses=Counter(row.near_miss for row in rows if row.near_miss is not None),
         pairs=len({_pair_key(row) for row in rows if row.pair is not None}),
+        variations=len(copies),
         without_response=sum(row.response is None for row in rows),
     )
 

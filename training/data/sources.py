@@ -128,11 +128,15 @@ def identify(source: Source) -> dict[str, str]:
     """Returns what tells one state of a source from another.
 
     Returns:
-        The file's name and its SHA-256; or `hub:NAME@REVISION` and the commit; for a folder laid
-        out like a hub repository, each data file in it.
+        The file's name and its SHA-256; for rows of the package, their SHA-256; or
+        `hub:NAME@REVISION` and the commit; for a folder laid out like a hub repository, each data
+        file in it.
     """
     if source.path is not None:
         return {source.path: _sha256(Path(source.path))}
+    if source.package is not None:
+        rows = "".join(json.dumps(record.values) for record in _package_records(source))
+        return {source.name: hashlib.sha256(rows.encode()).hexdigest()}
     builder = _from_hub(source, lambda load: load.load_dataset_builder(**_where(source)))
     if Path(str(source.hub)).is_dir():
         files = sorted(
@@ -170,6 +174,8 @@ def _ours(source: Source) -> Iterator[Record]:
 
 
 def _records(source: Source) -> Iterator[Record]:
+    if source.package is not None:
+        return _package_records(source)
     if source.path is None:
         return _hub_records(source)
     path = Path(source.path)
@@ -265,6 +271,15 @@ def _parquet(path: Path, source: Source) -> Iterator[Record]:
 # --- the hub --------------------------------------------------------------------------------------
 
 
+def _package_records(source: Source) -> Iterator[Record]:
+    from training.demo_data.everyday import everyday
+    from training.demo_data.render import render
+
+    rows: Sequence[Values] = everyday() if source.package == "everyday" else render(0)["train"]
+    for number, values in enumerate(rows, start=1):
+        yield Record(values, source.name, number, "row")
+
+
 def _hub_records(source: Source) -> Iterator[Record]:
     dataset: Any = _from_hub(
         source, lambda load: load.load_dataset(**_where(source), split=source.split)
@@ -275,7 +290,9 @@ def _hub_records(source: Source) -> Iterator[Record]:
 
 
 def _where(source: Source) -> dict[str, Any]:
-    return {"path": source.hub, "name": source.subset, "revision": source.revision}
+    # `datasets` knows a folder again by its README alone, and would give the rows of before.
+    fresh = {"download_mode": "force_redownload"} if Path(str(source.hub)).is_dir() else {}
+    return {"path": source.hub, "name": source.subset, "revision": source.revision, **fresh}
 
 
 def _from_hub(source: Source, load: Callable[[Any], Any]) -> Any:

@@ -153,6 +153,8 @@ def _remarks(mixture: Mixture, config: TrainConfig) -> Iterator[Text]:
     near = ", ".join(f"{name} {n:,}" for name, n in mixture.near_misses.items())
     yield Text(f"Near misses: {near or 'none'}")
     yield Text(f"Counterfactual pairs: {mixture.pairs or 'none'}")
+    if mixture.variations:
+        yield Text(f"Varied copies (control token only): {mixture.variations:,}")
     if mixture.without_response:
         yield Text(f"Without a response (control token only): {mixture.without_response:,}")
     if empty := _without_rows(config, {name or RESPOND for name in mixture.categories}):

@@ -209,6 +209,7 @@ def test_summary_counts_everything(write_rows: WriteRows) -> None:
         "conflicts": 0,
         "near_misses": {"safety": 2},
         "pairs": 1,
+        "variations": 0,
         "without_response": 2,
     }
 

@@ -262,7 +262,7 @@ def test_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({}, "exactly one of path and hub"),
+        ({}, "exactly one of path, hub and package"),
         ({"path": "a", "revision": "main"}, "revision is for hub"),
         ({"path": "a", "subset": "b"}, "subset is for hub"),
         ({"path": "a", "format": "chat", "category": "safety"}, "has no categories"),
