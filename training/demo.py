@@ -59,7 +59,8 @@ def _train(out: Path) -> object:
     return train(load_config(Path("demo")), out, replace_stale=True)
 
 
-def _written_prompts() -> Prompts:
+def written_prompts() -> Prompts:
+    """Returns what is chosen from where the model is a real one, by category."""
     source = Path(__file__).parent / "demo_data" / "shown.yaml"
     prompts: Prompts = parse_yaml(source.read_text(encoding="utf-8"), str(source))
     return prompts
@@ -75,7 +76,7 @@ def _rendered_prompts() -> Prompts:
     return {category: found[:CANDIDATES] for category, found in prompts.items()}
 
 
-REAL = Model(Path("checkpoints/smollm2"), _build, _written_prompts, 2048)
+REAL = Model(Path("checkpoints/smollm2"), _build, written_prompts, 2048)
 TINY = Model(Path("checkpoints/demo"), _train, _rendered_prompts, 512)
 
 

@@ -24,6 +24,7 @@ from server.app import Service, put_layer
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, DecisionContext
 from server.dials.board import Resolution
 from server.engine import ADDS_HEADERS, SteeredLLM, parse_flags
+from server.flags import fit_to_cpu
 from server.settings import Settings
 from server.web.guard import build_guard
 from server.web.middleware import RefusalMiddleware
@@ -172,6 +173,25 @@ def test_switches_that_are_not_served_are_refused_in_one_line(
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=f"^{name} must not be set: .*[^\n]$"):
         parse_flags(["--model", "somewhere"])
+
+
+@pytest.mark.parametrize(
+    ("fast", "flags", "chosen"),
+    [
+        (False, [], "float32"),
+        (True, [], "auto"),
+        (False, ["--dtype", "bfloat16"], "bfloat16"),
+    ],
+)
+def test_processors_without_bfloat16_compute_in_float32(
+    fast: bool, flags: list[str], chosen: str
+) -> None:
+    args = parse_flags(["--model", "somewhere", "--dtype", "auto"])
+    args.dtype, args.enable_chunked_prefill = flags[1] if flags else "auto", None
+
+    fit_to_cpu(args, lambda name: getattr(args, name), fast_bfloat16=fast)
+
+    assert args.dtype == chosen
 
 
 def test_prefills_of_a_cpu_are_never_cut() -> None:

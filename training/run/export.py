@@ -10,9 +10,12 @@ from training.model.start import Start
 from training.run.processes import Processes
 from training.run.resume import saved_silently
 
+# In a folder of its own: `*.safetensors` beside the weights would count as weights.
+ADAPTER = "adapter"
+
 
 def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> None:
-    """Writes the weights; adapters are merged into them.
+    """Writes the weights; adapters are merged into them, and kept in a folder of their own.
 
     Args:
         trainer: After the training. Its model is changed.
@@ -22,6 +25,9 @@ def export(trainer: Any, start: Start, folder: Path, processes: Processes) -> No
         CheckpointError: What was written could not be served.
         EvaluationError: A weight is not finite.
     """
+    if processes.is_main and hasattr(trainer.model, "peft_config"):
+        with saved_silently():
+            trainer.model.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     model, weights = plain_model(trainer)
     import torch
 

@@ -221,7 +221,7 @@ def test_missing_hub_is_one_line_that_says_what_to_do(monkeypatch: pytest.Monkey
         ({"set": "xstest", "format": "rows"}, "belong together"),
         ({"path": "a", "format": "set"}, "belong together"),
         ({"set": "xstest", "columns": {"prompt": "x"}}, "columns of a public set are known"),
-        ({"set": "xstest", "path": "a", "hub": "b"}, "exactly one of path and hub"),
+        ({"set": "xstest", "path": "a", "hub": "b"}, "exactly one of path, hub and package"),
     ],
 )
 def test_source_of_a_set_that_contradicts_itself_is_refused(

@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.calibration import list_calibrations, load_calibration, verify
-from models.errors import ConfigError
+from models.errors import CheckpointError, ConfigError
 from models.hashes import checkpoint_hashes
 from models.manifest import load_manifest
 from tests.training.recipes import weights_of
 from training.config.recipe import CheckpointModel
 from training.model.gguf import model_folder
-from training.published.build import CARD, PUBLISHED, ROWS, build, publish
+from training.published.build import CARD, CHANGES, PUBLISHED, build, merged, publish
 
 NAME = "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,12 +56,22 @@ def test_it_is_kept_and_no_other_folder_is_replaced(built: Path, tmp_path: Path)
 def test_publishing_what_was_built_gives_the_same_files(built: Path, tmp_path: Path) -> None:
     folder = publish(built, tmp_path / NAME)
 
-    for path in (
-        folder / ROWS,
-        folder / "rheostat.json",
-        folder / "calibrations/default.safetensors",
-    ):
-        assert path.read_bytes() == (PUBLISHED / NAME / path.relative_to(folder)).read_bytes()
+    assert (folder / CHANGES).read_bytes() == (PUBLISHED / NAME / CHANGES).read_bytes()
+
+
+def test_merging_has_the_same_bits_in_every_order() -> None:
+    generator = np.random.default_rng(0)
+    up = generator.normal(0, 0.05, (64, 8)).astype(np.float16)
+    down = generator.normal(0, 0.3, (8, 48)).astype(np.float16)
+    order = generator.permutation(8)
+
+    added = merged(up, down, 2.0)
+
+    assert np.array_equal(merged(up[:, order], down[order], 2.0), added)
+    one_by_one = sum(np.outer(u, d) for u, d in zip(up.T.astype(float), down.astype(float)))
+    assert np.array_equal(2.0 * one_by_one, added)
+    with pytest.raises(CheckpointError, match="too large"):
+        merged(up * np.float16(1000), down, 2.0)
 
 
 def test_card_names_what_the_manifest_was_made_from() -> None:

@@ -1,0 +1,156 @@
+"""Responses for rows that have none: the base model's own answers, and texts of refusals."""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.files import parse_yaml
+from training.config.recipe import DEFAULT_REFUSAL_TEXT, CheckpointModel
+from training.data.rows import Row
+from training.model.gguf import model_folder
+from training.model.output_rows import on_device
+from training.model.start import load_model, tokenizer_of
+
+ROWS_AT_ONCE = 32
+HARMFUL = "safety"
+
+
+class Wanted(NamedTuple):
+    """What is written.
+
+    Attributes:
+        base: The model whose answers are wanted.
+        dtype: What it computes in.
+        max_length: Of a row in tokens; an answer that is not finished by then is cut there by a
+            training of the same length, so that no early end is learnt.
+        pairs: Share of the rows that become counterfactual pairs: an answered prompt is also
+            refused, for a category drawn at random, and a refused one also answered.
+        seed: Of every draw.
+    """
+
+    base: CheckpointModel
+    dtype: str
+    max_length: int
+    pairs: float
+    seed: int
+
+
+def write_responses(rows: Sequence[Row], wanted: Wanted, out: Path) -> int:
+    """Appends rows with responses to a file; a row that the file has already is not made again.
+
+    Prompts refused for `safety` get no answer, whatever `pairs` says.
+
+    Returns:
+        How many rows the file then has.
+    """
+    known = _known(out)
+    todo = [row for row in _single(rows) if row.prompt[-1].content not in known]
+    answer = _Answers(wanted)
+    names = sorted({row.category for row in todo if row.category is not None})
+    with out.open("a", encoding="utf-8") as file, _progress(len(todo)) as advance:
+        for start in range(0, len(todo), ROWS_AT_ONCE):
+            chunk = todo[start : start + ROWS_AT_ONCE]
+            for values in _responses(chunk, wanted, names, answer):
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.flush()
+            advance(len(chunk))
+    return sum(1 for _ in out.open(encoding="utf-8"))
+
+
+def _known(out: Path) -> set[str]:
+    if not out.exists():
+        return set()
+    return {json.loads(line)["prompt"] for line in out.open(encoding="utf-8")}
+
+
+def _single(rows: Sequence[Row]) -> Iterator[Row]:
+    """Yields rows of one turn, alike in length, so that batches hold little padding."""
+    single = [row for row in rows if len(row.prompt) == 1 and row.pair is None]
+    yield from sorted(single, key=lambda row: len(row.prompt[0].content))
+
+
+def _responses(
+    chunk: Sequence[Row],
+    wanted: Wanted,
+    names: Sequence[str],
+    answer: Callable[[Sequence[str]], list[str]],
+) -> Iterator[Mapping[str, Any]]:
+    paired, texts = {}, _refusal_texts()
+    for row in chunk:
+        prompt = row.prompt[0].content
+        rng = random.Random(f"{wanted.seed}/{prompt}")
+        paired[prompt] = rng.random() < wanted.pairs and row.category != HARMFUL
+        if row.category is not None or paired[prompt]:
+            category = row.category or rng.choice(list(names) or list(texts))
+            text = row.response if row.category else None
+            told = text or rng.choice(texts.get(category, [DEFAULT_REFUSAL_TEXT]))
+            yield _row(row, category, told, paired=paired[prompt])
+    asked = [row for row in chunk if row.category is None or paired[row.prompt[0].content]]
+    answers = answer([row.prompt[0].content for row in asked])
+    for row, text in zip(asked, answers, strict=True):
+        if text:
+            yield _row(row, None, text, paired=paired[row.prompt[0].content])
+
+
+def _row(row: Row, category: str | None, response: str, *, paired: bool) -> Mapping[str, Any]:
+    prompt = row.prompt[0].content
+    values: dict[str, Any] = {"prompt": prompt, "category": category, "response": response}
+    if paired:
+        return {**values, "pair": prompt}
+    return values if row.near_miss is None else {**values, "near_miss": row.near_miss}
+
+
+def _refusal_texts() -> Mapping[str, list[str]]:
+    source = Path(__file__).parents[1] / "data" / "refusal_texts.yaml"
+    texts: Mapping[str, list[str]] = parse_yaml(source.read_text(encoding="utf-8"), str(source))
+    return texts
+
+
+class _Answers:
+    """The most likely answers of a model to prompts of one turn."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        folder = model_folder(wanted.base)
+        self._tokenizer: Any = tokenizer_of(wanted.base, folder)
+        self._model = on_device(load_model(folder, wanted.dtype))
+        self._max_length = wanted.max_length
+
+    def __call__(self, prompts: Sequence[str]) -> list[str]:
+        import torch
+
+        if not prompts:
+            return []
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = self._tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True
+        )
+        batch = self._tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        ).to(self._model.device)
+        # One token more than fits into a row: what is not finished is cut when it is learnt.
+        shortest = int(batch["attention_mask"].sum(1).min())
+        with torch.no_grad():
+            ids = self._model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=max(1, self._max_length - shortest + 1),
+                pad_token_id=self._tokenizer.eos_token_id,
+            )
+        new = ids[:, batch["input_ids"].shape[1] :]
+        return [
+            text.strip() for text in self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        ]
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("writing responses", total=rows)
+        yield lambda done: bar.advance(task, done)
