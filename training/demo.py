@@ -18,7 +18,7 @@ from rich.table import Table
 from models.calibration import list_calibrations
 from models.errors import ConfigError
 from models.files import parse_yaml
-from training.client import Dials, Reply, RheostatClient, Scores, client_of
+from training.client import Reply, RheostatClient, Scores, Settings, client_of
 from training.data.rows import Message, Row
 from training.serving import HOST, exit_on_sigterm, serving
 
@@ -168,8 +168,9 @@ def _distance(scores: Mapping[str, Scores], at: int, prompt: str) -> float:
     return abs(margins[at]) + max(0.0, max(others) + 1)
 
 
-async def _ask(client: RheostatClient, prompt: str, dials: Dials) -> Reply:
-    return await client.ask(MODEL_NAME, (Message(role="user", content=prompt),), dials)
+async def _ask(client: RheostatClient, prompt: str, dials: Mapping[str, object]) -> Reply:
+    asked = (Message(role="user", content=prompt),)
+    return await client.ask(MODEL_NAME, asked, Settings(dials))
 
 
 def _dials(chosen: Mapping[str, str], replies: Sequence[Reply]) -> Table:

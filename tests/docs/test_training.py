@@ -292,6 +292,7 @@ def test_rheostat_commands_are_there() -> None:
         "evaluate",
         "calibrate",
         "add-category",
+        "responses",
         "remove-category",
     }
     for name in used:

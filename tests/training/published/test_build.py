@@ -68,7 +68,9 @@ def test_merging_has_the_same_bits_in_every_order() -> None:
     added = merged(up, down, 2.0)
 
     assert np.array_equal(merged(up[:, order], down[order], 2.0), added)
-    one_by_one = sum(np.outer(u, d) for u, d in zip(up.T.astype(float), down.astype(float)))
+    one_by_one = np.zeros((64, 48))
+    for u, d in zip(up.T.astype(float), down.astype(float), strict=True):
+        one_by_one += np.outer(u, d)
     assert np.array_equal(2.0 * one_by_one, added)
     with pytest.raises(CheckpointError, match="too large"):
         merged(up * np.float16(1000), down, 2.0)
