@@ -1,7 +1,7 @@
 """Many small networks trained at once, as batched matrix products: seeds times candidates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ class Trained(NamedTuple):
 
     Attributes:
         logits: Of the rows to be scored, `[S, C, N, classes]`.
-        accuracy: On those rows after every `TEST_EVERY` steps, `[S, C, points]`; or empty.
+        accuracy: Or what else was measured on those rows after every `TEST_EVERY` steps,
+            `[S, C, points]`; or empty.
     """
 
     logits: Tensor
@@ -51,7 +52,11 @@ class Trained(NamedTuple):
 
 
 class Networks:
-    """Perceptrons with one hidden layer: C for each of S seeds, which begin alike within a seed."""
+    """Perceptrons with one hidden layer: C for each of S seeds, which begin alike within a seed.
+
+    Args:
+        hidden: Whether there is the hidden layer; otherwise they are linear, and begin at 0.
+    """
 
     def __init__(
         self,
@@ -59,8 +64,18 @@ class Networks:
         candidates: Sequence[Sequence[Candidate]],
         features: int,
         classes: int,
+        *,
+        hidden: bool = True,
     ) -> None:
         s, c = len(candidates), len(candidates[0])
+        rates = torch.tensor([[one.lr for one in row] for row in candidates])
+        self.q = torch.tensor([[one.member.q for one in row] for row in candidates])[..., None]
+        gamma = torch.tensor([[one.member.gamma for one in row] for row in candidates])
+        self.gamma = gamma[..., None]
+        if not hidden:
+            self.parameters = [torch.zeros(s, c, features, classes), torch.zeros(s, c, 1, classes)]
+            self.rates = [rates[:, :, None, None]] * 2
+            return
         first = torch.stack([_normal(seed, features, HIDDEN) for seed in seeds])
         second = torch.stack([_normal(seed, HIDDEN, classes) for seed in seeds])
         # One wide first layer a seed: its candidates see the same rows.
@@ -70,15 +85,14 @@ class Networks:
             second[:, None].repeat(1, c, 1, 1),
             torch.zeros(s, c, 1, classes),
         ]
-        rates = torch.tensor([[one.lr for one in row] for row in candidates])
         wide = rates.repeat_interleave(HIDDEN, 1)[:, None]
         self.rates = [wide, wide, rates[:, :, None, None], rates[:, :, None, None]]
-        self.q = torch.tensor([[one.member.q for one in row] for row in candidates])[..., None]
-        gamma = torch.tensor([[one.member.gamma for one in row] for row in candidates])
-        self.gamma = gamma[..., None]
 
     def logits(self, x: Tensor) -> Tensor:
         """Returns `[S, C, B, classes]` for `[S, B, features]`."""
+        if len(self.parameters) == 2:
+            weight, bias = self.parameters
+            return torch.matmul(x[:, None], weight) + bias
         w1, b1, w2, b2 = self.parameters
         hidden = torch.baddbmm(b1, x, w1).relu().view(*x.shape[:2], w2.shape[1], HIDDEN)
         return torch.matmul(hidden.transpose(1, 2), w2) + b2
@@ -132,14 +146,19 @@ def train(
     steps: int,
     *,
     watch: bool = False,
+    hidden: bool = True,
+    measure: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Trained:
     """Trains C networks a seed; within a seed all begin alike and see the same batches.
 
     Args:
         candidates: `[S][C]`.
-        watch: Whether accuracy is measured on the way too.
+        watch: Whether they are measured on the way too.
+        hidden: As in `Networks`.
+        measure: What is measured; None is accuracy.
     """
-    networks = Networks(seeds, candidates, rows.x.shape[-1], classes)
+    networks = Networks(seeds, candidates, rows.x.shape[-1], classes, hidden=hidden)
+    measure = measure or accuracy
     adam = Adam(networks)
     place = torch.arange(len(candidates))[:, None]
     curve = []
@@ -155,7 +174,7 @@ def train(
                 p.requires_grad_(False)
             adam.step(gradients)
             if watch and step % TEST_EVERY == 0:
-                curve.append(accuracy(networks.logits(scored.x), scored.y))
+                curve.append(measure(networks.logits(scored.x), scored.y))
     with torch.no_grad():
         points = torch.stack(curve, -1) if curve else torch.empty(0)
         return Trained(networks.logits(scored.x), points)
