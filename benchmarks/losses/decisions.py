@@ -13,6 +13,7 @@ winners are trained anew on all but the test rows.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ def _error_of(auc: float, refused: int, answered: int) -> float:
     first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (refused - 1) * (first - auc**2)
     variance += (answered - 1) * (second - auc**2)
-    return float(variance / (refused * answered)) ** 0.5
+    return math.sqrt(variance / (refused * answered))
 
 
 def as_markdown(results: dict[str, Result], names: Sequence[str], note: str) -> str:
