@@ -120,6 +120,7 @@ def calibrate(
     from training.calibration import report as calibration_report
     from training.calibration.drift import check_recorded, drift_table
     from training.calibration.prompts import Prompts
+    from training.calibration.sources import compare_sources
     from training.config.data import named_sources
     from training.serving import exit_on_sigterm
 
@@ -142,6 +143,9 @@ def calibrate(
             Console(stderr=True),
         )
         typer.echo(measured.sentence())
+        compared = compare_sources(measured.calibration, measured.rows)
+        if compared.found:
+            Console().print(compared.table())
     calibration = load_calibration(path)
     Console().print(calibration_report.summary(calibration))
     if plot:

@@ -71,20 +71,20 @@ class Measured(NamedTuple):
 
     calibration: Calibration
     path: Path
+    rows: Sequence[Row]
     kept: bool = False
-    scored: int = 0
     seconds: float = 0.0
-    repeated: int = 0
 
     def sentence(self) -> str:
         """Returns what happened, for people."""
         if self.kept:
             return f"{self.path}: is there already, of the same data and checkpoint"
-        speed = 60 * self.scored / max(self.seconds, 1e-9)
-        done = f"{self.path}: {self.scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
-        if not self.repeated:
+        scored, again = len(self.rows), repeated(self.rows)
+        speed = 60 * scored / max(self.seconds, 1e-9)
+        done = f"{self.path}: {scored} prompts in {self.seconds:.1f} s ({speed:,.0f} a minute)"
+        if not again:
             return done
-        return f"{done}; {self.repeated} repeat an earlier one, and count as often as they occur"
+        return f"{done}; {again} repeat an earlier one, and count as often as they occur"
 
 
 def calibrate(job: Job, console: Console) -> Measured:
@@ -113,7 +113,7 @@ def calibrate(job: Job, console: Console) -> Measured:
     )
     path = calibration_path(job.folder, job.name)
     if path.exists() and not job.force:
-        return Measured(_same(path, info), path, kept=True)
+        return Measured(_same(path, info), path, rows, kept=True)
     _make_folder(path.parent)
     scores, seconds = _score(job, rows, info, console)
     # fp32, as the engine's.
@@ -122,7 +122,7 @@ def calibrate(job: Job, console: Console) -> Measured:
     calibration = Calibration(margins, log_normaliser, _indices(rows, names), info)
     _remove_unfinished(path)
     save_calibration(job.folder, calibration)
-    return Measured(calibration, path, scored=len(rows), seconds=seconds, repeated=repeated(rows))
+    return Measured(calibration, path, rows, seconds=seconds)
 
 
 def _checked_name(name: str) -> str:

@@ -81,7 +81,7 @@ def test_calibration_holds_the_margins_in_the_prompts_order(
     assert saved.category.tolist() == [0] * 30 + [1] * 30 + [-1] * 30
     assert saved.info.hashes == checkpoint_hashes(toy)
     assert list(saved.info.data_sha256) == ["prompts.jsonl"]
-    assert measured.scored == 90
+    assert len(measured.rows) == 90
     # Nothing partial is left behind.
     assert [p.name for p in measured.path.parent.iterdir()] == ["default.safetensors"]
 
@@ -115,7 +115,7 @@ def test_finished_calibration_is_kept_and_another_is_not_overwritten(
     asked = len(server.batches)
 
     again = calibrate(job, QUIET)
-    assert again.scored == 0
+    assert again.kept
     assert "is there already" in again.sentence()
     assert len(server.batches) == asked
     other = _job(toy, tmp_path, server.url, _prompts(40))
@@ -123,7 +123,7 @@ def test_finished_calibration_is_kept_and_another_is_not_overwritten(
         ConfigError, match=r"default.safetensors was measured on different prompts.*--force"
     ):
         calibrate(other, QUIET)
-    assert calibrate(replace(other, force=True), QUIET).scored == 120
+    assert len(calibrate(replace(other, force=True), QUIET).rows) == 120
     assert calibrate(replace(other, name="kiosk"), QUIET).path.name == "kiosk.safetensors"
 
 
@@ -303,7 +303,7 @@ def test_server_that_stumbles_is_asked_again(
     def stumble(_: Body, before: int) -> tuple[int, Body] | None:
         return (503, {"error": {"message": "busy"}}) if before < 2 else None
 
-    assert _spoiled(_job(toy, tmp_path, ""), stumble).scored == 90
+    assert len(_spoiled(_job(toy, tmp_path, ""), stumble).rows) == 90
     with pytest.raises(EvaluationError, match="503: busy"):
         _spoiled(
             replace(_job(toy, tmp_path, ""), name="again"),
