@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 from rich.console import Console
@@ -26,6 +27,7 @@ MODEL_NAME = "demo"
 POSITIONS = (0.1, 0.5, 0.9)
 RATES = (0.1, 0.5, 0.9)
 CANDIDATES = 40
+SHOWN_CHARACTERS = 110
 
 Prompts = Mapping[str, Sequence[str]]
 
@@ -186,7 +188,7 @@ def _dials(chosen: Mapping[str, str], replies: Sequence[Reply]) -> Table:
                 prompt if first else "",
                 f"{name}={position}",
                 f"refuse: {reply.category}" if reply.category else "respond",
-                " ".join(reply.text.split()),
+                shorten(reply.text, SHOWN_CHARACTERS, placeholder=" …"),
                 end_section=last,
             )
     return table

@@ -116,7 +116,7 @@ def _write(source: Path, base: CheckpointModel, manifest: Manifest, out: Path) -
         )
     model = load_model(folder, "float32")
     grow_embeddings(model, tokenizer, made)
-    _apply(load_file(source / CHANGES), model, manifest)
+    apply_changes(load_file(source / CHANGES), model, manifest)
     save_model(model, "float32", out)
     tokenizer.save_pretrained(out)
     for entry in (MANIFEST_NAME, CARD):
@@ -124,7 +124,7 @@ def _write(source: Path, base: CheckpointModel, manifest: Manifest, out: Path) -
     shutil.copytree(source / CALIBRATIONS, out / CALIBRATIONS)
 
 
-def _apply(changes: Mapping[str, Any], model: Any, manifest: Manifest) -> None:
+def apply_changes(changes: Mapping[str, Any], model: Any, manifest: Manifest) -> None:
     """Adds adapters to the layers and sets the control tokens' rows, in place."""
     import torch
 
