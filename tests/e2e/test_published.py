@@ -20,13 +20,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def _say(server: Server, prompt: str, **dials: object) -> tuple[str | None, str | None]:
+def _say(
+    server: Server, prompt: str, tokens: int = 24, **dials: object
+) -> tuple[str | None, str | None]:
     client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
     answer = client.chat.completions.create(
         model="smollm2",
         messages=[{"role": "user", "content": prompt}],
         temperature=0,
-        max_tokens=24,
+        max_tokens=tokens,
         extra_body={"refusal": {"categories": dials}},
     )
     return answer.choices[0].message.content, answer.choices[0].message.refusal
@@ -57,7 +59,7 @@ def test_it_answers_and_refuses_as_far_as_the_dial_says(published: Server) -> No
 def test_rates_follow_the_calibration_that_it_comes_with(published: Server) -> None:
     prompts = [prompt for found in written_prompts().values() for prompt in found]
     counts = [
-        sum(_say(published, prompt, safety={"rate": rate})[1] is not None for prompt in prompts)
+        sum(_say(published, prompt, 1, safety={"rate": rate})[1] is not None for prompt in prompts)
         for rate in (0.05, 0.95)
     ]
     assert counts[0] < counts[1]
