@@ -66,7 +66,9 @@ def measures(
     size = Run(options.requests, options.prompts, tolerance)
     out = options.out
     return {
-        "correctness": lambda: measure_correctness(where, options.model, size, console),
+        "correctness": lambda: measure_correctness(
+            where, options.model, size, out / "logs", console
+        ),
         "kernel": lambda: measure_kernel(options.model, options.device),
         "speed": lambda: measure_speed(where, options.model, out / "speed", large=False),
         "large": lambda: measure_speed(where, options.model, out / "large", large=True),

@@ -3,8 +3,8 @@
 import asyncio
 import math
 import random
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,28 +198,37 @@ class Run(NamedTuple):
 
 
 def measure_correctness(
-    machine: Machine, checkpoint: Path, run: Run, console: Console
+    machine: Machine, checkpoint: Path, run: Run, logs: Path, console: Console
 ) -> dict[str, Any]:
-    """Starts every engine at once and checks each. Returns JSON."""
+    """Starts every engine at once and checks each. Returns JSON.
+
+    Args:
+        machine: Where they run.
+        checkpoint: What they serve.
+        run: How much is asked.
+        logs: Folder that keeps their output.
+        console: Says what goes on.
+    """
     manifest = load_manifest(checkpoint)
+    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        adapter = folder / "adapter"
-        save_adapter(checkpoint, adapter)
+        adapter, merged = folder / "adapter", folder / "merged"
+        save_adapter(checkpoint, adapter, merged)
+        stocks = {
+            model: stack.enter_context(_ended(stock_server(machine, path, logs / f"{model}.log")))
+            for model, path in (("demo", checkpoint), (ADAPTER, merged))
+        }
         chosen = scenarios(machine.device, adapter)
-        stock = stock_server(machine, checkpoint, adapter, folder / "stock.log")
-        stack.callback(stock.end)
-        servers = []
-        for number, scenario in enumerate(chosen):
-            log = folder / f"{number}.log"
-            servers.append(own_server(machine, checkpoint, scenario, log))
-            stack.callback(servers[-1].end)
-        with console.status("the engines start"):
-            stock.wait_until_ready()
+        servers = [
+            stack.enter_context(
+                _ended(own_server(machine, checkpoint, scenario, logs / f"{number}.log"))
+            )
+            for number, scenario in enumerate(chosen)
+        ]
         with console.status("the reference"):
             references = {
-                model: _reference(Stock(stock.http, manifest, model, TOKENS), run.prompts)
-                for model in ("demo", ADAPTER)
+                model: _reference(stock, manifest, run.prompts) for model, stock in stocks.items()
             }
         found: dict[str, Any] = {"unmodified engine": {m: r[1] for m, r in references.items()}}
         for scenario, server in zip(chosen, servers, strict=True):
@@ -229,7 +238,20 @@ def measure_correctness(
         return found
 
 
-def _reference(stock: Stock, count: int) -> tuple[list[Prompt], dict[str, int]]:
+@contextmanager
+def _ended(server: Server) -> Iterator[Server]:
+    # Not the server's own context, which waits until it is ready: all start at once.
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def _reference(
+    server: Server, manifest: Manifest, count: int
+) -> tuple[list[Prompt], dict[str, int]]:
+    server.wait_until_ready()
+    stock = Stock(server.http, manifest, TOKENS)
     prompts = stock.prompts(prompts_of(count))
     again = stock.texts_again(prompts)
     pairs = [

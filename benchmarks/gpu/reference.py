@@ -35,14 +35,12 @@ class Stock:
     """The unmodified engine behind its own server.
 
     Args:
-        model: The name that requests send; an adapter's, for its weights.
         tokens: Length of each continuation.
     """
 
-    def __init__(self, http: httpx.Client, manifest: Manifest, model: str, tokens: int) -> None:
+    def __init__(self, http: httpx.Client, manifest: Manifest, tokens: int) -> None:
         self._http = http
         self._manifest = manifest
-        self._model = model
         self._tokens = tokens
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
@@ -80,7 +78,7 @@ class Stock:
         return text
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        answer = self._http.post(path, json={"model": self._model, **body})
+        answer = self._http.post(path, json={"model": "demo", **body})
         if answer.status_code != 200:
             raise RuntimeError(f"{path}: {answer.status_code} {answer.text[:500]}")
         return answer.json()

@@ -1,6 +1,7 @@
 """The ways in which the engine is started, and their servers."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,24 +90,30 @@ def own_server(machine: Machine, model: Path, scenario: Scenario, log: Path) -> 
     return Server("rheostat", arguments, log, "/readyz", machine.environment, engine_flags=flags)
 
 
-def stock_server(machine: Machine, model: Path, adapter: Path, log: Path) -> Server:
-    """Starts the unmodified engine, with the adapter beside the model."""
-    lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{ADAPTER}={adapter}")
+def stock_server(machine: Machine, model: Path, log: Path) -> Server:
+    """Starts the unmodified engine."""
     arguments = ["--model", str(model), "--served-model-name", "demo"]
-    flags = (*PRECISE, *machine.flags, *lora)
+    flags = (*PRECISE, *machine.flags)
     return Server(STOCK, arguments, log, "/health", machine.environment, engine_flags=flags)
 
 
-def save_adapter(model: Path, folder: Path) -> None:
-    """Writes a random LoRA adapter of a model's attention."""
+def save_adapter(model: Path, adapter: Path, merged: Path) -> None:
+    """Writes a random LoRA adapter of a model's attention, and the model with it merged in.
+
+    The unmodified engine serves the merged weights. With adapters switched on, vLLM 0.32 ended on a
+    CPU when it was asked for the log-probabilities of a prompt.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     # Not the usual start, which changes nothing.
     config = LoraConfig(
         r=RANK, lora_alpha=RANK, target_modules=["q_proj", "v_proj"], init_lora_weights=False
     )
-    get_peft_model(base, config).save_pretrained(str(folder))
+    adapted: Any = get_peft_model(base, config)
+    adapted.save_pretrained(str(adapter))
+    shutil.copytree(model, merged, ignore=shutil.ignore_patterns("*.safetensors", "demo_data"))
+    adapted.merge_and_unload().save_pretrained(merged)
