@@ -7,7 +7,7 @@ from a request.
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -24,9 +24,10 @@ def _counter(name: str, help_text: str, *labels: str) -> Counter:
     return Counter(name, help_text, [MODEL, *labels])
 
 
-def _gauge(name: str, help_text: str, *labels: str) -> Gauge:
-    # Of several processes the last to write has the newest state.
-    return Gauge(name, help_text, [MODEL, *labels], multiprocess_mode="mostrecent")
+def _gauge(name: str, help_text: str, *labels: str, sums: bool = False) -> Gauge:
+    # Of several processes each has a part, or the last to write has the newest state.
+    mode: Literal["livesum", "mostrecent"] = "livesum" if sums else "mostrecent"
+    return Gauge(name, help_text, [MODEL, *labels], multiprocess_mode=mode)
 
 
 REQUESTS = _counter(
@@ -42,12 +43,25 @@ REJECTED = _counter(
     "unknown callers, a full queue, a server that drains.",
     "code",
 )
-IN_FLIGHT = Gauge(
+IN_FLIGHT = _gauge(
     "rheostat_requests_in_flight",
     "Requests to routes that generate or score whose answer is not complete.",
-    [MODEL],
-    multiprocess_mode="livesum",
+    sums=True,
 )
+UNDER_WAY = _gauge(
+    "rheostat_answers_under_way", "Answers that the engine works on or that wait for it.", sums=True
+)
+WAITING = _gauge(
+    "rheostat_answers_waiting",
+    "Of the answers under way, those beyond what the engine works on at once.",
+    sums=True,
+)
+MOST = _gauge(
+    "rheostat_answers_limit",
+    "So many answers may be under way; a request beyond gets 429 (RHEOSTAT_MAX_WAITING).",
+    sums=True,
+)
+DRAINING = _gauge("rheostat_draining", "1 once the server ends and takes no more requests, else 0.")
 DECISIONS = _counter(
     "rheostat_decisions",
     "Choices by decision (refuse, respond, or would_refuse under a policy that is not enforced), "
@@ -250,6 +264,12 @@ def count_rejection(code: str) -> None:
 def count_in_flight(requests: int) -> None:
     """Counts requests as in flight; fewer than 0 are it no more."""
     child(IN_FLIGHT).inc(requests)
+
+
+def show_answers(under_way: int, waiting: int) -> None:
+    """Shows how many answers are under way, and how many of them wait."""
+    child(UNDER_WAY).set(under_way)
+    child(WAITING).set(waiting)
 
 
 def count_reload(*, valid: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from models.errors import QueueFullError, RequestError, TenantFullError, UnavailableError
 from server.policies.book import Caller
 from server.settings import PREFIX
+from server.telemetry import metrics
 from server.web.limits import number, prompts_in
 from server.web.score import AT_ONCE
 
@@ -40,6 +41,9 @@ class Admission:
         self._idle.set()
         self.draining = False
         self.held = 0
+        metrics.show_answers(self.held, self.waiting)
+        metrics.child(metrics.MOST).set(self._most)
+        metrics.child(metrics.DRAINING).set(0)
 
     @property
     def waiting(self) -> int:
@@ -49,6 +53,7 @@ class Admission:
     def drain(self) -> None:
         """Takes no more requests from here on."""
         self.draining = True
+        metrics.child(metrics.DRAINING).set(1)
 
     async def idle(self) -> None:
         """Waits until no answer is under way."""
@@ -103,6 +108,7 @@ class Admission:
         held = self._tenants.pop(caller.tenant, 0) + answers
         if held:  # only those stay who have something under way
             self._tenants[caller.tenant] = held
+        metrics.show_answers(self.held, self.waiting)
         if self.held:
             self._idle.clear()
         else:

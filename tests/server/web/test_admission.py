@@ -208,3 +208,19 @@ def test_route_without_work_for_the_engine_is_served_by_a_full_server() -> None:
     assert (
         post(FakeServer(), Admission(0, 0), b"{}", "/v1/messages/count_tokens").status_code == 200
     )
+
+
+def shown(name: str) -> float | None:
+    return REGISTRY.get_sample_value(f"rheostat_{name}", {"model_name": ""})
+
+
+def test_metrics_show_what_is_under_way_and_what_waits() -> None:
+    admission = Admission(2, 1)
+    assert (shown("answers_limit"), shown("draining")) == (3, 0)
+    places = [admission.enter(ANYBODY) for _ in range(3)]
+    assert (shown("answers_under_way"), shown("answers_waiting")) == (3, 1)
+    for place in places:
+        place.leave()
+    assert (shown("answers_under_way"), shown("answers_waiting")) == (0, 0)
+    admission.drain()
+    assert shown("draining") == 1
