@@ -35,6 +35,7 @@ def test_promptfoos_assertion_knows_a_refusal(
     )
 
     (result,) = json.loads((tmp_path / "out.json").read_text())["results"]["results"]
+    assert "error" not in result["response"]
     assert result["success"] is refused
     assert result["response"].get("isRefusal", False) is refused
     assert result["response"]["output"]
