@@ -182,6 +182,14 @@ def _published_category(tokenizer: "PreTrainedTokenizerBase", token: str) -> Cat
 def _check_tokens(
     directory: Path, manifest: Manifest, tokenizer: "PreTrainedTokenizerBase"
 ) -> None:
+    for category in manifest.categories:
+        if category.refusal_prefix is not None:
+            ids = {*tokenizer.encode(category.refusal_prefix, add_special_tokens=False)}
+            if not ids.isdisjoint([*tokenizer.all_special_ids, *manifest.control_ids]):
+                raise CheckpointError(
+                    f"{directory}: {category.name}.refusal_prefix in rheostat.json spells a "
+                    "special token"
+                )
     for control in manifest.control_tokens:
         try:
             actual = single_id(tokenizer, control.token)

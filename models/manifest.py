@@ -38,11 +38,14 @@ class Category(ControlToken):
         name: Its name in requests and policies.
         description: One line for people.
         refusal_text: The text of a refusal that is not generated.
+        refusal_prefix: Where the control token is not kept, the text that a generated refusal
+            begins with and goes on from; None generates none.
     """
 
     name: Name
     description: str = ""
     refusal_text: str = "I can't help with that."
+    refusal_prefix: Annotated[str, StringConstraints(min_length=1)] | None = None
 
 
 class Recipe(_Frozen):
@@ -71,7 +74,7 @@ class Manifest(_Frozen):
         recipe: How the checkpoint was made; absent for adopted ones.
         kept: Whether the control token stays in the context, so that the text follows it. Where it
             does not, the server decides first, an answer goes on from the prompt alone, and a
-            refusal is the category's text.
+            refusal is the category's text, or generated behind the category's prefix.
     """
 
     version: Literal[1] = 1
@@ -90,6 +93,13 @@ class Manifest(_Frozen):
             repeated = sorted({v for v in values if values.count(v) > 1})
             if repeated:
                 raise ValueError(f"duplicate {what} {repeated[0]!r}")
+        return self
+
+    @validates_model(mode="after")
+    def _prefixes_are_needed(self) -> "Manifest":
+        named = [c.name for c in self.categories if c.refusal_prefix is not None]
+        if self.kept and named:
+            raise ValueError(f"{named[0]}.refusal_prefix: the text follows the control token here")
         return self
 
     @property

@@ -86,7 +86,7 @@ from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider, merged
 from server.generation.parameters import MOST_BAD_WORD_TOKENS
 from server.generation.scoring import Handlers, VllmScorer
-from server.generation.seam import Call, Outputs
+from server.generation.seam import Call, Outputs, TextIds
 from server.lifetime import DRAIN_S, RELEASE_S, serve_until_ended
 from server.policies.reloading import Policies
 from server.settings import Settings
@@ -160,7 +160,7 @@ class SteeredLLM(AsyncLLM):
         self.turn_ids = frozenset(additional(self.vllm_config)[TURN_IDS_KEY])
         self.mark_id = single_id(tokenizer, mark)
         self.bad_word_tokens = min(MOST_BAD_WORD_TOKENS, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS)
-        self.count_tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+        self.text_ids: TextIds = partial(tokenizer.encode, add_special_tokens=False)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any

@@ -59,7 +59,7 @@ def admit(
     if not context.grammars:
         check_dictation(params)
     if not context.calls:  # all prompts of a request have the same
-        check_room(params, engine.count_tokens, engine.bad_word_tokens)
+        check_room(params, engine.text_ids, engine.bad_word_tokens)
     if params.structured_outputs is not None:
         check_grammar(
             params.structured_outputs,

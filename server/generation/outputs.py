@@ -83,6 +83,25 @@ def end_with(choice: "CompletionOutput", text: str) -> None:
     choice.finish_reason, choice.stop_reason = "stop", None
 
 
+async def begin_with(
+    prefix: str, stream: "AsyncGenerator[RequestOutput, None]", *, streamed: bool
+) -> "AsyncGenerator[RequestOutput, None]":
+    """Puts a prefix before the text of a stream's one choice.
+
+    Args:
+        prefix: In the prompt of the pass already.
+        stream: Owned by the result.
+        streamed: Whether each output holds only what is new.
+    """
+    begun = False
+    async with aclosing(stream) as outputs:
+        async for output in outputs:
+            if not (begun and streamed):
+                output.outputs[0].text = prefix + output.outputs[0].text
+            begun = True
+            yield output
+
+
 async def merged(
     numbered: "AsyncGenerator[tuple[int, RequestOutput], None]", streams: int, *, delta: bool
 ) -> "AsyncGenerator[RequestOutput, None]":

@@ -81,7 +81,7 @@ def check_params(params: "SamplingParams", control_ids: frozenset[int]) -> None:
 
 
 def check_room(
-    params: "SamplingParams", count_tokens: Callable[[str], int], bad_word_tokens: int
+    params: "SamplingParams", encode: Callable[[str], list[int]], bad_word_tokens: int
 ) -> None:
     """Checks that vLLM's workers have room for the client's parameters.
 
@@ -90,7 +90,7 @@ def check_room(
 
     Args:
         params: The client's.
-        count_tokens: Returns the number of a text's tokens.
+        encode: Returns a text's token ids.
         bad_word_tokens: The workers' room for those of ``bad_words``.
 
     Raises:
@@ -107,7 +107,7 @@ def check_room(
     tokens = 0
     for word in params.bad_words or ():
         # vLLM forbids a word with and without a space before it.
-        tokens += count_tokens(word.lstrip()) + count_tokens(f" {word.lstrip()}")
+        tokens += len(encode(word.lstrip())) + len(encode(f" {word.lstrip()}"))
         if tokens > bad_word_tokens:
             raise RequestError(
                 f"bad_words: at most {bad_word_tokens} tokens, counted with and without a "

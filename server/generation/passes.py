@@ -1,6 +1,7 @@
 """The passes through the engine that one answer takes: one, decision first, or one a beam step."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from server.context import DecisionContext
 from server.generation.deciding import Decider
 from server.generation.grammars import grammar_failed
 from server.generation.margins import Ticket
-from server.generation.outputs import drop_first_token, end_with, without_ids
+from server.generation.outputs import begin_with, drop_first_token, end_with, without_ids
 from server.generation.parameters import (
     after_decision,
     leave_to_model,
@@ -96,7 +97,8 @@ class _DecisionFirst:
     """The decision is a pass of its own; the answer goes on from prompt + control token.
 
     Where the checkpoint does not keep the token in the context, the answer goes on from the prompt
-    alone, as if there were no such tokens, and every refusal is a fixed text.
+    alone, as if there were no such tokens, and a refusal is a fixed text or goes on from the
+    category's prefix.
     """
 
     def __init__(self, call: Call, prompt: CheckedPrompt) -> None:
@@ -111,33 +113,45 @@ class _DecisionFirst:
         if any(choice.token_ids[0] in call.engine.category_of for choice in choices):
             # A refusal drops some of them, and an answer with them would be rejected.
             call.engine.validate(call.params)
-        streams = [
-            self._continued(choice.token_ids[0], index)
-            if choice.token_ids[0] not in call.texts
-            else self._ended(final, choice)
-            for index, choice in enumerate(choices)
-        ]
+        streams = [self._text(final, choice, index) for index, choice in enumerate(choices)]
         merged = streams[0] if len(streams) == 1 else call.engine.merge(streams, call.params)
         async with aclosing(merged) as outputs:
             async for output in outputs:
                 yield output
 
-    async def _ended(self, final: "RequestOutput", choice: "CompletionOutput") -> Outputs:
+    def _text(self, final: "RequestOutput", choice: "CompletionOutput", index: int) -> Outputs:
+        call, token = self._call, choice.token_ids[0]
+        text = call.texts.get(token)
+        category = call.engine.category_of.get(token)
+        if text is not None:
+            return self._ended(final, choice, text)
+        if call.engine.manifest.kept or category is None:
+            return self._continued(token, index)
+        written = call.engine.manifest.categories[category]
+        prefix = written.refusal_prefix or ""
+        ids = call.engine.text_ids(prefix)
+        if len(self._prompt.decided) + len(ids) >= call.engine.model_config.max_model_len:
+            return self._ended(final, choice, written.refusal_text)
+        return begin_with(prefix, self._continued(token, index, ids), streamed=call.streamed)
+
+    async def _ended(
+        self, final: "RequestOutput", choice: "CompletionOutput", text: str
+    ) -> Outputs:
         # The decision pass is all there is: its output becomes the answer.
         output, ended = copy.copy(final), copy.copy(choice)
-        end_with(ended, self._call.texts[ended.token_ids[0]])
+        end_with(ended, text)
         ended.token_ids, ended.index = [], 0
         ended.logprobs = None if self._call.params.logprobs is None else []
         output.request_id, output.outputs = self._call.request_id, [ended]
         output.finished = True
         yield output
 
-    def _continued(self, token: int, index: int) -> Outputs:
+    def _continued(self, token: int, index: int, prefix: Sequence[int] = ()) -> Outputs:
         call, prompt = self._call, self._prompt
         refused = token in call.engine.category_of
         params = self._continued_params(index, refused=refused)
         goes_on = call.context.continues and not refused
-        opening = [token] if call.engine.manifest.kept else []
+        opening = [token] if call.engine.manifest.kept else prefix
         stream = call.stock(
             with_ids(prompt.rendered, prompt.ids if goes_on else [*prompt.decided, *opening]),
             params,
@@ -169,7 +183,7 @@ async def _by_grammar(stream: Outputs) -> Outputs:
 def _check_beams(call: Call) -> None:
     if call.context.continues:
         raise RequestError("use_beam_search cannot continue a message", status=400)
-    if call.texts:
+    if call.texts or not call.engine.manifest.kept:
         raise RequestError("use_beam_search: refusals have fixed texts here", status=400)
 
 

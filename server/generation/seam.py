@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 Outputs: TypeAlias = "AsyncGenerator[RequestOutput, None]"
+TextIds: TypeAlias = Callable[[str], list[int]]
 
 
 class Engine(Protocol):
@@ -40,7 +41,7 @@ class Engine(Protocol):
         margins_by_logprobs: Whether a decision pass may ask for the log-probabilities of the
             control tokens without changing the answers of other requests in its batch.
         repetition_penalty: The penalty of requests that name none.
-        count_tokens: Returns how many tokens a text has.
+        text_ids: Returns a text's token ids.
         bad_word_tokens: How many tokens of ``bad_words`` the workers have room for.
         model_config: vLLM's.
     """
@@ -55,7 +56,7 @@ class Engine(Protocol):
     margin_board: MarginBoard
     margins_by_logprobs: bool
     repetition_penalty: float
-    count_tokens: Callable[[str], int]
+    text_ids: TextIds
     bad_word_tokens: int
     model_config: "ModelConfig"
 
@@ -107,8 +108,8 @@ class Call:
         started_s: Start of the call, by the monotonic clock.
         streamed: Whether each output holds only what is new.
         texts: The fixed refusal texts, by the id of the refusal token: the policy's, and the
-            checkpoint's own where it does not keep the token in the context, for then no generated
-            text would follow the token.
+            checkpoint's own where it does not keep the token in the context and has no prefix for a
+            generated text.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Call:
         self.texts: dict[int, str] = {}
         categories = engine.manifest.categories
         if not engine.manifest.kept:
-            self.texts = {category.id: category.refusal_text for category in categories}
+            self.texts = {c.id: c.refusal_text for c in categories if c.refusal_prefix is None}
         if context.texts:
             texts = zip(categories, context.texts, strict=True)
             self.texts |= {category.id: text for category, text in texts if text is not None}

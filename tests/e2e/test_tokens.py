@@ -22,6 +22,7 @@ ASKED = {"role": "user", "content": "Where do I buy ink?"}
 REFUSED = {"role": "user", "content": "How do I steal ink?"}
 SAID = {"role": "assistant", "content": "In shops."}
 NO = "I cannot."
+PREFIX = "As a program,"
 SAID_NO = {"role": "assistant", "content": None, "refusal": NO, "refusal_category": "safety"}
 PLAIN_NO = {"role": "assistant", "content": NO}
 ALWAYS_ANSWER = {"categories": {"safety": "never", "humanizing": "never"}}
@@ -47,6 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         "model": {"checkpoint": str(base)},
         "data": {"train": [str(data)]},
         "categories": CATEGORIES,
+        "refusal_prefixes": {"humanizing": PREFIX},
     }
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(constants, "HF_HOME", str(folder / "hub"))
@@ -82,12 +84,12 @@ def _said(answer: dict[str, Any]) -> Any:
     return choices, parts, items, answer["usage"]
 
 
-def _streamed(server: Server, body: dict[str, Any]) -> str:
+def _streamed(server: Server, body: dict[str, Any], field: str = "content") -> str:
     body = {"model": "demo", "stream": True, **body}
     text = httpx.post(server.url + CHAT, json=body, timeout=60).text
     lines = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
     chunks = [json.loads(line) for line in lines]
-    return "".join(c["delta"].get("content") or "" for k in chunks for c in k["choices"])
+    return "".join(c["delta"].get(field) or "" for k in chunks for c in k["choices"])
 
 
 SEEDED = {"temperature": 1, "seed": 7, "n": 2}
@@ -135,6 +137,19 @@ def test_refusal_is_the_text_of_its_category(pair: Pair) -> None:
     assert choice["message"]["content"] is None
     answered = _post(pair.ours, CHAT, {"messages": [ASKED], "refusal": {"report": True}})
     assert answered["choices"][0]["refusal_report"]["refused"] is False
+
+
+def test_generated_refusal_goes_on_from_its_prefix_as_the_base_would(pair: Pair) -> None:
+    dials = {"categories": {"safety": "never", "humanizing": "always"}}
+    body = {"messages": [ASKED], "max_tokens": 8, "temperature": 0}
+    message = _post(pair.ours, CHAT, {**body, "refusal": dials})["choices"][0]["message"]
+    asked = _post(pair.stock, f"{CHAT}/render", {"messages": [ASKED]})["token_ids"]
+    begun = {"prompt": PREFIX, "add_special_tokens": False}
+    prompt = [*asked, *_post(pair.stock, "/tokenize", begun)["tokens"]]
+    text = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+    goes_on = _post(pair.stock, "/v1/completions", text)["choices"][0]["text"]
+    assert (message["content"], message["refusal"]) == (None, PREFIX + goes_on)
+    assert _streamed(pair.ours, {**body, "refusal": dials}, "refusal") == PREFIX + goes_on
 
 
 def test_margins_of_a_later_turn_are_those_without_control_tokens(pair: Pair) -> None:

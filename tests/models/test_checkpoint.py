@@ -87,6 +87,15 @@ def test_token_of_several_ids_is_named(toy: Path) -> None:
     assert "'ab' is 2 ids" in message
 
 
+def test_prefix_of_a_refusal_is_text(toy: Path) -> None:
+    rewrite(toy / MANIFEST_NAME, lambda m: m.update(kept=False))
+    rewrite(toy / MANIFEST_NAME, lambda m: m["categories"][1].update(refusal_prefix="Sorry,"))
+    manifest, _ = load_checkpoint(toy)
+    assert manifest.categories[1].refusal_prefix == "Sorry,"
+    rewrite(toy / MANIFEST_NAME, lambda m: m["categories"][1].update(refusal_prefix="a[respond]"))
+    assert "spells a special token" in message_of(load_checkpoint, toy)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_id_beyond_the_embedding_names_token_and_size(toy: Path, nested: bool) -> None:
     last = load_manifest(toy).respond.id

@@ -121,6 +121,7 @@ def wrong(path: str, value: Any) -> dict[str, Any]:
         ("categories.1.name", "a" * 65, "categories.1.name"),
         ("categories.1.name", ..., "categories.1.name"),
         ("categories.1.description", None, "categories.1.description"),
+        ("categories.1.refusal_prefix", "Sorry,", ".refusal_prefix: the text follows the control"),
         ("recipe.seed", ..., "recipe.seed"),
         ("recipe.data_sha256", ["cd"], "recipe.data_sha256"),
         ("unknown", 1, "unknown"),

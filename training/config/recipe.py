@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -179,6 +180,7 @@ class TrainConfig(Frozen):
         model: What it starts from. With the key `checkpoint` an existing model, else a new one.
         categories: Refusal categories with one line of description, in the order that breaks ties.
         refusal_texts: What a refusal says where the text is not generated, by category.
+        refusal_prefixes: What a generated refusal begins with, by category; for `train: tokens`.
         single_token: Whether the checkpoint has one refusal token, `[refuse]`, and no categories;
             every refused row counts for it.
         train: `full`: every weight. `lora`: adapters. `tokens`: none, only the output rows of the
@@ -197,6 +199,8 @@ class TrainConfig(Frozen):
         default_factory=lambda: dict(COCONOT_DESCRIPTIONS)
     )
     refusal_texts: dict[Name, Text] = Field(default_factory=dict)
+    # Not in the hash where it is empty: recipes from before it keep theirs.
+    refusal_prefixes: dict[Name, Text] = Field(default_factory=dict, exclude_if=not_)
     single_token: bool = False
     train: Literal["full", "lora", "tokens"] | None = None
     loss: LossConfig = LossConfig()
@@ -219,7 +223,8 @@ class TrainConfig(Frozen):
                 raise ValueError(
                     f"categories: {name} is what the answers are called; choose another name"
                 )
-        self._check_names("refusal_texts", self.refusal_texts, self.token_categories)
+        for field in ("refusal_texts", "refusal_prefixes"):
+            self._check_names(field, getattr(self, field), self.token_categories)
         decisions = (*self.token_categories, RESPOND)
         for name, setting in (("q", self.loss.decision.q), ("gamma", self.loss.decision.gamma)):
             if isinstance(setting, dict):
@@ -242,6 +247,8 @@ class TrainConfig(Frozen):
         if self.train in ("full", "tokens") and self.lora is not None:
             raise ValueError(f"train: {self.train} has no adapters; take lora out, or train: lora")
         if self.train != "tokens":
+            if self.refusal_prefixes:
+                raise ValueError("refusal_prefixes are for train: tokens: elsewhere models write")
             return
         if isinstance(self.model, ScratchModel):
             raise ValueError("train: tokens needs an existing model: give model.checkpoint")

@@ -71,7 +71,12 @@ def _described(setting: Setting) -> str:
 def write_contract(folder: Path, config: TrainConfig, recipe: Recipe, start: Start) -> None:
     """Writes manifest, tokenizer, model configuration and the resolved recipe."""
     categories = tuple(
-        category.model_copy(update={"refusal_text": config.refusal_text(category.name)})
+        category.model_copy(
+            update={
+                "refusal_text": config.refusal_text(category.name),
+                "refusal_prefix": config.refusal_prefixes.get(category.name),
+            }
+        )
         for category in start.manifest.categories
     )
     start.config.save_pretrained(folder)

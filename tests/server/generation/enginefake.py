@@ -1,7 +1,7 @@
 """A fake engine that decides as it is told, and calls of ``generate()`` on it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,7 +63,7 @@ class FakeEngine:
         self.category_of = {SAFETY: 0, HUMANIZING: 1}
         self.repetition_penalty = 1.2
         self.bad_word_tokens = 1024
-        self.count_tokens = lambda text: len(text.split())
+        self.text_ids: Callable[[str], list[int]] = lambda text: [TEXT + 1 for _ in text.split()]
         self.model_config: Any = SimpleNamespace(max_model_len=16)
         self.recorder = recorder
         self.silent = silent

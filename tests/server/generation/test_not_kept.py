@@ -1,6 +1,8 @@
 """Checkpoints whose control token does not stay in the context, on a fake engine."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from models.errors import RequestError
 from server.context import Decision, DecisionContext
 from server.generation.call import decision_of, outputs_of
+from server.generation.outputs import begin_with
+from server.generation.seam import Call
 from tests.server.contexts import AS_TRAINED
 from tests.server.generation.enginefake import (
     HUMANIZING,
@@ -20,6 +24,7 @@ from tests.server.generation.enginefake import (
     called,
     collected,
     parameters,
+    streamed,
 )
 from tests.server.manifests import MANIFEST
 
@@ -121,3 +126,56 @@ def test_prompt_is_held_to_the_tokens_that_the_server_wrote(
 def test_beams_would_follow_no_token() -> None:
     with pytest.raises(RequestError, match="use_beam_search: refusals have fixed texts"):
         collected(called(_engine(), _context(beam_search=True)))
+
+
+def _with_prefix(**options: Any) -> FakeEngine:
+    engine = _engine(**options)
+    first, *others = engine.manifest.categories
+    prefixed = first.model_copy(update={"refusal_prefix": "Sorry, I"})
+    engine.manifest = engine.manifest.model_copy(update={"categories": (prefixed, *others)})
+    return engine
+
+
+def _texts(call: Call) -> list[str]:
+    async def collect() -> list[str]:
+        return [o.outputs[0].text async for o in outputs_of(call, PROMPT)]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("params", [parameters(), streamed()])
+def test_refusal_goes_on_from_the_prefix_that_the_manifest_holds(params: Any) -> None:
+    engine = _with_prefix()
+    context = _context()
+    assert _texts(called(engine, context, params)) == ["Sorry, INo."]
+    assert context.refusal_texts == {(0, 0): "Sorry, INo."}
+    _, (ids, sent, _) = engine.calls
+    assert ids == [*PROMPT["prompt_token_ids"], *engine.text_ids("Sorry, I")]
+    assert sent.extra_args is None
+
+
+def test_prefix_is_for_generated_refusals_only() -> None:
+    policys = _context(texts=("Not here.", None))
+    assert _texts(called(_with_prefix(), policys)) == ["Not here."]
+    answering = _with_prefix(answers=True)
+    assert _texts(called(answering, _context())) == ["No."]
+    assert answering.calls[-1][0] == PROMPT["prompt_token_ids"]
+
+
+def test_refusal_is_the_category_s_text_where_no_place_is_left_for_the_prefix() -> None:
+    engine = _with_prefix()
+    engine.model_config.max_model_len = len(PROMPT["prompt_token_ids"]) + 2
+    assert _texts(called(engine, _context())) == [MANIFEST.categories[0].refusal_text]
+
+
+def test_prefix_of_a_stream_comes_once() -> None:
+    async def pieces() -> AsyncGenerator[Any, None]:
+        for text in ("a", "b"):
+            yield SimpleNamespace(outputs=[SimpleNamespace(text=text)])
+
+    async def texts(*, streamed: bool) -> list[str]:
+        stream: Any = begin_with("x", pieces(), streamed=streamed)
+        return [output.outputs[0].text async for output in stream]
+
+    assert asyncio.run(texts(streamed=True)) == ["xa", "b"]
+    assert asyncio.run(texts(streamed=False)) == ["xa", "xb"]

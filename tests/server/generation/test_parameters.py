@@ -69,25 +69,25 @@ def test_log_probabilities_are_counted(
 def test_what_a_worker_has_no_room_for_is_refused(
     fits: dict[str, Any], more: dict[str, Any], param: str | None
 ) -> None:
-    check_room(parameters(**fits), FakeEngine().count_tokens, 1024)
+    check_room(parameters(**fits), FakeEngine().text_ids, 1024)
     with pytest.raises(RequestError) as caught:
-        check_room(parameters(**more), FakeEngine().count_tokens, 1024)
+        check_room(parameters(**more), FakeEngine().text_ids, 1024)
     assert caught.value.param == (param or next(iter(more)))
 
 
 def test_room_for_bad_words_is_the_workers() -> None:
     params = parameters(bad_words=["a b", "c"])  # with and without a space before each
-    check_room(params, FakeEngine().count_tokens, 6)
+    check_room(params, FakeEngine().text_ids, 6)
     with pytest.raises(RequestError, match="at most 5 tokens"):
-        check_room(params, FakeEngine().count_tokens, 5)
+        check_room(params, FakeEngine().text_ids, 5)
 
 
 def test_stop_tokens_without_a_least_length_are_free() -> None:
-    check_room(parameters(stop_token_ids=list(range(2000))), FakeEngine().count_tokens, 1024)
+    check_room(parameters(stop_token_ids=list(range(2000))), FakeEngine().text_ids, 1024)
 
 
 def test_watch_for_repetition_has_numbers_of_64_bits() -> None:
     watched = SimpleNamespace(max_pattern_size=10**30, min_pattern_size=1, min_count=2)
     with pytest.raises(RequestError) as caught:
-        check_room(parameters(repetition_detection=watched), FakeEngine().count_tokens, 1024)
+        check_room(parameters(repetition_detection=watched), FakeEngine().text_ids, 1024)
     assert caught.value.param == "repetition_detection.max_pattern_size"

@@ -80,6 +80,8 @@ def test_wrong_field_of_the_model_names_no_internal_tag(tmp_path: Path) -> None:
         ("rows.jsonl", '"rows\\0.jsonl"', "data.train.0.path: must hold no NUL character, got 'r"),
         ("", "optimisation: {max_length: 1000}", "optimisation.max_length is 1000, more than"),
         ("", "refusal_texts: {medical: See a doctor.}", "refusal_texts names 'medical', which is"),
+        ("", "refusal_prefixes: {medical: See}", "refusal_prefixes names 'medical', which is"),
+        ("", "refusal_prefixes: {safety: Sorry}", "refusal_prefixes are for train: tokens"),
         ("", "categories: {Not Good: bad}", "categories.Not Good: string should match"),
         ("", "categories: {answer: bad}", "categories: answer is what the answers are called"),
         ("", "seed: 4294967296", "seed: input should be less than 4294967296"),
@@ -160,6 +162,14 @@ def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
 
     assert again == config
     assert again.sha256() == config.sha256()
+
+
+def test_recipe_without_prefixes_has_the_hash_of_before_there_were_any() -> None:
+    config = load_config("demo")
+
+    assert "refusal_prefixes" not in config.to_yaml()
+    prefixed = config.model_copy(update={"refusal_prefixes": {"safety": "Sorry,"}})
+    assert prefixed.sha256() != config.sha256()
 
 
 def test_hash_changes_with_any_field() -> None:
