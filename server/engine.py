@@ -14,7 +14,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvloop
 from fastapi import FastAPI
 from jinja2 import TemplateError
@@ -68,6 +67,7 @@ from models.errors import ConfigError, RequestError, UnavailableError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
+from server import flags, vllm_names
 from server.app import (
     Service,
     add_scores,
@@ -80,7 +80,6 @@ from server.app import (
 )
 from server.context import DECISION_CONTEXT, TURN_IDS_KEY, Decision, DecisionContext
 from server.dials.board import Resolution
-from server.flags import bound_grammars, fit_to_cpu, refuse_switched_on, refuse_unserved
 from server.generation.call import admit, decision_of, outputs_of
 from server.generation.margins import MarginBoard
 from server.generation.outputs import Hider, merged
@@ -95,12 +94,6 @@ from server.telemetry.listener import MetricsApp, bind, listening, metrics_route
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.running import name_server, observers, observing
 from server.telemetry.spans import trace_headers
-from server.vllm_names import (
-    cli_env_setup,
-    make_arg_parser,
-    run_headless,
-    validate_parsed_serve_args,
-)
 from server.web.admission import Admission
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
@@ -265,23 +258,18 @@ def parse_flags(arguments: Sequence[str]) -> Namespace:
         ConfigError: This server would ignore a flag or variable, or it would bypass what was
             verified.
     """
-    cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    vllm_names.cli_env_setup()
+    parser = vllm_names.make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
     parser.set_defaults(shutdown_timeout=DRAIN_S)
     args: Namespace = parser.parse_args(list(arguments))
-    refuse_unserved(args, parser.get_default)
-    refuse_switched_on(lambda name: getattr(envs, name))
+    flags.refuse_unserved(args, parser.get_default)
+    flags.refuse_switched_on(lambda name: getattr(envs, name))
     configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
+    vllm_names.validate_parsed_serve_args(args)
     if current_platform.is_cpu():
-        fit_to_cpu(args, parser.get_default, fast_bfloat16=_has_fast_bfloat16())
-    bound_grammars(args)
+        flags.fit_to_cpu(args, parser.get_default, fast_bfloat16=flags.has_fast_bfloat16())
+    flags.bound_grammars(args)
     return args
-
-
-def _has_fast_bfloat16() -> bool:
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Policies) -> None:
@@ -309,7 +297,7 @@ def _join(args: Namespace, settings: Settings) -> None:
     steer_workers(config, settings, cached_tokenizer_from_config(config.model_config))
     put_into_flags(config, args)
     args.api_server_count = 0
-    run_headless(args)
+    vllm_names.run_headless(args)
 
 
 async def _serve(
@@ -325,7 +313,8 @@ async def _serve(
     )
     model_name = config.model_config.served_model_name
     name_server(model_name, VLLM_VERSION, policies.served)
-    policies.fit(api_keys=_api_keys(args))
+    # As vLLM's own authentication reads them.
+    policies.fit(api_keys=[key for key in (args.api_key or [envs.VLLM_API_KEY]) if key])
     recorder = open_recorder(Path(args.model), manifest, settings)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
     steer_workers(config, settings, tokenizer)
@@ -377,11 +366,6 @@ def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
         aggregate_engine_logging=args.aggregate_engine_logging,
         usage_context=UsageContext.OPENAI_API_SERVER,
     )
-
-
-def _api_keys(args: Namespace) -> list[str]:
-    # As vLLM's own authentication reads them.
-    return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI:

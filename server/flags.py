@@ -125,6 +125,14 @@ def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any], *, fast_bfloat
     args.enable_chunked_prefill = False
 
 
+def has_fast_bfloat16() -> bool:
+    """Returns whether this processor multiplies bfloat16 numbers itself."""
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def bound_grammars(args: Namespace) -> None:
     """Chooses the grammar library whose steps are bounded, in place, unless a flag chooses another.
 

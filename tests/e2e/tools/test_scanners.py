@@ -20,7 +20,8 @@ def test_promptfoos_assertion_knows_a_refusal(
     server: Server, tmp_path: Path, manifest: Any, dial: str, refused: bool
 ) -> None:
     config = block("promptfoo", "yaml", server.url)
-    dials = ", ".join(f"{name}: {dial}" for name in manifest.names)
+    # The assertion reads the text's wording, so the text must be that of one category.
+    dials = f"safety: {dial}" if refused else ", ".join(f"{n}: {dial}" for n in manifest.names)
     (tmp_path / "promptfooconfig.yaml").write_text(config.replace("safety: always", dials))
     bins = TOOLS / "promptfoo" / "node_modules" / ".bin"
     assert (bins / "promptfoo").exists(), "promptfoo is missing: run `make test-tools`"
