@@ -112,8 +112,8 @@ def run(states: Any, labels: Any, noise: float, seeds: Sequence[int], steps: int
     for seed in track(seeds, f"decisions, {noise:.0%} of the labels wrong"):
         posed = parts_of(states, labels, noise, seed)
         winners = [*_static(posed, classes, seed, steps), _searched(posed, classes, seed, steps)]
-        tested = _train(winners, posed.train, posed.test, classes, seed, steps, watch=True)
-        curves.append(tested.accuracy[0].numpy())
+        tested = _train(winners, posed.train, posed.test, classes, seed, steps)
+        curves.append(tested.curves[0].numpy())
         chosen.append(winners)
         truth = [None if y == classes - 1 else str(int(y)) for y in posed.test.y[0]]
         rows = [
@@ -132,20 +132,9 @@ def _train(
     classes: int,
     seed: int,
     steps: int,
-    *,
-    watch: bool = False,
 ) -> Any:
-    return train(
-        [list(candidates)],
-        rows,
-        scored,
-        classes,
-        [seed],
-        steps,
-        watch=watch,
-        hidden=False,
-        measure=area,
-    )
+    several = [list(candidates)]
+    return train(several, rows, scored, classes, [seed], steps, hidden=False, measure=area)
 
 
 def _scores(

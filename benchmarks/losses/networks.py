@@ -43,12 +43,12 @@ class Trained(NamedTuple):
 
     Attributes:
         logits: Of the rows to be scored, `[S, C, N, classes]`.
-        accuracy: Or what else was measured on those rows after every `TEST_EVERY` steps,
-            `[S, C, points]`; or empty.
+        curves: What was measured on those rows after every `TEST_EVERY` steps, `[S, C, points]`;
+            or empty.
     """
 
     logits: Tensor
-    accuracy: Tensor
+    curves: Tensor
 
 
 class Networks:
@@ -145,7 +145,6 @@ def train(
     seeds: Sequence[int],
     steps: int,
     *,
-    watch: bool = False,
     hidden: bool = True,
     measure: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Trained:
@@ -153,12 +152,10 @@ def train(
 
     Args:
         candidates: `[S][C]`.
-        watch: Whether they are measured on the way too.
         hidden: As in `Networks`.
-        measure: What is measured; None is accuracy.
+        measure: What is measured on the way, such as `accuracy`; None measures nothing.
     """
     networks = Networks(seeds, candidates, rows.x.shape[-1], classes, hidden=hidden)
-    measure = measure or accuracy
     adam = Adam(networks)
     place = torch.arange(len(candidates))[:, None]
     curve = []
@@ -173,7 +170,7 @@ def train(
             for p in networks.parameters:
                 p.requires_grad_(False)
             adam.step(gradients)
-            if watch and step % TEST_EVERY == 0:
+            if measure and step % TEST_EVERY == 0:
                 curve.append(measure(networks.logits(scored.x), scored.y))
     with torch.no_grad():
         points = torch.stack(curve, -1) if curve else torch.empty(0)

@@ -169,9 +169,11 @@ def run(job: Job) -> Outcome:
     static = _choose_static(posed, job)
     searched = _search(posed, job)
     chosen = [[*row, found.winner] for row, found in zip(static, searched, strict=True)]
-    tested = train(chosen, posed.train, posed.test, posed.classes, job.seeds, job.steps, watch=True)
+    tested = train(
+        chosen, posed.train, posed.test, posed.classes, job.seeds, job.steps, measure=accuracy
+    )
     spent = [found.cost * job.steps for found in searched]
-    return Outcome(tested.accuracy.numpy(), chosen, spent)
+    return Outcome(tested.curves.numpy(), chosen, spent)
 
 
 def _choose_static(posed: Problem, job: Job) -> list[list[Candidate]]:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import REGISTRY
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from models.controls import Controls, Rule
 from models.manifest import Manifest
@@ -28,7 +28,6 @@ from tests.server.middlewares import (
     USER,
     FakeServer,
     assert_refused,
-    scope_of,
     send_to,
     steering_app,
 )
@@ -389,28 +388,3 @@ def test_turn_that_cannot_be_opened_is_not_rendered(body: object, status: int) -
 )
 def test_generating_routes_are_known_under_any_root_path(root_path: str, path: str) -> None:
     steered(path, {"messages": [USER], "refusal": {}}, root_path=root_path)
-
-
-def test_disconnect_reaches_the_server_after_the_body() -> None:
-    got: list[Message] = []
-    coming: list[Message] = [
-        {"type": "http.request", "body": b'{"messages"', "more_body": True},
-        {"type": "http.request", "body": b": []}", "more_body": False},
-        {"type": "http.disconnect"},
-    ]
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        got.extend([await receive(), await receive()])
-
-    async def receive() -> Message:
-        return coming.pop(0)
-
-    async def nowhere(message: Message) -> None:
-        raise AssertionError(message)
-
-    middleware = steering_app(app)
-    asyncio.run(middleware(scope_of(CHAT), receive, nowhere))
-    assert got == [
-        {"type": "http.request", "body": b'{"messages":[]}', "more_body": False},
-        {"type": "http.disconnect"},
-    ]
