@@ -41,6 +41,7 @@ def build_router(
         """Lists what can be dialled, in the order that breaks ties; on demand, of which weights."""
         return {
             "object": "list",
+            "calibrations": calibrations.names,
             **({"hashes": (await _alone(hashing, served)).model_dump()} if hashes else {}),
             "data": [
                 {

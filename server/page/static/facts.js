@@ -1,16 +1,18 @@
 // What the server says of itself: categories, policies, calibration, the model's name.
 
-import { ApiError, getJson } from "./api.js";
+import { getJson } from "./api.js";
 import { resetDials } from "./dials.js";
 import { changed, state } from "./store.js";
 
 export async function loadFacts() {
-  const [policies, categories, models, calibration] = await Promise.all([
+  const [policies, categories, models] = await Promise.all([
     getJson("v1/refusal/policies"),
     getJson("v1/refusal/categories"),
     getJson("v1/models"),
-    loadCalibration(),
   ]);
+  // Requests that name no calibration use this one, as the page's do.
+  const known = categories.calibrations.includes("default");
+  const calibration = known ? await getJson("v1/refusal/calibration") : null;
   const curves = new Map(calibration?.categories.map((entry) => [entry.name, entry.curve]));
   state.model = models.data[0].id;
   state.policies = policies.data;
@@ -27,13 +29,4 @@ export function usePolicy(name) {
   state.solved = null;
   resetDials();
   changed("policy");
-}
-
-async function loadCalibration() {
-  try {
-    return await getJson("v1/refusal/calibration");
-  } catch (error) {
-    if (error instanceof ApiError && error.status === 404) return null;
-    throw error;
-  }
 }

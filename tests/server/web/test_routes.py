@@ -29,6 +29,7 @@ def test_categories_are_listed_in_manifest_order() -> None:
     assert answer.status_code == 200
     assert answer.json() == {
         "object": "list",
+        "calibrations": [],
         "data": [
             {
                 "object": "refusal.category",
