@@ -136,7 +136,7 @@ async def _show(url: str, prompts: Prompts, console: Console, *, rates: bool) ->
         }
         replies = await asyncio.gather(
             *(
-                _ask(client, prompt, {name: position})
+                _ask(client, prompt, Settings({name: position}))
                 for name, prompt in chosen.items()
                 for position in POSITIONS
             )
@@ -170,9 +170,8 @@ def _distance(scores: Mapping[str, Scores], at: int, prompt: str) -> float:
     return abs(margins[at]) + max(0.0, max(others) + 1)
 
 
-async def _ask(client: RheostatClient, prompt: str, dials: Mapping[str, object]) -> Reply:
-    asked = (Message(role="user", content=prompt),)
-    return await client.ask(MODEL_NAME, asked, Settings(dials))
+async def _ask(client: RheostatClient, prompt: str, settings: Settings) -> Reply:
+    return await client.ask(MODEL_NAME, (Message(role="user", content=prompt),), settings)
 
 
 def _dials(chosen: Mapping[str, str], replies: Sequence[Reply]) -> Table:
@@ -202,8 +201,9 @@ async def _rates(client: RheostatClient, prompts: Prompts) -> Table:
     for name, asked in prompts.items():
         counts = []
         for rate in RATES:
-            dials = {name: {"rate": rate}}
-            replies = await asyncio.gather(*(_ask(client, prompt, dials) for prompt in asked))
+            # The decision is enough.
+            settings = Settings({name: {"rate": rate}}, max_new_tokens=1)
+            replies = await asyncio.gather(*(_ask(client, prompt, settings) for prompt in asked))
             counts.append(sum(reply.category == name for reply in replies))
         table.add_row(name, *(f"{count} of {len(asked)}" for count in counts))
     return table
