@@ -182,7 +182,7 @@ def responses(
 ) -> None:
     """Write the responses that rows need, so that the text follows the control token.
 
-    Answers are the base model's own, so a training on them keeps its words and lengths. Refusals
+    Answers are the base model's own, so a training on them keeps its style and lengths. Refusals
     without a response get a text by their category. Prompts refused for safety are never answered.
     """
     from rich.console import Console
