@@ -14,6 +14,7 @@ from tests.training.conftest import WriteRows, small_rows
 from tests.training.recipes import losses_of, tiny_config, weights_of
 from training.config.recipe import LoraConfig
 from training.model.lora import add_adapters, merge
+from training.run.export import ADAPTER
 from training.run.train import train
 
 IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,9 @@ def test_run_with_adapters_exports_an_ordinary_checkpoint(
     assert torch.equal(weights_of(out)["model.norm.weight"], weights_of(base)["model.norm.weight"])
     loaded: Any = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
-    assert not list(out.glob("adapter*"))
+    # Beside the weights, transformers would put the adapters on a second time.
+    assert not list(out.glob("adapter_*"))
+    assert (out / ADAPTER / "adapter_model.safetensors").exists()
 
 
 def test_weights_are_exported_as_the_base_stored_them(

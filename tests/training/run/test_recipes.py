@@ -11,6 +11,7 @@ from models.errors import ConfigError
 from tests.toy import byte_tokenizer, tiny_model
 from tests.training.recipes import log_of, losses_of
 from training.config.recipe import CheckpointModel, TrainConfig, load_config, packaged_recipes
+from training.demo_data.render import as_json_lines, render
 from training.run.preview import dry_run
 from training.run.train import train
 
@@ -60,6 +61,16 @@ def _chat(number: int) -> dict[str, Any]:
     return {"prompt": turns[0]["content"], "prompt_id": str(number), "messages": turns}
 
 
+# Sets that name only prompts: configuration, split and column as on the hub.
+PROMPTS = {
+    "walledai/AdvBench": ("default", "train", "prompt"),
+    "declare-lab/CategoricalHarmfulQA": ("default", "en", "Question"),
+    "mandarjoshi/trivia_qa": ("rc.nocontext", "train", "question"),
+    "openai/gsm8k": ("main", "train", "question"),
+    "yizhongw/self_instruct": ("human_eval", "train", "instruction"),
+}
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> dict[str, str]:
     """Returns folders laid out like the hub's repositories, by the names there."""
@@ -88,11 +99,28 @@ def hub(tmp_path: Path) -> dict[str, str]:
     tokenizer = byte_tokenizer()
     tiny_model(len(tokenizer)).save_pretrained(model)
     tokenizer.save_pretrained(model)
+    responses = tmp_path / "responses.jsonl"
+    responses.write_bytes(as_json_lines(render(0)["train"][:200]))
     return {
         "allenai/coconot": str(coconot),
         "HuggingFaceH4/ultrachat_200k": str(chats),
         "model": str(model),
+        "responses.jsonl": str(responses),
+        **{
+            name: _prompts(tmp_path / str(number), *where)
+            for number, (name, where) in enumerate(PROMPTS.items())
+        },
     }
+
+
+def _prompts(folder: Path, config: str, split: str, column: str) -> str:
+    folder.mkdir()
+    file = _write(folder, "prompts", [{column: f"Question {n}?", "other": n} for n in range(20)])
+    _front_matter(
+        folder,
+        f"- config_name: {config}\n  data_files: [{{split: {split}, path: {file}}}]",
+    )
+    return str(folder)
 
 
 def _front_matter(folder: Path, configs: str) -> None:
@@ -104,7 +132,9 @@ def _at_home(config: TrainConfig, hub: dict[str, str]) -> TrainConfig:
     values = config.model_dump(mode="json")
     for origin in (values["data"]["train"], (values["evaluation"] or {}).get("data")):
         for source in origin if isinstance(origin, list) else ():
-            source["hub"] = hub[source["hub"]]
+            for field in ("hub", "path"):
+                if source[field] is not None:
+                    source[field] = hub[source[field]]
     if "checkpoint" in values["model"]:
         values["model"]["checkpoint"] = hub["model"]
     return TrainConfig.model_validate(values)
