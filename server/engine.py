@@ -97,7 +97,7 @@ from server.telemetry.spans import trace_headers
 from server.web.admission import Admission
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
-from server.web.validation import stop_at_first_error
+from server.web.validation import adapt_bodies, stop_at_first_error
 from server.workers.config import additional, answers_at_once, put_into_flags, steer_workers
 from server.workers.handshake import shake_hands
 
@@ -374,6 +374,7 @@ async def _app(engine: SteeredLLM, args: Namespace, service: Service) -> FastAPI
     if not args.log_error_stack:
         drop_client_mistakes((VLLMClientError, ValidationError, TemplateError, ErrorResponse))
     app = build_app(args, tasks, engine.model_config)
+    adapt_bodies(app, "/derender")  # which hold requests
     hashes = partial(checkpoint_hashes, Path(args.model))
     surround(app, service, engine, hashes)
     put_layer(

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import InitErrorDetails, SchemaValidator, ValidationError
 from pydantic_core.core_schema import no_info_after_validator_function
@@ -37,6 +39,21 @@ def stop_at_first_error(*models: type[BaseModel]) -> None:
         _adapt(schema)
         # By themselves, not of validators that models within it have already.
         model.__pydantic_validator__ = SchemaValidator(schema, _use_prebuilt=False)
+
+
+def adapt_bodies(app: FastAPI, suffix: str) -> None:
+    """Does the same with the bodies of some routes, whose models hold such models.
+
+    Args:
+        app: Changed in place.
+        suffix: Of the routes' paths.
+    """
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path.endswith(suffix) and route.body_field:
+            adapter: Any = route.body_field._type_adapter
+            schema = adapter.core_schema
+            _adapt(schema)
+            adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
 
 
 def _adapt(schema: Any) -> None:

@@ -44,6 +44,8 @@ SETTLES = 0.25
 FLAT_FROM_S = 300
 MOST_MB_A_MINUTE = 1.0
 MOST_GROWTH_MB = 100
+# The worker touches its cache of 1 GiB little by little.
+FILLS = {"VLLM::Worker": 1024}
 REQUESTS = re.compile(r'^rheostat_requests_total\{.*route="(.+?)",status="(\d+)"\} (\S+)$', re.M)
 
 _log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def test_mixed_load_loses_nothing_and_memory_stays(soaked: Server) -> None:
     assert counts.requests[SCORE, 200] > 0
     assert counts.requests[CHAT, 499] > 0
     for name in memory.samples:
-        assert growth_mb(memory, name) < MOST_GROWTH_MB
+        assert growth_mb(memory, name) < FILLS.get(name, MOST_GROWTH_MB), name
         if SOAK_S >= FLAT_FROM_S:
             assert slope_mb(memory, name) < MOST_MB_A_MINUTE, name
 

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from models.errors import RequestError
 from server.web.validation import (
+    adapt_bodies,
     answer_failed,
     answer_invalid,
     first_problem,
@@ -275,3 +276,35 @@ def test_parts_of_a_batch_are_validated_once_for_all() -> None:
         Batch.model_validate(wrong)
     error = first_problem(caught.value.errors(), wrong)
     assert error.param == "messages.0.0.content.1.type"
+
+
+class Tripping(BaseModel):
+    options: dict[str, int] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trips(cls, data: Any) -> Any:
+        data["options"].get("a")
+        return data
+
+
+class Holding(BaseModel):
+    held: Tripping
+
+
+def test_bodies_that_hold_such_a_model_are_told_their_field_as_well() -> None:
+    app = FastAPI()
+
+    @app.post("/one/derender")
+    async def answer(body: Holding) -> None: ...
+
+    adapt_bodies(app, "/derender")
+
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/one/derender", json={"held": {"options": 5}})
+
+    told = asyncio.run(post())
+    assert told.status_code == 422
+    assert told.json()["detail"][0]["loc"] == ["body", "held", "options"]
