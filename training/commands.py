@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from models.tokens import COCONOT_DESCRIPTIONS
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 DATA_HELP = (
@@ -187,6 +185,7 @@ def responses(
     """
     from rich.console import Console
 
+    from training.calibration.prompts import known_categories
     from training.config.data import named_sources
     from training.config.recipe import CheckpointModel
     from training.data.sources import draw_rows
@@ -194,7 +193,7 @@ def responses(
 
     say = Console(stderr=True).print
     sources = [source for path in data for source in named_sources(path)]
-    rows = draw_rows(sources, tuple(COCONOT_DESCRIPTIONS), seed=seed, say=say)
+    rows = draw_rows(sources, known_categories(()), seed=seed, say=say)
     wanted = Wanted(CheckpointModel(checkpoint=model), dtype, max_length, pairs, seed)
     typer.echo(f"{out}: {write_responses(rows, wanted, out)} rows")
 

@@ -56,7 +56,7 @@ def read_prompts(
 
 
 def known_categories(names: Sequence[str]) -> Collection[str]:
-    """Returns the categories that rows may have: any, where the checkpoint has a single one."""
+    """Returns the categories that rows may have: any, where there is one name or none."""
     return names if len(names) > 1 else _Everything()
 
 

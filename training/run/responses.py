@@ -54,8 +54,9 @@ def write_responses(rows: Sequence[Row], wanted: Wanted, out: Path) -> int:
     with out.open("a", encoding="utf-8") as file, _progress(len(todo)) as advance:
         for start in range(0, len(todo), ROWS_AT_ONCE):
             chunk = todo[start : start + ROWS_AT_ONCE]
-            for values in _responses(chunk, wanted, names, answer):
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            made = list(_responses(chunk, wanted, names, answer))
+            # At once: a run that is killed while the model answers leaves no half of a pair.
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
             file.flush()
             advance(len(chunk))
     return sum(1 for _ in out.open(encoding="utf-8"))
@@ -79,21 +80,28 @@ def _responses(
     names: Sequence[str],
     answer: Callable[[Sequence[str]], list[str]],
 ) -> Iterator[Mapping[str, Any]]:
-    paired, texts = {}, _refusal_texts()
-    for row in chunk:
-        prompt = row.prompt[0].content
-        rng = random.Random(f"{wanted.seed}/{prompt}")
-        paired[prompt] = rng.random() < wanted.pairs and row.category != HARMFUL
-        if row.category is not None or paired[prompt]:
+    texts = _refusal_texts()
+    draws = [random.Random(f"{wanted.seed}/{row.prompt[0].content}") for row in chunk]
+    drawn = [
+        rng.random() < wanted.pairs and row.category != HARMFUL
+        for row, rng in zip(chunk, draws, strict=True)
+    ]
+    prompts = [
+        row.prompt[0].content
+        for row, pair in zip(chunk, drawn, strict=True)
+        if row.category is None or pair
+    ]
+    answers = dict(zip(prompts, answer(prompts), strict=True))
+    for row, rng, pair in zip(chunk, draws, drawn, strict=True):
+        text = answers.get(row.prompt[0].content)
+        paired = pair and bool(text)  # a model may say nothing
+        if row.category is not None or paired:
             category = row.category or rng.choice(list(names) or list(texts))
-            text = row.response if row.category else None
-            told = text or rng.choice(texts.get(category, [DEFAULT_REFUSAL_TEXT]))
-            yield _row(row, category, told, paired=paired[prompt])
-    asked = [row for row in chunk if row.category is None or paired[row.prompt[0].content]]
-    answers = answer([row.prompt[0].content for row in asked])
-    for row, text in zip(asked, answers, strict=True):
-        if text:
-            yield _row(row, None, text, paired=paired[row.prompt[0].content])
+            told = row.response if row.category else None
+            told = told or rng.choice(texts.get(category, [DEFAULT_REFUSAL_TEXT]))
+            yield _row(row, category, told, paired=paired)
+        if text and (row.category is None or paired):
+            yield _row(row, None, text, paired=paired)
 
 
 def _row(row: Row, category: str | None, response: str, *, paired: bool) -> Mapping[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.toy import save_base
 from tests.training.conftest import THINGS
-from training.config.recipe import CheckpointModel
+from training.commands import app
+from training.config.recipe import DEFAULT_REFUSAL_TEXT, CheckpointModel
 from training.data.rows import Message, Row
 from training.run.responses import Wanted, write_responses
 
@@ -85,3 +87,15 @@ def test_a_file_that_was_begun_is_continued(base: CheckpointModel, tmp_path: Pat
 
     assert {row["prompt"] for row in again} == {row["prompt"] for row in whole}
     assert again[:3] == whole[:3]
+
+
+def test_command_takes_categories_of_ones_own(base: CheckpointModel, tmp_path: Path) -> None:
+    data, out = tmp_path / "mine.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"prompt": "Which dose?", "category": "medicine", "response": null}\n')
+    arguments = [base.checkpoint, "--data", str(data), "--out", str(out), "--max-length", "90"]
+
+    done = CliRunner().invoke(app, ["responses", *arguments])
+
+    assert done.exit_code == 0, done.output
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (row["category"], row["response"]) == ("medicine", DEFAULT_REFUSAL_TEXT)
