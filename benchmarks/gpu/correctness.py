@@ -3,8 +3,8 @@
 import asyncio
 import math
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from benchmarks.gpu.scenarios import (
     scenarios,
     stock_server,
 )
+from benchmarks.serving.servers import ended
 from models.manifest import Manifest, load_manifest
 from tests.e2e.servers import Server
 from training.demo_data.render import render
@@ -211,18 +212,19 @@ def measure_correctness(
     """
     manifest = load_manifest(checkpoint)
     logs.mkdir(parents=True, exist_ok=True)
+    # All start at once.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         adapter, merged = folder / "adapter", folder / "merged"
         save_adapter(checkpoint, adapter, merged)
         stocks = {
-            model: stack.enter_context(_ended(stock_server(machine, path, logs / f"{model}.log")))
+            model: stack.enter_context(ended(stock_server(machine, path, logs / f"{model}.log")))
             for model, path in (("demo", checkpoint), (ADAPTER, merged))
         }
         chosen = scenarios(machine.device, adapter)
         servers = [
             stack.enter_context(
-                _ended(own_server(machine, checkpoint, scenario, logs / f"{number}.log"))
+                ended(own_server(machine, checkpoint, scenario, logs / f"{number}.log"))
             )
             for number, scenario in enumerate(chosen)
         ]
@@ -236,15 +238,6 @@ def measure_correctness(
                 prompts = references[scenario.model][0]
                 found[scenario.name] = _checked(server, scenario, prompts, manifest, run)
         return found
-
-
-@contextmanager
-def _ended(server: Server) -> Iterator[Server]:
-    # Not the server's own context, which waits until it is ready: all start at once.
-    try:
-        yield server
-    finally:
-        server.end()
 
 
 def _reference(

@@ -45,7 +45,7 @@ def measure_speed(machine: Machine, checkpoint: Path, out: Path, *, large: bool)
         groups=["grid"] if large else ["grid", "features"],
         starts=1,
         rounds=2 if on_gpu else 1,
-        round_s=0.3 if on_gpu else 0.05,
+        round_s=0.5 if on_gpu else 0.05,
         at_once=(1, 32, 128) if on_gpu else (1, 8),
         tokens=(1, 16, 128) if on_gpu and not large else (1, 16),
         out=out,
@@ -57,6 +57,6 @@ def measure_speed(machine: Machine, checkpoint: Path, out: Path, *, large: bool)
             save_shape(checkpoint, options.checkpoint, LARGE if on_gpu else SMALL)
             if on_gpu:
                 flags += ("--gpu-memory-utilization", "0.35", "--kv-cache-memory-bytes", "8G")
-        run(options, flags)
+        run(options, flags, together=on_gpu)
     found: dict[str, Any] = json.loads((out / "results.json").read_text())
     return {**found, "tables": (out / "tables.md").read_text()}

@@ -77,8 +77,16 @@ def parser(**defaults: object) -> argparse.ArgumentParser:
     return made
 
 
-def run(options: argparse.Namespace, flags: tuple[str, ...] = CPU_FLAGS) -> None:
-    """Measures, prints the tables and writes the results."""
+def run(
+    options: argparse.Namespace, flags: tuple[str, ...] = CPU_FLAGS, *, together: bool = False
+) -> None:
+    """Measures, prints the tables and writes the results.
+
+    Args:
+        options: As parsed.
+        flags: vLLM's, of every server.
+        together: Whether the servers start at once.
+    """
     if options.quick:
         options.starts, options.rounds, options.round_s = 2, 2, 0.25
     console = Console()
@@ -87,7 +95,9 @@ def run(options: argparse.Namespace, flags: tuple[str, ...] = CPU_FLAGS) -> None
     cells = cells_of(options)
     plan = Plan(cells, options.starts, options.rounds, "peers" in options.groups)
     with TemporaryDirectory() as folder:
-        site = Site.made(options.checkpoint, Path(folder), flags, options.against)
+        site = Site.made(
+            options.checkpoint, Path(folder), flags, options.against, together=together
+        )
         starts = measure_all(site, plan, options.out, console)
     found = comparisons(cells, starts)
     judged = [*aims(found, starts), *paper_aim(found, starts)]

@@ -7,7 +7,8 @@ cores from the next server.
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,14 @@ class Site:
         model: A copy of the checkpoint, with a calibration whose margins were never measured.
         flags: vLLM's, of every server.
         against: Another checkout of this project.
+        together: Whether the servers start at once, which two cores are too few for.
     """
 
     folder: Path
     model: Path
     flags: tuple[str, ...]
     against: Path | None
+    together: bool = False
 
     @classmethod
     def made(
@@ -66,6 +69,8 @@ class Site:
         folder: Path,
         flags: tuple[str, ...] = CPU_FLAGS,
         against: Path | None = None,
+        *,
+        together: bool = False,
     ) -> "Site":
         """Copies the checkpoint and writes what the servers read."""
         model = folder / "model"
@@ -75,7 +80,7 @@ class Site:
         (folder / "policies.yaml").write_text(POLICIES.replace("CATEGORY", first))
         template = (model / "chat_template.jinja").read_text()
         (folder / "stock.jinja").write_text(template + CONTROL)
-        return cls(folder, model, flags, against)
+        return cls(folder, model, flags, against, together)
 
     def server(self, name: ServerName) -> Server:
         """Starts a server."""
@@ -110,18 +115,35 @@ class Running(NamedTuple):
 
 
 @contextmanager
-def started(site: Site, names: Iterable[ServerName]) -> Iterator[Running]:
-    """Starts servers one after the other; ends all of them."""
+def started(site: Site, names: Sequence[ServerName]) -> Iterator[Running]:
+    """Starts servers, one after the other or all at once; ends all of them."""
+    groups = [names] if site.together else [[name] for name in names]
     with ExitStack() as stack:
         found = Running({}, {})
-        for name in names:
+        for group in groups:
             start = time.perf_counter()
-            server = stack.enter_context(site.server(name))
-            found.ready_s[name] = time.perf_counter() - start
-            found.servers[name] = server
-            _signal(server, signal.SIGSTOP)
-            stack.callback(_signal, server, signal.SIGCONT)  # a stopped one could not end
+            servers = [stack.enter_context(ended(site.server(name))) for name in group]
+            with ThreadPoolExecutor(len(group)) as threads:
+                ready = list(threads.map(_ready_at, servers))
+            for name, server, at in zip(group, servers, ready, strict=True):
+                found.servers[name], found.ready_s[name] = server, at - start
+                _signal(server, signal.SIGSTOP)
+                stack.callback(_signal, server, signal.SIGCONT)  # a stopped one could not end
         yield found
+
+
+@contextmanager
+def ended(server: Server) -> Iterator[Server]:
+    """Ends a server that is not waited for yet."""
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+def _ready_at(server: Server) -> float:
+    server.wait_until_ready()
+    return time.perf_counter()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 from models.manifest import Manifest
@@ -72,7 +72,14 @@ def name_server(model_name: str, vllm: str, served: Served) -> None:
     metrics.name_model(model_name)
     hashes = [each.info.hashes.weights for each in served.calibrations.loaded.values()]
     weights = hashes[0][:12] if hashes else ""
-    metrics.show_build({"version": version("rheostat"), "vllm": vllm, "weights": weights})
+    metrics.show_build({"version": _version(), "vllm": vllm, "weights": weights})
+
+
+def _version() -> str:
+    try:
+        return version("rheostat")
+    except PackageNotFoundError:
+        return "not installed"  # python -m rheostat in a checkout
 
 
 def observers(
