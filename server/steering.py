@@ -86,6 +86,10 @@ class _MarginRows:
         rows = self._rows
         write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
 
+    def read_and_write(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
+        rows = logits[self._rows]
+        write_rows(self._tickets, self._tags, rows.logsumexp(dim=-1), rows[:, ids])
+
 
 def _row(controls: WireControls, params: SamplingParams) -> bytes:
     row = controls["row"]
@@ -262,22 +266,33 @@ class SteeringV2(V2LogitsProcessor):
         rules = self._undecided_rules(ctx)
         if not rules:
             return logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
+        wanted = self._margin_rows(ctx)
+        if wanted is not None:
+            wanted.read_and_write(logits, self._ids)
+        if logits.is_cuda and rules == {Rule.GREEDY}:
+            self._steer_greedily(logits, ctx)
+        else:
+            self._steer(logits, ctx, rules)
+        return logits
+
+    def _steer_greedily(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
+        # Triton would take a third of a second of the start on a CPU.
+        from server.steering_kernel import steer_rows
+
+        slots, lengths = ctx.expanded_idx_mapping, self._prompt_len.gpu
+        steer_rows(logits, slots, ctx.pos, lengths, self._values, self._ids, self._never_text)
+
+    def _steer(self, logits: torch.Tensor, ctx: LogitsContext, rules: set[Rule]) -> None:
         slots = ctx.expanded_idx_mapping.long()
         values = self._values[slots]
         decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
-        own = logits[:, self._ids]
-        wanted = self._margin_rows(ctx)
-        normaliser = None
-        if wanted is not None or Rule.PAPER in rules:
-            normaliser = logits.logsumexp(dim=-1)
-        choice = decide(own, Dials(values, self._categories), rules, normaliser)
-        if wanted is not None and normaliser is not None:
-            wanted.write(normaliser, own)
+        normaliser = logits.logsumexp(dim=-1) if Rule.PAPER in rules else None
+        dials = Dials(values, self._categories)
+        choice = decide(logits[:, self._ids], dials, rules, normaliser)
         logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.masked_fill_(decides.unsqueeze(1), NEVER_CHOSEN)
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
         logits.scatter_(1, self._ids.take(choice).unsqueeze(1), chosen.unsqueeze(1))
-        return logits
 
     def _margin_rows(self, ctx: LogitsContext) -> _MarginRows | None:
         if not self._tickets:

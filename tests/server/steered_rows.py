@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -47,10 +48,12 @@ def serve_toy(directory: Path) -> Served:
 class Request:
     """One request of the reference: it decides once, for itself."""
 
-    def __init__(self, rng: random.Random, *, steered: bool = True) -> None:
+    def __init__(
+        self, rng: random.Random, *, steered: bool = True, rules: Sequence[Rule] = tuple(Rule)
+    ) -> None:
         biases = [-math.inf, -2.0, 0.0, 0.5, 3.0, math.inf]
         self.controls = Controls(
-            rule=rng.choice(list(Rule)),
+            rule=rng.choice(rules),
             bias=tuple(rng.choice(biases) for _ in range(CATEGORIES)),
             selected=tuple(rng.random() < 0.5 for _ in range(CATEGORIES)),
         )
@@ -120,6 +123,12 @@ class V2:
     def apply(self, before: torch.Tensor, *rows: Row) -> torch.Tensor:
         """Returns what one step makes of logits."""
         return self._processor.apply(before.clone(), context(list(rows)))
+
+    def apply_kernel(self, before: torch.Tensor, *rows: Row) -> torch.Tensor:
+        """Returns what the kernel of a GPU makes of the same step."""
+        after, ctx = before.clone(), context(list(rows))
+        self._processor._steer_greedily(after, ctx)
+        return after
 
 
 def logits(rows: int, seed: int) -> torch.Tensor:
