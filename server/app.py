@@ -3,6 +3,7 @@
 import gc
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,10 @@ def http_options(
 
 
 def open_trace(
-    manifest: Manifest, settings: Settings, requests: tuple[type[BaseModel], ...]
+    manifest: Manifest,
+    settings: Settings,
+    requests: tuple[type[BaseModel], ...],
+    lock: AbstractContextManager[object] | None,
 ) -> DecisionTrace | None:
     """Opens the decision trace, where the operator wants one.
 
@@ -165,6 +169,7 @@ def open_trace(
         manifest: The served checkpoint's.
         settings: The operator's.
         requests: vLLM's bodies, whose fields the trace may name.
+        lock: Held by the one process that writes; None: this is the only one.
     """
     if settings.trace_file is None:
         return None
@@ -175,12 +180,27 @@ def open_trace(
         fields,
         max_bytes=settings.trace_max_bytes,
         files=settings.trace_files,
+        lock=lock,
     )
 
 
-def open_recorder(directory: Path, manifest: Manifest, settings: Settings) -> MarginRecorder | None:
-    """Opens the record of margins, where the operator wants one."""
+def open_recorder(
+    directory: Path,
+    manifest: Manifest,
+    settings: Settings,
+    lock: AbstractContextManager[object] | None,
+) -> MarginRecorder | None:
+    """Opens the record of margins, where the operator wants one.
+
+    Args:
+        directory: The checkpoint's.
+        manifest: The checkpoint's.
+        settings: The operator's.
+        lock: Held by the one process that writes; None: this is the only one.
+    """
     if settings.record_file is None:
         return None
     weights = checkpoint_hashes(directory).weights
-    return MarginRecorder(settings.record_file, settings.record_share, manifest.names, weights)
+    return MarginRecorder(
+        settings.record_file, settings.record_share, manifest.names, weights, lock=lock
+    )

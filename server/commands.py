@@ -1,6 +1,5 @@
 """``rheostat serve`` and ``rheostat policy``. Everything heavy is imported by its command."""
 
-import logging
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -51,13 +50,12 @@ def serve(
     """
     from models.checkpoint import load_checkpoint, resolve_checkpoint
     from server.dials.calibrations import load_calibrations
-    from server.lifetime import ignore_hangups
+    from server.lifetime import ignore_hangups, log_to_stderr
     from server.policies.loading import Served
     from server.policies.reloading import Policies
     from server.settings import load_settings
 
-    logging.getLogger("server").setLevel(logging.INFO)
-    logging.getLogger("server").addHandler(logging.StreamHandler())
+    log_to_stderr()
     settings = load_settings(metrics_port=metrics_port, metrics_host=metrics_host)
     directory = resolve_checkpoint(model, revision)
     manifest, _ = load_checkpoint(directory)

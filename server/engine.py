@@ -22,14 +22,13 @@ from starlette.middleware.cors import CORSMiddleware
 from vllm import __version__ as VLLM_VERSION
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.anthropic.protocol import (
     AnthropicCountTokensRequest,
     AnthropicMessagesRequest,
 )
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.launcher import serve_http
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
@@ -51,7 +50,6 @@ from vllm.exceptions import (
 from vllm.logger import configure_logging_from_args
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.reasoning import ReasoningParserManager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.usage.usage_lib import UsageContext
@@ -63,7 +61,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.checkpoint import opening_ids
-from models.errors import ConfigError, RequestError, UnavailableError
+from models.errors import RequestError, UnavailableError
 from models.hashes import checkpoint_hashes
 from models.manifest import Manifest
 from models.tokens import single_id
@@ -90,16 +88,19 @@ from server.lifetime import DRAIN_S, RELEASE_S, serve_until_ended
 from server.policies.reloading import Policies
 from server.settings import Settings
 from server.telemetry.client_mistakes import drop_client_mistakes
-from server.telemetry.listener import MetricsApp, bind, listening, metrics_route
+from server.telemetry.listener import MetricsApp, listening, metrics_route
 from server.telemetry.recorder import MarginRecorder
 from server.telemetry.running import name_server, observers, observing
 from server.telemetry.spans import trace_headers
-from server.web.admission import Admission
+from server.web.admission import Admission, most_under_way
 from server.web.errors import Failure, failure, failure_of
 from server.web.guard import build_guard
 from server.web.validation import adapt_bodies, stop_at_first_error
-from server.workers.config import additional, answers_at_once, put_into_flags, steer_workers
+from server.workers.config import additional, answers_at_once, steer_workers
+from server.workers.engines import engine_config, join
 from server.workers.handshake import shake_hands
+from server.workers.http_processes import listen, serve_together, share
+from server.workers.shared import HttpProcess
 
 # The bodies of the routes that tenants may send to.
 _REQUESTS = (
@@ -282,50 +283,42 @@ def serve(args: Namespace, manifest: Manifest, settings: Settings, policies: Pol
         policies: The policies in force.
     """
     if args.headless:
-        _join(args, settings)
-    else:
-        uvloop.run(_serve(args, manifest, settings, policies))
-
-
-def _join(args: Namespace, settings: Settings) -> None:
-    """Runs engines for a server on another machine, until a signal."""
-    if args.reasoning_parser_plugin:  # the configuration names its parser
-        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
-        usage_context=UsageContext.OPENAI_API_SERVER, headless=True
-    )
+        join(args, settings)
+        return
+    process = listen(args, settings)
+    run = partial(_serve, manifest, settings, policies)
+    if args.api_server_count in (None, 1):
+        uvloop.run(run(args, process))
+        return
+    config = engine_config(args, -1)
     steer_workers(config, settings, cached_tokenizer_from_config(config.model_config))
-    put_into_flags(config, args)
-    args.api_server_count = 0
-    vllm_names.run_headless(args)
+    most = most_under_way(answers_at_once(config), settings.max_waiting)
+    serve_together(config, Executor.get_class(config), args, share(process, most), run)
 
 
 async def _serve(
-    args: Namespace, manifest: Manifest, settings: Settings, policies: Policies
+    manifest: Manifest,
+    settings: Settings,
+    policies: Policies,
+    args: Namespace,
+    process: HttpProcess,
 ) -> None:
-    try:
-        _, sock = setup_server(args, reuse_port=False)
-    except OSError as error:
-        raise ConfigError(f"--port {args.port}: {error.strerror}") from error
-    scraped = bind(settings)
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
-        usage_context=UsageContext.OPENAI_API_SERVER
-    )
-    model_name = config.model_config.served_model_name
+    config = engine_config(args, process.index)
+    model_name: Any = config.model_config.served_model_name
     name_server(model_name, VLLM_VERSION, policies.served)
     # As vLLM's own authentication reads them.
     policies.fit(api_keys=[key for key in (args.api_key or [envs.VLLM_API_KEY]) if key])
-    recorder = open_recorder(Path(args.model), manifest, settings)
+    recorder = open_recorder(Path(args.model), manifest, settings, process.lock)
     tokenizer: Any = cached_tokenizer_from_config(config.model_config)
     steer_workers(config, settings, tokenizer)
     service = Service(
         manifest,
         settings,
         policies,
-        Admission(answers_at_once(config), settings.max_waiting),
+        Admission(answers_at_once(config), settings.max_waiting, process.counts),
         # Before the engine is made: its renderer encodes with copies of this tokenizer.
         build_guard(tokenizer, manifest, config.model_config.max_model_len),
-        open_trace(manifest, settings, _REQUESTS),
+        open_trace(manifest, settings, _REQUESTS, process.lock),
         observers(
             manifest,
             model_name,
@@ -334,7 +327,7 @@ async def _serve(
         ),
         metrics_route(get_prometheus_registry()),
     )
-    engine = _engine(config, args)
+    engine = _engine(config, args, process)
     try:
         engine.steer(manifest, settings, service.guard.mark, policies.strictest, recorder)
         await shake_hands(engine.engine_core.call_utility_all_async, config)
@@ -343,21 +336,23 @@ async def _serve(
         await engine.decide(first, DecisionContext(policies.strictest()))
         app = await _app(engine, args, service)
         async with (
-            observing(engine, settings, policies, service.trace, recorder),
+            observing(
+                engine, settings, policies, service.trace, recorder, tests=process.index == 0
+            ),
             policies.watching(),
-            listening(MetricsApp(app, service.metrics), scraped, settings),
+            listening(MetricsApp(app, service.metrics), process.scraped, settings),
         ):
             options = http_options(args, settings, get_uvicorn_log_config(args))
-            serving = serve_http(app, sock=sock, **options)
+            serving = serve_http(app, sock=process.sock, peer_loads=process.loads, **options)
             drain_s = args.shutdown_timeout
             await serve_until_ended(serving, app, engine, service.admission, drain_s)
     finally:
         engine.shutdown(timeout=RELEASE_S)
         engine.margin_board.close()
-        sock.close()
+        process.sock.close()
 
 
-def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
+def _engine(config: VllmConfig, args: Namespace, process: HttpProcess) -> SteeredLLM:
     return SteeredLLM(
         config,
         executor_class=Executor.get_class(config),
@@ -365,6 +360,9 @@ def _engine(config: VllmConfig, args: Namespace) -> SteeredLLM:
         log_requests=args.enable_log_requests,
         aggregate_engine_logging=args.aggregate_engine_logging,
         usage_context=UsageContext.OPENAI_API_SERVER,
+        client_addresses=process.engine,
+        client_count=args.api_server_count or 1,
+        client_index=process.index,
     )
 
 

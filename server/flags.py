@@ -15,7 +15,6 @@ CPU_KVCACHE_GIB = "2"
 
 UNSERVED = {
     "grpc": "only HTTP is served",
-    "api_server_count": "one HTTP process a server; put several servers behind the gateway",
     "tokenizer": "the control tokens are verified against the checkpoint's own tokenizer",
     "skip_tokenizer_init": "the control tokens are read and hidden with the tokenizer",
     "chat_template": "put it into the checkpoint as chat_template.jinja, where it is verified",
@@ -58,11 +57,10 @@ def refuse_unserved(args: Namespace, default_of: Callable[[str], Any]) -> None:
         ConfigError: Names the flag and the reason.
     """
     for name, reason in UNSERVED.items():
-        value = getattr(args, name)
-        one_server = name == "api_server_count" and value == 1
-        if value != default_of(name) and not one_server:
+        if getattr(args, name) != default_of(name):
             raise ConfigError(f"--{name.replace('_', '-')}: {reason}")
     _refuse_split_prefill(args)
+    _check_http_processes(args)
 
 
 def refuse_switched_on(value_of: Callable[[str], Any]) -> None:
@@ -96,6 +94,23 @@ def _refuse_split_prefill(args: Namespace) -> None:
         "prompt's keys and values from one instance to another, past the check of the prompt; "
         f"served are stores of prefixes, with the role kv_both: {', '.join(sorted(PREFIX_STORES))}"
     )
+
+
+def _check_http_processes(args: Namespace) -> None:
+    """Rejects a number of HTTP processes that cannot be served.
+
+    Raises:
+        ConfigError: It says why.
+    """
+    count = args.api_server_count
+    if count is None or (count == 1 and not args.headless):
+        return
+    if args.headless:
+        raise ConfigError("--api-server-count: a --headless node answers no HTTP")
+    if count < 1:
+        raise ConfigError("--api-server-count: at least one process has to answer")
+    if args.data_parallel_backend == "ray":
+        raise ConfigError("--api-server-count: it was not tried with --data-parallel-backend ray")
 
 
 def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any], *, fast_bfloat16: bool) -> None:

@@ -24,6 +24,13 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
+def log_to_stderr() -> None:
+    """Has the server's own log written, in a process that has just begun."""
+    log = logging.getLogger("server")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+
+
 def ignore_hangups() -> None:
     """Ignores SIGHUP in this process and in those that it starts from here on.
 

@@ -8,7 +8,8 @@ import torch
 from server.generation.margins import MARGINS, ROWS, Ticket
 
 
-@lru_cache(maxsize=8)
+# More boards than HTTP processes of a server: to map one anew takes far longer than a step.
+@lru_cache(maxsize=256)
 def map_rows(path: str, categories: int) -> torch.Tensor:
     """Maps the file of a board, ``[rows, 2 + categories]`` fp32: tag, log-normaliser, margins.
 

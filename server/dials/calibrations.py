@@ -43,6 +43,10 @@ class Calibrations:
         self._solve = lru_cache(maxsize=MOST_SOLUTIONS)(self._solve_anew)
         self._describe = lru_cache(maxsize=len(self._loaded))(self._describe_anew)
 
+    def __reduce__(self) -> tuple[type["Calibrations"], tuple[dict[str, Calibration]]]:
+        """Leaves the caches out, for another process."""
+        return Calibrations, (self._loaded,)
+
     @property
     def names(self) -> list[str]:
         """Their names, sorted."""

@@ -43,12 +43,16 @@ class Policies:
 
     def __init__(self, settings: Settings, served: Served) -> None:
         self.served = served
+        self._settings = settings
         self._path = settings.policy_file
-        self._defaults = settings.defaults
         self._api_keys: tuple[str, ...] = ()
         self._tried: _Stamp = None
         self._seen: _Stamp = None
         self.book = self._load()
+
+    def __reduce__(self) -> "tuple[type[Policies], tuple[Settings, Served]]":
+        """Another process reads the file itself."""
+        return Policies, (self._settings, self.served)
 
     def caller(self, headers: Headers) -> Caller:
         """Returns who sends a request, by the book in force.
@@ -129,7 +133,7 @@ class Policies:
 
     def _load(self) -> PolicyBook:
         if self._path is None:
-            return default_policies(self._defaults, self.served, self._api_keys)
+            return default_policies(self._settings.defaults, self.served, self._api_keys)
         with suppress(TimeoutError):  # then the file cannot be read either
             self._tried = on_daemon(partial(_stamp, self._path)).result(READ_TIMEOUT_S)
         return load_policies(self._path, self.served)

@@ -54,12 +54,10 @@ UNDER_WAY = _gauge(
 WAITING = _gauge(
     "rheostat_answers_waiting",
     "Of the answers under way, those beyond what the engine works on at once.",
-    sums=True,
 )
 MOST = _gauge(
     "rheostat_answers_limit",
     "So many answers may be under way; a request beyond gets 429 (RHEOSTAT_MAX_WAITING).",
-    sums=True,
 )
 DRAINING = _gauge("rheostat_draining", "1 once the server ends and takes no more requests, else 0.")
 DECISIONS = _counter(

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -39,6 +39,8 @@ class MarginRecorder:
         names: The categories in manifest order.
         weights_sha256: Hash of the served weights.
         seed: Of the draws; None takes one from the operating system.
+        lock: Held by the one process that writes, where several add to the same file; None: this
+            is the only one.
 
     Raises:
         ConfigError: The file has other content, or cannot be written.
@@ -51,20 +53,22 @@ class MarginRecorder:
         names: Sequence[str],
         weights_sha256: str,
         seed: int | None = None,
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self._path = path
         self._share = share
         self._random = Random(seed)
         self._names = tuple(names)
         self._weights_sha256 = weights_sha256
+        self._lock = lock
         self._rows = np.arange(len(self._names))
         self._since = _now()
-        self._counts: dict[str, Counts] = {}
-        self._changed = True
-        if path.exists():
-            self._go_on_with(load_margins(path))
+        # This process's since the file was written.
+        self._new: dict[str, Counts] = {}
         try:
-            self.flush()
+            with lock or nullcontext():
+                self._written = self._read() if path.exists() else {}
+                self._save(self._written)
         except OSError as error:
             raise ConfigError(
                 f"RHEOSTAT_RECORD_FILE: {path} cannot be written: {error.strerror}"
@@ -76,64 +80,91 @@ class MarginRecorder:
 
     def add(self, policy: str, margins: Sequence[float]) -> None:
         """Counts one decision's margins, in manifest order."""
-        counts = self._counts.get(policy)
+        counts = self._new.get(policy)
         if counts is None:
-            counts = self._counts[policy] = np.zeros((len(self._names), BINS), dtype=np.int64)
+            counts = self._new[policy] = np.zeros((len(self._names), BINS), dtype=np.int64)
         counts[self._rows, bin_index(margins)] += 1
-        self._changed = True
 
     def counts(self) -> dict[str, Counts]:
         """Returns a copy of the counts: by policy, `[k, BINS]`."""
-        return {policy: counts.copy() for policy, counts in self._counts.items()}
+        return _sum(self._written, self._new)
 
     @asynccontextmanager
     async def flushing(self, every_s: float = FLUSH_S) -> AsyncIterator[None]:
-        """Writes changed counts every few seconds, and at the end."""
+        """Writes new counts every few seconds, and at the end."""
         async with repeated(self._flush_beside, every_s, finishes=True):
             yield
 
     async def _flush_beside(self, _: bool) -> None:
-        if not self._changed:
+        new = _sum(self._new)
+        if not new and self._lock is None:
             return
-        recorded = self._read()
         try:
-            await asyncio.to_thread(save_margins, self._path, recorded)
+            written = await asyncio.to_thread(self._write, new)
         except OSError as error:
-            self._changed = True
             _log.warning("%s cannot be written: %s", self._path, error.strerror)
+        except ConfigError as error:  # what another process wrote is gone
+            _log.warning("%s", error.message)
+        else:
+            self._keep(written, new)
 
     def flush(self) -> None:
-        """Writes the counts if they changed.
+        """Writes the new counts.
 
         Raises:
             OSError: The file cannot be written.
         """
-        if self._changed:
-            save_margins(self._path, self._read())
+        new = _sum(self._new)
+        self._keep(self._write(new), new)
 
-    def _read(self) -> RecordedMargins:
-        self._changed = False
+    def _write(self, new: Mapping[str, Counts]) -> dict[str, Counts]:
+        with self._lock or nullcontext():
+            written = self._written if self._lock is None else self._read()
+            total = _sum(written, new)
+            if new:
+                self._save(total)
+        return total
+
+    def _keep(self, written: dict[str, Counts], new: Mapping[str, Counts]) -> None:
+        # What came up while they were written is left.
+        left = {policy: counts - new.get(policy, 0) for policy, counts in self._new.items()}
+        self._new = {policy: counts for policy, counts in left.items() if counts.any()}
+        self._written = written
+
+    def _save(self, all_counts: Mapping[str, Counts]) -> None:
         policies = {
             policy: PolicyMargins(
                 rows=int(counts[0].sum()),
                 counts=dict(zip(self._names, map(tuple, counts.tolist()), strict=True)),
             )
-            for policy, counts in self._counts.items()
+            for policy, counts in all_counts.items()
         }
-        return RecordedMargins(
+        recorded = RecordedMargins(
             since=self._since,
             until=_now(),
             weights_sha256=self._weights_sha256,
             policies=policies,
         )
+        save_margins(self._path, recorded)
 
-    def _go_on_with(self, recorded: RecordedMargins) -> None:
+    def _read(self) -> dict[str, Counts]:
+        recorded = load_margins(self._path)
         same_categories = all(tuple(p.counts) == self._names for p in recorded.policies.values())
         if recorded.weights_sha256 != self._weights_sha256 or not same_categories:
-            return
+            return {}
         self._since = recorded.since
-        for policy, margins in recorded.policies.items():
-            self._counts[policy] = np.array(list(margins.counts.values()), dtype=np.int64)
+        return {
+            policy: np.array(list(margins.counts.values()), dtype=np.int64)
+            for policy, margins in recorded.policies.items()
+        }
+
+
+def _sum(*parts: Mapping[str, Counts]) -> dict[str, Counts]:
+    total: dict[str, Counts] = {}
+    for part in parts:
+        for policy, counts in part.items():
+            total[policy] = total[policy] + counts if policy in total else counts.copy()
+    return total
 
 
 def _now() -> str:

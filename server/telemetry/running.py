@@ -36,8 +36,19 @@ async def observing(
     policies: Policies,
     trace: DecisionTrace | None,
     recorder: MarginRecorder | None,
+    *,
+    tests: bool,
 ) -> AsyncIterator[None]:
-    """Writes trace and margins, tests calibrations, and shows the engine, while the block runs."""
+    """Writes trace and margins, tests calibrations, and shows the engine, while the block runs.
+
+    Args:
+        engine: Shown.
+        settings: The operator's.
+        policies: Those in force.
+        trace: Written.
+        recorder: Written.
+        tests: Whether this process tests the calibrations: one of several does.
+    """
     calibrations = policies.served.calibrations.loaded
     show_ages(calibrations)
 
@@ -49,6 +60,7 @@ async def observing(
         await running.enter_async_context(repeated(look, LOOK_EVERY_S, finishes=False))
         if recorder is not None:
             await running.enter_async_context(recorder.flushing())
+        if recorder is not None and tests:
             fit = FitWatch(
                 recorder,
                 calibrations,

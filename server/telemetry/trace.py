@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import datetime
 from itertools import count, pairwise
 from pathlib import Path
@@ -122,6 +122,7 @@ class DecisionTrace:
         max_bytes: Size at which the file is renamed to ``.1``, which becomes ``.2``, and so on;
             0: never.
         files: How many renamed files are kept.
+        lock: Held by the one process that writes, where several do.
 
     Attributes:
         denials: Since they were last written.
@@ -138,8 +139,10 @@ class DecisionTrace:
         *,
         max_bytes: int = 0,
         files: int = 5,
+        lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self._path = path
+        self._lock = lock or nullcontext()
         self._max_bytes = max_bytes
         # The oldest first: each is renamed to the one before it.
         self._kept = [path.with_name(f"{path.name}.{n}") for n in range(files, 0, -1)]
@@ -186,6 +189,10 @@ class DecisionTrace:
             _log.warning("%d lines of %s are lost: %s", len(lines), self._path, error)
 
     def _append(self, text: str) -> None:
+        with self._lock:
+            self._append_alone(text)
+
+    def _append_alone(self, text: str) -> None:
         if self._path == STANDARD_OUTPUT:
             sys.stdout.write(text)
             sys.stdout.flush()

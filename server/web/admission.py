@@ -1,7 +1,8 @@
 """How many answers may be under way: in all, of one tenant, and none once the server drains."""
 
 import asyncio
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from models.errors import QueueFullError, RequestError, TenantFullError, UnavailableError
 from server.policies.book import Caller
@@ -21,22 +22,70 @@ def answers_in(body: dict[str, Any]) -> int:
     return scored * max(1, number(body, "n"), number(body, "best_of")) * prompts_in(body)
 
 
+def most_under_way(capacity: int, most_waiting: int | None) -> int:
+    """Returns how many answers may be under way; the arguments are those of ``Admission``."""
+    return capacity + (WAITING * capacity if most_waiting is None else most_waiting)
+
+
+class Counts(Protocol):
+    """The answers under way, by tenant, of all processes that admit requests for an engine."""
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Keeps other processes from counting, so that a check and what it allows are one step."""
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+
+    def of(self, tenant: str | None) -> int:
+        """Returns how many of a tenant there are."""
+
+    def add(self, tenant: str | None, answers: int) -> None:
+        """Counts answers, within ``locked``; fewer than 0 are under way no more."""
+
+
+class OwnCounts:
+    """The counts of a server whose only process this is."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._tenants: dict[str | None, int] = {}
+
+    def locked(self) -> AbstractContextManager[object]:
+        """There is nobody else."""
+        return nullcontext()
+
+    def of(self, tenant: str | None) -> int:
+        """Returns how many of a tenant there are."""
+        return self._tenants.get(tenant, 0)
+
+    def add(self, tenant: str | None, answers: int) -> None:
+        """Counts answers; fewer than 0 are under way no more."""
+        self.total += answers
+        held = self._tenants.pop(tenant, 0) + answers
+        if held:  # only those stay who have something under way
+            self._tenants[tenant] = held
+
+
 class Admission:
     """Counts the answers under way, and says who may begin another. Nothing here waits.
 
     Args:
         capacity: How many answers the engine works on at once.
         most_waiting: How many more may wait for it; None: three times as many.
+        counts: Those of all processes; None: this is the only one.
 
     Attributes:
         draining: Whether the server ends, and takes no more requests.
-        held: How many answers are under way.
+        held: How many answers of this process are under way.
     """
 
-    def __init__(self, capacity: int, most_waiting: int | None = None) -> None:
+    def __init__(
+        self, capacity: int, most_waiting: int | None = None, counts: Counts | None = None
+    ) -> None:
         self._capacity = capacity
-        self._most = capacity + (WAITING * capacity if most_waiting is None else most_waiting)
-        self._tenants: dict[str | None, int] = {}
+        self._most = most_under_way(capacity, most_waiting)
+        self._counts = counts or OwnCounts()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -47,8 +96,8 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """How many answers wait for the engine."""
-        return max(0, self.held - self._capacity)
+        """How many answers of all processes wait for the engine."""
+        return max(0, self._counts.total - self._capacity)
 
     def drain(self) -> None:
         """Takes no more requests from here on."""
@@ -73,9 +122,10 @@ class Admission:
             raise UnavailableError("the server is ending: send the request again")
         if not generates:
             return
-        if self.held >= self._most:
+        held = self._counts.total
+        if held >= self._most:
             raise QueueFullError(
-                f"{self.held} answers are under way, and at most {self._most} may be "
+                f"{held} answers are under way, and at most {self._most} may be "
                 f"({PREFIX}MAX_WAITING): send the request again later"
             )
         self.check_tenant(caller, 1)
@@ -86,8 +136,11 @@ class Admission:
         Raises:
             UnavailableError: They are too many beside its others.
         """
-        most, held = caller.max_running, self._tenants.get(caller.tenant, 0)
-        if most is not None and held + answers > most:
+        most = caller.max_running
+        if most is None:
+            return
+        held = self._counts.of(caller.tenant)
+        if held + answers > most:
             raise TenantFullError(
                 f"{held} answers of this tenant are under way, and at most {most} may be "
                 "(max_running): send the request again later"
@@ -99,15 +152,31 @@ class Admission:
         Raises:
             UnavailableError: As of ``check``.
         """
-        self.check(caller, generates=True)
+        with self._counts.locked():
+            self.check(caller, generates=True)
+            self._counts.add(caller.tenant, 1)
+        self._show(1)
         return Place(self, caller)
 
-    def add(self, caller: Caller, answers: int) -> None:
-        """Counts a caller's answers; fewer than 0 are under way no more."""
+    def widen(self, caller: Caller, answers: int) -> None:
+        """Counts more answers of a caller.
+
+        Raises:
+            UnavailableError: They are too many beside its others.
+        """
+        with self._counts.locked():
+            self.check_tenant(caller, answers)
+            self._counts.add(caller.tenant, answers)
+        self._show(answers)
+
+    def leave(self, caller: Caller, answers: int) -> None:
+        """Counts answers of a caller no more."""
+        with self._counts.locked():
+            self._counts.add(caller.tenant, -answers)
+        self._show(-answers)
+
+    def _show(self, answers: int) -> None:
         self.held += answers
-        held = self._tenants.pop(caller.tenant, 0) + answers
-        if held:  # only those stay who have something under way
-            self._tenants[caller.tenant] = held
         metrics.show_answers(self.held, self.waiting)
         if self.held:
             self._idle.clear()
@@ -116,10 +185,10 @@ class Admission:
 
 
 class Place:
-    """What one request counts for.
+    """What one request counts for: one answer, until it is known how many it asks for.
 
     Args:
-        admission: Where it counts.
+        admission: Where it counts already.
         caller: Whose request it is.
     """
 
@@ -127,7 +196,6 @@ class Place:
         self._admission = admission
         self._caller = caller
         self._answers = 1
-        admission.add(caller, 1)
 
     def widen(self, answers: int) -> None:
         """Counts all answers that the request asks for, once they are known.
@@ -143,12 +211,11 @@ class Place:
                 "tenant may be under way (max_running): lower n, or send fewer prompts",
                 param="n",
             )
-        more = answers - self._answers
-        self._admission.check_tenant(self._caller, more)
-        self._admission.add(self._caller, more)
-        self._answers = answers
+        if answers > self._answers:
+            self._admission.widen(self._caller, answers - self._answers)
+            self._answers = answers
 
     def leave(self) -> None:
         """Counts the request no more."""
-        self._admission.add(self._caller, -self._answers)
+        self._admission.leave(self._caller, self._answers)
         self._answers = 0

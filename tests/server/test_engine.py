@@ -115,7 +115,9 @@ def test_client_that_would_change_the_answers_of_others_is_refused() -> None:
     "flags",
     [
         ["--grpc"],
-        ["--api-server-count", "2"],
+        ["--api-server-count", "0"],
+        ["--api-server-count", "2", "--headless"],
+        ["--api-server-count", "2", "--data-parallel-backend", "ray"],
         ["--tokenizer", "elsewhere"],
         ["--skip-tokenizer-init"],
         ["--chat-template", "other.jinja"],
