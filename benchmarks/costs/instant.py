@@ -1,7 +1,9 @@
 """vLLM's app and ours over an engine that answers at once: what is left is the HTTP layer."""
 
 import argparse
+from collections.abc import MutableSequence
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +12,8 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.renderers.registry import renderer_from_config
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -19,7 +23,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from models.manifest import Manifest, load_manifest
 from server import engine as seam
-from server.app import Service
+from server.app import Service, http_options
 from server.dials.calibrations import load_calibrations
 from server.engine import SteeredLLM, parse_flags
 from server.generation.seam import Outputs
@@ -28,7 +32,7 @@ from server.policies.reloading import Policies
 from server.settings import load_settings
 from server.telemetry.listener import metrics_route
 from server.telemetry.running import name_server, observers
-from server.web.admission import Admission
+from server.web.admission import Admission, Counts
 from server.web.guard import build_guard
 from server.workers.config import answers_at_once, steer_workers
 
@@ -112,8 +116,13 @@ async def stock_app(checkpoint: Path) -> FastAPI:
     return app
 
 
-async def own_app(checkpoint: Path) -> FastAPI:
-    """Returns ours; the environment holds its settings."""
+async def own_app(checkpoint: Path, counts: Counts | None = None) -> FastAPI:
+    """Returns ours; the environment holds its settings.
+
+    Args:
+        checkpoint: The served one's folder.
+        counts: The answers under way of several processes; None: this is the only one.
+    """
     args, config, manifest = _configured(checkpoint)
     settings = load_settings()
     policies = Policies(settings, Served(manifest, load_calibrations(checkpoint, manifest)))
@@ -128,13 +137,31 @@ async def own_app(checkpoint: Path) -> FastAPI:
         manifest,
         settings,
         policies,
-        Admission(answers_at_once(config)),
+        Admission(answers_at_once(config), counts=counts),
         guard,
         None,
         observers(manifest, name, spans=False, json=False),
         metrics_route(get_prometheus_registry()),
     )
     return await seam._app(engine, args, service)
+
+
+async def serve_own(
+    checkpoint: Path, sock: socket, loads: MutableSequence[int], counts: Counts | None, index: int
+) -> None:
+    """Answers on a socket with our app, as one of several processes, until it is killed.
+
+    Args:
+        checkpoint: The served one's folder.
+        sock: Bound.
+        loads: Open connections of each process.
+        counts: The answers under way of all; None: this is the only process.
+        index: Of this process.
+    """
+    app = await own_app(checkpoint, counts)
+    args, _, _ = _configured(checkpoint)
+    options = http_options(args, load_settings(), get_uvicorn_log_config(args))
+    await serve_http(app, sock=sock, peer_loads=(loads, index), **options)
 
 
 class _Generating(InstantLLM):

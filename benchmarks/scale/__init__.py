@@ -1,0 +1,1 @@
+"""What many requests a second take: measured pieces, a simulation, and its check."""
