@@ -1,5 +1,6 @@
 """The worker's side of server/generation/margins.py: writes the rows."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +26,7 @@ def map_rows(path: str, categories: int) -> torch.Tensor:
 
 
 def write_rows(
-    tickets: list[Ticket],
+    tickets: Sequence[Ticket],
     tags: torch.Tensor,
     log_normaliser: torch.Tensor,
     logits: torch.Tensor,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
@@ -68,27 +70,19 @@ def _table(rows: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(bytearray().join(rows), np.float32).reshape(len(rows), -1)
 
 
-class _MarginRows:
-    """The rows of a batch whose margins are wanted.
+def _write_margins(
+    tickets: Sequence[Ticket], log_normaliser: torch.Tensor, own: torch.Tensor
+) -> None:
+    tags = _sent(np.array([ticket.tag for ticket in tickets], np.float32), own.device)
+    write_rows(tickets, tags, log_normaliser, own)
 
-    Args:
-        tickets: By row of the logits slice that is decided on.
-        device: The logits'.
-    """
 
-    def __init__(self, tickets: dict[int, Ticket], device: torch.device) -> None:
-        self._tickets = list(tickets.values())
-        self._rows = _sent(np.fromiter(tickets, np.int64), device)
-        tags = np.array([ticket.tag for ticket in self._tickets], np.float32)
-        self._tags = _sent(tags, device)
-
-    def write(self, log_normaliser: torch.Tensor, own: torch.Tensor) -> None:
-        rows = self._rows
-        write_rows(self._tickets, self._tags, log_normaliser[rows], own[rows])
-
-    def read_and_write(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        rows = logits[self._rows]
-        write_rows(self._tickets, self._tags, rows.logsumexp(dim=-1), rows[:, ids])
+def _slot_table(columns: int, states: LogitsProcRequestState) -> Any:
+    shape = (states.max_num_reqs, columns)
+    if states.device.type == "cpu":  # no runner of vLLM's has slots there, but tests do
+        table = torch.zeros(shape)
+        return SimpleNamespace(np=table.numpy(), gpu=table, copy_to_uva=lambda: None)
+    return UvaBackedTensor(shape, torch.float32)
 
 
 def _row(controls: WireControls, params: SamplingParams) -> bytes:
@@ -177,7 +171,8 @@ class SteeringV1(V1LogitsProcessor):
             normaliser = logits[rows].logsumexp(dim=-1)
         choice = decide(own, dials, rules, normaliser)
         if tickets and normaliser is not None:
-            _MarginRows(tickets, logits.device).write(normaliser, own)
+            wanted = _sent(np.fromiter(tickets, np.int64), logits.device)
+            _write_margins(list(tickets.values()), normaliser[wanted], own[wanted])
         logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
         logits.index_fill_(0, rows, NEVER_CHOSEN)
         return logits.index_put_((rows, self._ids.take(choice)), self._chosen)
@@ -227,48 +222,43 @@ class SteeringV2(V2LogitsProcessor):
         self._never_text = _never_text(vllm_config, self._ids)
         self._categories = len(self._ids) - 1
         self._prompt_len = req_states.prompt_len
-        self._width = len(dial_row([0.0] * self._categories, [False] * self._categories, 0, 0, 0))
-        self._values = torch.zeros(req_states.max_num_reqs, self._width + 1, device=device)
+        width = len(dial_row([0.0] * self._categories, [False] * self._categories, 0, 0, 0))
+        # Written on the host; the device reads the lines that it needs through its bus.
+        self._values = _slot_table(width + 1, req_states)
+        self._staged = False
         self._steered = np.zeros(req_states.max_num_reqs, dtype=bool)
         self._rule = np.zeros(req_states.max_num_reqs, dtype=np.int64)
-        self._staged: dict[int, bytes] = {}
         self._tickets: dict[int, Ticket] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Overwrites the state of the slot's last request."""
         controls = controls_of(sampling_params)
         self._steered[req_idx] = controls is not None
-        row = bytes(4 * self._width)
         self._tickets.pop(req_idx, None)
+        values = self._values.np[req_idx]
+        values[-1] = controls is not None
         if controls is not None:
             ticket = ticket_of(controls)
-            # The host cannot tell a draft's rows from the decision's. The server asks for the
-            # margins once more.
-            if ticket is not None and not self._drafts:
+            if ticket is not None:
                 self._tickets[req_idx] = ticket
             self._rule[req_idx] = controls["rule"]
-            row = _row(controls, sampling_params)
-        self._staged[req_idx] = row + np.float32(controls is not None).tobytes()
+            values[:-1] = np.frombuffer(_row(controls, sampling_params), np.float32)
+        self._staged = True
         return True
 
     def apply_staged_writes(self) -> None:
-        """Sends the new slots' dials to the device in one copy that does not wait for it."""
-        if not self._staged:
-            return
-        device = self._values.device
-        slots = _sent(np.fromiter(self._staged, np.int64), device)
-        block = _sent(_table(list(self._staged.values())), device)
-        self._values.index_copy_(0, slots, block)
-        self._staged.clear()
+        """Shows the device the new slots' dials."""
+        if self._staged:
+            self._values.copy_to_uva()
+            self._staged = False
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Masks in place; ``logits`` is ``[rows, vocabulary]`` fp32."""
         rules = self._undecided_rules(ctx)
         if not rules:
             return logits.index_fill_(1, self._never_text, NEVER_CHOSEN)
-        wanted = self._margin_rows(ctx)
-        if wanted is not None:
-            wanted.read_and_write(logits, self._ids)
+        if self._tickets:
+            self._give_margins(logits, ctx)
         if logits.is_cuda and rules == {Rule.GREEDY}:
             self._steer_greedily(logits, ctx)
         else:
@@ -280,11 +270,12 @@ class SteeringV2(V2LogitsProcessor):
         from server.steering_kernel import steer_rows
 
         slots, lengths = ctx.expanded_idx_mapping, self._prompt_len.gpu
-        steer_rows(logits, slots, ctx.pos, lengths, self._values, self._ids, self._never_text)
+        values = self._values.gpu
+        steer_rows(logits, slots, ctx.pos, lengths, values, self._ids, self._never_text)
 
     def _steer(self, logits: torch.Tensor, ctx: LogitsContext, rules: set[Rule]) -> None:
         slots = ctx.expanded_idx_mapping.long()
-        values = self._values[slots]
+        values = self._values.gpu[slots]
         decides = (values[:, -1] > 0) & (ctx.pos + 1 == self._prompt_len.gpu[slots])
         normaliser = logits.logsumexp(dim=-1) if Rule.PAPER in rules else None
         dials = Dials(values, self._categories)
@@ -294,23 +285,28 @@ class SteeringV2(V2LogitsProcessor):
         chosen = torch.where(decides, 0.0, NEVER_CHOSEN)
         logits.scatter_(1, self._ids.take(choice).unsqueeze(1), chosen.unsqueeze(1))
 
-    def _margin_rows(self, ctx: LogitsContext) -> _MarginRows | None:
-        if not self._tickets:
-            return None
-        slots = ctx.idx_mapping_np
-        deciding = ctx.seq_lens_upper_bound_np == self._prompt_len.np[slots]
-        found = {
-            int(row): self._tickets.pop(int(slots[row]), None) for row in deciding.nonzero()[0]
-        }
-        tickets = {row: ticket for row, ticket in found.items() if ticket is not None}
-        return _MarginRows(tickets, self._ids.device) if tickets else None
+    def _give_margins(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
+        slots, lengths = _slots_and_lengths(ctx)
+        deciding = slots[lengths == self._prompt_len.np[slots]].tolist()
+        found = {slot: self._tickets.pop(slot) for slot in deciding if slot in self._tickets}
+        if not found:
+            return
+        wanted = _sent(np.fromiter(found, np.int64), logits.device)
+        # A request has one row before its decision. Under drafts the host cannot tell which.
+        rows = logits[(ctx.expanded_idx_mapping == wanted.unsqueeze(1)).int().argmax(dim=1)]
+        _write_margins(list(found.values()), rows.logsumexp(dim=-1), rows[:, self._ids])
 
     def _undecided_rules(self, ctx: LogitsContext) -> set[Rule]:
-        slots = ctx.idx_mapping_np
+        slots, lengths = _slots_and_lengths(ctx)
         # The bound counts drafts that may be rejected, so it can only be too large by them.
-        lengths = self._prompt_len.np[slots] + self._drafts
-        undecided = self._steered[slots] & (ctx.seq_lens_upper_bound_np <= lengths)
+        undecided = self._steered[slots] & (lengths <= self._prompt_len.np[slots] + self._drafts)
         return {Rule(int(rule)) for rule in np.unique(self._rule[slots[undecided]])}
+
+
+def _slots_and_lengths(ctx: LogitsContext) -> tuple[np.ndarray, np.ndarray]:
+    # With CUDA graphs vLLM pads the lengths to the size of a graph, but not the slots.
+    slots = ctx.idx_mapping_np
+    return slots, ctx.seq_lens_upper_bound_np[: len(slots)]
 
 
 class PricedGrammar(StructuredOutputGrammar):

@@ -27,8 +27,8 @@ from benchmarks.serving.machine import machine as describe_machine
 from benchmarks.serving.report import WIDTH
 
 PARTS = ("correctness", "kernel", "speed", "large", "loss")
-# Two computations of one margin, in float32 and in what a GPU serves by default.
-TOLERANCE = {"cpu": 1e-3, "cuda": 0.1}
+# Two computations of one margin in float32; a GPU may round attention to fewer bits.
+TOLERANCE = {"cpu": 1e-3, "cuda": 1e-2}
 
 
 def measure_loss(device: str) -> dict[str, Any]:

@@ -270,7 +270,7 @@ def _checked(
         if answer is None:
             count.cancelled += 1
         else:
-            count.add(one, answer, manifest, run.tolerance)
+            count.add(one, answer, manifest, max(run.tolerance, scenario.tolerance))
     counters = {field: server.metric(name) for field, name in COUNTERS.items()}
     count.bounds_kept = too_many_stops(server, scenario.model)
     # vLLM's own line.

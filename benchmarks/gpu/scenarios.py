@@ -24,11 +24,13 @@ class Scenario:
     Attributes:
         flags: vLLM's, beside those of all.
         model: The name that requests send.
+        tolerance: What its margins may differ by from the reference's at least.
     """
 
     name: str
     flags: tuple[str, ...] = ()
     model: str = "demo"
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Machine:
         """Variables of every server."""
         on_gpu = {} if self.device == "cpu" else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         operator = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY)}
-        return {**on_gpu, **operator, "VLLM_NO_USAGE_STATS": "1"}
+        # All requests are sent at once, also to an engine that takes 32.
+        queue = {"RHEOSTAT_MAX_WAITING": "4096"}
+        return {**on_gpu, **operator, **queue, "VLLM_NO_USAGE_STATS": "1"}
 
 
 def scenarios(device: str, adapter: Path) -> list[Scenario]:
@@ -78,7 +82,8 @@ def scenarios(device: str, adapter: Path) -> list[Scenario]:
         ),
         Scenario("preemption, 48 blocks", ("--num-gpu-blocks-override", "48")),
         Scenario("n-gram drafts", ("--speculative-config", json.dumps(DRAFTS))),
-        Scenario("LoRA", lora, ADAPTER),
+        # vLLM's kernels for adapters on a GPU take 16 bits only.
+        Scenario("LoRA, float16", (*lora, "--dtype", "float16"), ADAPTER, 0.1),
         Scenario("eager", ("--enforce-eager",)),
     ]
 

@@ -42,10 +42,10 @@ def measure_speed(machine: Machine, checkpoint: Path, out: Path, *, large: bool)
     on_gpu = machine.device != "cpu"
     options = parser(
         checkpoint=checkpoint,
-        groups=["grid"] if large else ["grid", "features"],
+        groups=["cost", "grid"] if large else ["cost", "grid", "features"],
         starts=1,
-        rounds=2 if on_gpu else 1,
-        round_s=0.5 if on_gpu else 0.05,
+        rounds=3 if on_gpu else 1,
+        round_s=0.2 if on_gpu else 0.05,
         at_once=(1, 32, 128) if on_gpu else (1, 8),
         tokens=(1, 16, 128) if on_gpu and not large else (1, 16),
         out=out,

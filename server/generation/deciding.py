@@ -70,18 +70,16 @@ class Decider:
 
     async def ask(self, prompt: TokenPrompt, ids: list[int]) -> DecisionOutput:
         """Makes a decision pass: one token. Arguments and errors are those of ``first``."""
-        engine = self._call.engine
         if not self.wants_margins:
             return DecisionOutput(await self._one_token(prompt, ids), None)
-        if engine.margins_by_logprobs:
-            output = await self._one_token(prompt, ids, by_logprobs=True)
-            return DecisionOutput(output, self._margins_in(output.outputs[0]))
-        ticket = await engine.margin_board.take()
+        board = self._call.engine.margin_board
+        ticket = await board.take()
         try:
             output = await self._one_token(prompt, ids, ticket)
-            return DecisionOutput(output, engine.margin_board.read(ticket))
+            written = board.read(ticket)
         finally:
-            engine.margin_board.give_back(ticket)
+            board.give_back(ticket)
+        return DecisionOutput(output, written or await self._logprobs_margins(prompt, ids))
 
     async def margins(
         self, prompt: TokenPrompt, ids: list[int], ticket: Ticket | None
@@ -91,11 +89,16 @@ class Decider:
         A worker on another machine writes nothing that can be read here. Then they are asked for
         once more, where vLLM's model runner allows it.
         """
-        engine = self._call.engine
-        written = ticket and engine.margin_board.read(ticket)
-        if ticket is None or written or not engine.margins_by_logprobs:
-            return written
-        return (await self.ask(prompt, ids)).margins
+        if ticket is None:
+            return None
+        written = self._call.engine.margin_board.read(ticket)
+        return written or await self._logprobs_margins(prompt, ids)
+
+    async def _logprobs_margins(self, prompt: TokenPrompt, ids: list[int]) -> Margins | None:
+        if not self._call.engine.margins_by_logprobs:
+            return None
+        output = await self._one_token(prompt, ids, by_logprobs=True)
+        return self._margins_in(output.outputs[0])
 
     def decided(self, choice: "CompletionOutput", margins: Margins | None) -> Decision:
         """Returns the decision that a choice opens with.
@@ -114,7 +117,7 @@ class Decider:
         if context.report or not context.enforce:
             raise RequestError(
                 "the margins that this needs cannot come back: vLLM's worker shares no memory "
-                "with the server, and its V1 model runner has no other way",
+                "with the server, and its model runner has no other way",
                 param="refusal.report",
             )
         return Decision(category)
@@ -167,8 +170,9 @@ class Decider:
         controls = self._call.context.controls
         return refused_category(*margins, controls, params.temperature, params.seed)
 
-    def _margins_in(self, choice: "CompletionOutput") -> Margins:
-        assert choice.logprobs is not None  # they were asked for
+    def _margins_in(self, choice: "CompletionOutput") -> Margins | None:
+        if not choice.logprobs:
+            return None  # in a step with another request's drafts vLLM returns none
         step = choice.logprobs[0]
         manifest = self._call.engine.manifest
         respond = step[manifest.respond.id].logprob

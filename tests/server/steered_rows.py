@@ -95,7 +95,8 @@ def context(rows: list[Row]) -> Any:
         idx_mapping=torch.tensor(slots, dtype=torch.int32),
         idx_mapping_np=np.array(slots, dtype=np.int32),
         pos=torch.tensor([row.length - 1 for row in rows]),
-        seq_lens_upper_bound_np=np.array(bounds, dtype=np.int32),
+        # vLLM pads them to the size of a CUDA graph.
+        seq_lens_upper_bound_np=np.array([*bounds, 0, 0], dtype=np.int32),
     )
 
 

@@ -259,16 +259,17 @@ def test_v2_writes_the_margins_of_those_who_ask(served: Served, tmp_path: Path) 
     assert_seen(board, ticket, before[2], served.manifest)
 
 
-def test_v2_with_drafts_writes_no_margins(served: Served, tmp_path: Path) -> None:
+def test_v2_with_drafts_of_others_writes_the_margins(served: Served, tmp_path: Path) -> None:
     board = MarginBoard(CATEGORIES, tmp_path)
     ticket = asyncio.run(board.take())
-    request = Request(random.Random(47))
+    request, writing = Request(random.Random(47)), Request(random.Random(48))
     asking(request, ticket)
     processor = V2(served, drafts=2)
-    processor.admit({6: request})
-    rows = [Row(6, request.prompt_len), Row(6, request.prompt_len + 1)]
-    processor.apply(logits(2, 48), *rows)
-    assert board.read(ticket) is None
+    processor.admit({6: request, 3: writing})
+    drafted = [Row(3, writing.prompt_len + 1 + draft) for draft in range(3)]
+    before = logits(4, 48)
+    processor.apply(before, *drafted, Row(6, request.prompt_len))
+    assert_seen(board, ticket, before[3], served.manifest)
 
 
 def test_v2_ranks_that_sample_their_own_requests_decide_as_one(

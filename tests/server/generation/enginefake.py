@@ -47,6 +47,7 @@ class FakeEngine:
         silent: bool = False,
         distant: bool = False,
         v2: bool = False,
+        drafts: bool = False,
         answers: bool = False,
         ends_with: str = "stop",
     ) -> None:
@@ -56,6 +57,7 @@ class FakeEngine:
         self.margin_board = MarginBoard(2)
         self.distant = distant
         self.margins_by_logprobs = v2
+        self.drafts = drafts
         self.opens_with = RESPOND if answers else SAFETY
         self.ends_with = ends_with
         self.opening = OPENING
@@ -90,7 +92,8 @@ class FakeEngine:
         logprobs = None
         if sampling_params.logprob_token_ids:
             values = {SAFETY: -1.0, HUMANIZING: -3.0, RESPOND: -2.0}
-            logprobs = [{i: SimpleNamespace(logprob=value) for i, value in values.items()}]
+            step = {i: SimpleNamespace(logprob=value) for i, value in values.items()}
+            logprobs = [] if self.drafts else [step]
         if request_id.endswith("-decision") or stopped:
             tokens = tokens[:1]
         choices = [

@@ -76,6 +76,14 @@ def test_margins_that_a_distant_worker_saw_are_asked_for_once_more() -> None:
 
 
 @pytest.mark.parametrize("field", [{}, {"repetition_penalty": 1.1}])
+def test_distant_worker_with_drafts_has_no_margins_to_report(field: dict[str, Any]) -> None:
+    engine = FakeEngine(distant=True, v2=True, drafts=True)
+    with pytest.raises(RequestError, match="margins that this needs cannot come back"):
+        collected(called(engine, DecisionContext(AS_TRAINED, report=True), parameters(**field)))
+    assert_all_rows_are_free(engine)
+
+
+@pytest.mark.parametrize("field", [{}, {"repetition_penalty": 1.1}])
 def test_distant_worker_of_v1_has_no_margins_to_report(
     field: dict[str, Any], recorder: MarginRecorder, tmp_path: Path
 ) -> None:

@@ -22,7 +22,6 @@ from tests.server.generation.enginefake import (
     collected,
     parameters,
 )
-from tests.server.manifests import MANIFEST
 
 
 def test_one_pass_decides_and_hides_its_token() -> None:
@@ -67,7 +66,7 @@ def test_decision_comes_first_where_a_field_reaches_its_logits(
     assert context.decisions == {(0, 0): Decision(0, (1.0, -1.0), 2.0)}
     (_, decision, name), (continued, answer, _) = engine.calls
     assert name == "id-decision"
-    assert decision.logprob_token_ids == (MANIFEST.control_ids if v2 else None)
+    assert decision.logprob_token_ids is None
     assert continued == [1, 2, *OPENING, SAFETY]
     assert answer.extra_args is None
 
