@@ -177,6 +177,9 @@ def responses(
     ] = 0.0,
     dtype: Annotated[str, typer.Option(help="What the model computes in.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the answers; 0: the most likely, 1: drawn.")
+    ] = 0.0,
 ) -> None:
     """Write the responses that rows need, so that the text follows the control token.
 
@@ -194,7 +197,7 @@ def responses(
     say = Console(stderr=True).print
     sources = [source for path in data for source in named_sources(path)]
     rows = draw_rows(sources, known_categories(()), seed=seed, say=say)
-    wanted = Wanted(CheckpointModel(checkpoint=model), dtype, max_length, pairs, seed)
+    wanted = Wanted(CheckpointModel(checkpoint=model), dtype, max_length, pairs, seed, temperature)
     typer.echo(f"{out}: {write_responses(rows, wanted, out)} rows")
 
 

@@ -28,8 +28,11 @@ class Wanted(NamedTuple):
         max_length: Of a row in tokens; an answer that is not finished by then is cut there by a
             training of the same length, so that no early end is learnt.
         pairs: Share of the rows that become counterfactual pairs: an answered prompt is also
-            refused, for a category drawn at random, and a refused one also answered.
+            refused, for a category drawn at random, and a refused one also answered. A row of
+            its own teaches the prompt's decision, which a pair does not.
         seed: Of every draw.
+        temperature: Of the answers. 0: the most likely one. 1: drawn from the model's own
+            distribution, which a training on them does not sharpen.
     """
 
     base: CheckpointModel
@@ -37,6 +40,7 @@ class Wanted(NamedTuple):
     max_length: int
     pairs: float
     seed: int
+    temperature: float = 0.0
 
 
 def write_responses(rows: Sequence[Row], wanted: Wanted, out: Path) -> int:
@@ -102,9 +106,13 @@ def _responses(
             yield _row(row, category, told, paired=paired)
         if text and (row.category is None or paired):
             yield _row(row, None, text, paired=paired)
+        if paired:
+            yield _row(row, row.category, None, paired=False)
 
 
-def _row(row: Row, category: str | None, response: str, *, paired: bool) -> Mapping[str, Any]:
+def _row(
+    row: Row, category: str | None, response: str | None, *, paired: bool
+) -> Mapping[str, Any]:
     prompt = row.prompt[0].content
     values: dict[str, Any] = {"prompt": prompt, "category": category, "response": response}
     if paired:
@@ -119,13 +127,13 @@ def _refusal_texts() -> Mapping[str, list[str]]:
 
 
 class _Answers:
-    """The most likely answers of a model to prompts of one turn."""
+    """A model's answers to prompts of one turn."""
 
     def __init__(self, wanted: Wanted) -> None:
         folder = model_folder(wanted.base)
         self._tokenizer: Any = tokenizer_of(wanted.base, folder)
         self._model = on_device(load_model(folder, wanted.dtype))
-        self._max_length = wanted.max_length
+        self._wanted = wanted
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         import torch
@@ -141,11 +149,17 @@ class _Answers:
         ).to(self._model.device)
         # One token more than fits into a row: what is not finished is cut when it is learnt.
         shortest = int(batch["attention_mask"].sum(1).min())
-        with torch.no_grad():
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self._wanted.temperature > 0:
+            # The base's own filters, which its generation config may have, would sharpen as well.
+            sampling = {"do_sample": True, "temperature": self._wanted.temperature}
+            sampling |= {"top_k": 0, "top_p": 1.0}
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(random.Random(f"{self._wanted.seed}/{prompts}").randrange(2**32))
             ids = self._model.generate(
                 **batch,
-                do_sample=False,
-                max_new_tokens=max(1, self._max_length - shortest + 1),
+                **sampling,
+                max_new_tokens=max(1, self._wanted.max_length - shortest + 1),
                 pad_token_id=self._tokenizer.eos_token_id,
             )
         new = ids[:, batch["input_ids"].shape[1] :]

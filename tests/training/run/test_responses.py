@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.toy import save_base
@@ -41,8 +42,10 @@ def _rows() -> list[Row]:
     ]
 
 
-def _written(base: CheckpointModel, out: Path, pairs: float) -> list[dict[str, Any]]:
-    wanted = Wanted(base, "float32", max_length=90, pairs=pairs, seed=0)
+def _written(
+    base: CheckpointModel, out: Path, pairs: float, **sampling: Any
+) -> list[dict[str, Any]]:
+    wanted = Wanted(base, "float32", max_length=90, pairs=pairs, **{"seed": 0, **sampling})
     count = write_responses(_rows(), wanted, out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == count
@@ -76,6 +79,29 @@ def test_pairs_are_both_ways_and_harmful_prompts_are_never_answered(
     assert len(pairs) == 16
     assert set(map(frozenset, pairs.values())) == {frozenset({True, False})}
     assert not any("steal" in row["prompt"] for row in rows if row["category"] is None)
+
+
+def test_a_prompt_of_a_pair_keeps_its_decision(base: CheckpointModel, tmp_path: Path) -> None:
+    rows = _written(base, tmp_path / "out.jsonl", pairs=1.0)
+
+    plain = {row["prompt"]: row for row in rows if "pair" not in row}
+    assert {row.prompt[0].content: row.category for row in _rows()} == {
+        prompt: row["category"] for prompt, row in plain.items()
+    }
+    assert {row["response"] for prompt, row in plain.items() if "steal" not in prompt} == {None}
+
+
+def test_drawn_answers_depend_on_the_seed_alone(base: CheckpointModel, tmp_path: Path) -> None:
+    def answers(name: str, **sampling: Any) -> list[str]:
+        rows = _written(base, tmp_path / name, pairs=0.0, **sampling)
+        return [row["response"] for row in rows if row["category"] is None]
+
+    first = answers("first", temperature=1.0)
+
+    torch.manual_seed(7)
+    assert answers("again", temperature=1.0) == first
+    assert answers("other", temperature=1.0, seed=1) != first
+    assert answers("likely") != first
 
 
 def test_a_file_that_was_begun_is_continued(base: CheckpointModel, tmp_path: Path) -> None:
