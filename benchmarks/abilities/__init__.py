@@ -1,0 +1,1 @@
+"""What a training did to a model beside its decisions."""
