@@ -314,6 +314,8 @@ def _solution(
     )
 
 
+# Reports need several, scipy takes 25 µs for each, and a calibration has few different shares.
+@lru_cache(maxsize=4096)
 def _interval(share: float, n: int) -> Interval:
     low, high = intervals(share * n, n)
     return float(low), float(high)

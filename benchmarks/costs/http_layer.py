@@ -118,8 +118,8 @@ def _scope(headers: list[tuple[bytes, bytes]]) -> Scope:
     }
 
 
-# Without reports: no worker writes margins.
-NAMES = ("stock", "no field", "dials", "floors", "rates, all equal", "rates, all different")
+NAMES: tuple[str, ...] = ("stock", "no field", "dials", "report", "floors")
+NAMES += ("rates, all equal", "rates, all different")
 
 
 def measure_http(site: Site, rounds: int, requests: int) -> dict[str, dict[str, list[float]]]:

@@ -21,12 +21,15 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from models.controls import EXTRA_ARGS_KEY
 from models.manifest import Manifest, load_manifest
 from server import engine as seam
 from server.app import Service, http_options
 from server.dials.calibrations import load_calibrations
 from server.engine import SteeredLLM, parse_flags
+from server.generation.margins import Ticket
 from server.generation.seam import Outputs
+from server.margin_rows import map_rows
 from server.policies.loading import Served
 from server.policies.reloading import Policies
 from server.settings import load_settings
@@ -38,6 +41,7 @@ from server.workers.config import answers_at_once, steer_workers
 
 TOKENS = 16
 WORD = 300  # an ordinary id of the demo checkpoint
+MARGIN = -3.0
 
 
 class InstantLLM(SteeredLLM):
@@ -68,12 +72,20 @@ class InstantLLM(SteeredLLM):
         return self._outputs(prompt, sampling_params, request_id)
 
     async def _outputs(self, prompt: Any, params: SamplingParams, request_id: str) -> Outputs:
+        self._write_margins(params)
         ids = [self._respond, *[WORD] * ((params.max_tokens or TOKENS) - 1)]
         if params.output_kind is not RequestOutputKind.DELTA:
             yield self._output(prompt, request_id, ids, finished=True)
             return
         for place, token in enumerate(ids):
             yield self._output(prompt, request_id, [token], finished=place == len(ids) - 1)
+
+    def _write_margins(self, params: SamplingParams) -> None:
+        wanted = (params.extra_args or {}).get(EXTRA_ARGS_KEY, {}).get("ticket")
+        if wanted is not None:
+            ticket = Ticket(*wanted)
+            row = map_rows(ticket.path, len(self.manifest.categories))[ticket.row].numpy()
+            row[:], row[0] = MARGIN, ticket.tag
 
     def _output(
         self, prompt: Any, request_id: str, ids: list[int], *, finished: bool

@@ -1,10 +1,8 @@
 """The decisions of one request, by the choices of its answer."""
 
-from typing import Any
-
 from models.manifest import Manifest
 from server.context import Decision, DecisionContext
-from server.dials.reports import build_report
+from server.dials.reports import RefusalReport, build_report
 
 
 class Verdicts:
@@ -58,7 +56,7 @@ class Verdicts:
         """
         return self._context.refusal_texts.pop(self._place(index), None)
 
-    def report(self, index: int = 0) -> dict[str, Any] | None:
+    def report(self, index: int = 0) -> RefusalReport | None:
         """Returns a choice's ``refusal_report``; None if not asked for, or before the decision."""
         decision = self._decision(index)
         if not self.reports or decision is None or decision.margins is None:
@@ -74,8 +72,8 @@ class Verdicts:
         )
         if not self._context.enforce:
             shadow = decision.shadow
-            report.would_refuse = None if shadow is None else self._manifest.names[shadow]
-        return report.to_json()
+            report["would_refuse"] = None if shadow is None else self._manifest.names[shadow]
+        return report
 
     def without_control_tokens(self, text: str) -> str:
         """Returns a text without control tokens."""

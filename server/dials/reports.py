@@ -1,17 +1,19 @@
-"""Reports: an answer's decision, and the effect of its dials on all traffic."""
+"""Reports: an answer's decision, and the effect of its dials on all traffic.
+
+A report is JSON: it is made anew for every choice, and validating our own numbers costs more than
+computing them.
+"""
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from models.controls import Controls, refused_by_own_rule, sensitivity_of_bias
 from models.solver import Interval, Solution, Target
 from server.dials.floors import Side
 
 
-class ExpectedReport(BaseModel):
+class ExpectedReport(TypedDict):
     """The effect of a category's dial on traffic like the calibration's. Intervals are of 95 %.
 
     Attributes:
@@ -30,7 +32,7 @@ class ExpectedReport(BaseModel):
     reachable: bool
 
 
-class TotalReport(BaseModel):
+class TotalReport(TypedDict):
     """The effect of all dials together on benign prompts. The interval is of 95 %.
 
     Attributes:
@@ -43,7 +45,7 @@ class TotalReport(BaseModel):
     asked: float | None
 
 
-class DecisionReport(BaseModel):
+class DecisionReport(TypedDict):
     """One category's part in a decision.
 
     Attributes:
@@ -60,11 +62,11 @@ class DecisionReport(BaseModel):
     margin: float | None
     bias: float | Literal["never", "always"]
     refused: bool
-    expected: ExpectedReport | None = None
-    clamped: Side | None = None
+    expected: NotRequired[ExpectedReport]
+    clamped: NotRequired[Side]
 
 
-class RefusalReport(BaseModel):
+class RefusalReport(TypedDict):
     """What ``report`` adds to a choice.
 
     Attributes:
@@ -81,20 +83,14 @@ class RefusalReport(BaseModel):
     refused: bool
     category: str | None
     decisions: dict[str, DecisionReport]
-    calibration: str | None = None
-    expected: TotalReport | None = None
-    replaced_decision: str | None = None
-    would_refuse: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report without its absent fields."""
-        return self.model_dump(exclude_unset=True)
+    calibration: NotRequired[str]
+    expected: NotRequired[TotalReport]
+    replaced_decision: NotRequired[str]
+    would_refuse: NotRequired[str | None]
 
 
-class Forecast(BaseModel):
+class Forecast(NamedTuple):
     """What a calibration expects of one request's dials; the same in all its reports."""
-
-    model_config = ConfigDict(frozen=True)
 
     calibration: str
     categories: tuple[ExpectedReport, ...]
@@ -165,7 +161,7 @@ def build_report(
         replaced_decision: The requested rule, if it was replaced.
     """
     own = refused_by_own_rule(margins, controls.bias)
-    decisions = {
+    decisions: dict[str, DecisionReport] = {
         name: DecisionReport(
             # Both are the sigmoid of log-odds.
             probability=sensitivity_of_bias(margin) if math.isfinite(margin) else None,
@@ -175,16 +171,20 @@ def build_report(
         )
         for name, margin, bias, refused in zip(names, margins, controls.bias, own, strict=True)
     }
-    report = RefusalReport(refused=category is not None, category=category, decisions=decisions)
+    report: RefusalReport = {
+        "refused": category is not None,
+        "category": category,
+        "decisions": decisions,
+    }
     if predicted is not None:
-        report.calibration = predicted.calibration
-        report.expected = predicted.total
+        report["calibration"] = predicted.calibration
+        report["expected"] = predicted.total
         for decision, expected in zip(decisions.values(), predicted.categories, strict=True):
-            decision.expected = expected
+            decision["expected"] = expected
     for name, side in (clamped or {}).items():
-        decisions[name].clamped = side
+        decisions[name]["clamped"] = side
     if replaced_decision is not None:
-        report.replaced_decision = replaced_decision
+        report["replaced_decision"] = replaced_decision
     return report
 
 

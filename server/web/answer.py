@@ -1,9 +1,9 @@
 """The way of an answer to the client: errors get the API's shape, refusals are said."""
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
 from starlette.types import Message, Receive, Send
 
 from models.errors import RequestError
@@ -174,7 +174,7 @@ class Answer:
         assert self._change is not None
         self._buffer += message.get("body", b"")
         if not message.get("more_body", False):
-            await self._end_whole(encode(self._change(json.loads(self._buffer))))
+            await self._end_whole(encode(self._change(msgspec.json.decode(self._buffer))))
 
     async def _whole(self, message: Message) -> None:
         self._buffer += message.get("body", b"")
@@ -258,7 +258,7 @@ def _shape_event(event: bytes, shape: Callable[[dict[str, Any]], list[dict[str, 
     head, _, data = event.partition(b"data: ")
     if not data.startswith(b"{"):  # the end mark, a comment that keeps the connection alive
         return event
-    objects = shape(json.loads(data))
+    objects = shape(msgspec.json.decode(data))
     return SEPARATOR.join(_written(one, named=bool(head)) for one in objects)
 
 

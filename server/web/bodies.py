@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
@@ -19,8 +20,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 _BOOL = TypeAdapter(bool)
 _SAY_DIALS = frozenset({HEADER.encode(), POLICY_HEADER.encode()})
-# In ASCII: a client may send half of a surrogate pair, which no UTF-8 can hold.
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
+# For what a client sent with half of a surrogate pair, which no UTF-8 can hold.
+_ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 async def aside(size_bytes: int, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
@@ -70,7 +71,10 @@ def encode(value: Any) -> bytes:
         RequestError: It nests deeper than the writer goes.
     """
     try:
-        return _ENCODER.encode(value).encode()
+        try:
+            return msgspec.json.encode(value)
+        except UnicodeEncodeError:
+            return _ASCII_ENCODER.encode(value).encode()
     except RecursionError as error:  # what could just be read may be too deep to write again
         raise RequestError("the body nests too deeply", status=400) from error
 

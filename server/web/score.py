@@ -213,8 +213,8 @@ class ScoreRoute:
             expected = zip(self._manifest.names, dials.forecast.categories, strict=True)
             answer["calibration"] = dials.forecast.calibration
             answer["expected"] = {
-                **dials.forecast.total.model_dump(),
-                "categories": {name: category.model_dump() for name, category in expected},
+                **dials.forecast.total,
+                "categories": dict(expected),
             }
         return answer
 
@@ -233,7 +233,7 @@ class ScoreRoute:
         normaliser = decision.log_normaliser
         if normaliser is None or not math.isfinite(normaliser):  # JSON has no word for it
             normaliser = None
-        return {"index": index, "log_normaliser": normaliser, **report.to_json()}
+        return {"index": index, "log_normaliser": normaliser, **report}
 
 
 def _check_media_type(sent: str) -> None:

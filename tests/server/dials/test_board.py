@@ -80,7 +80,7 @@ def test_biases_are_exact_whether_a_calibration_explains_them_or_not() -> None:
     assert plain.forecast is None
     assert explained.forecast is not None
     assert (explained.calibrated, explained.asked_rates) == (False, ())
-    assert explained.forecast.categories[0].refusal_rate == 0.5
+    assert explained.forecast.categories[0]["refusal_rate"] == 0.5
 
 
 def test_nothing_explains_where_there_is_no_calibration() -> None:
@@ -100,7 +100,7 @@ def test_rate_becomes_the_bias_that_refuses_this_share() -> None:
     assert resolution.asked_rates == (("safety", 0.25),)
     assert resolution.calibrated
     assert resolution.forecast is not None
-    assert resolution.forecast.categories[0].asked == {"rate": 0.25}
+    assert resolution.forecast.categories[0]["asked"] == {"rate": 0.25}
 
 
 def test_rates_sensitivities_and_defaults_are_solved_together() -> None:
@@ -129,7 +129,7 @@ def test_total_bound_moves_the_categories_that_nobody_set() -> None:
     assert low == high
     assert 19.5 < low < 31.5
     assert resolution.forecast is not None
-    assert resolution.forecast.total.asked == 0.05
+    assert resolution.forecast.total["asked"] == 0.05
 
 
 def test_total_bound_of_the_defaults_holds_for_requests_that_bring_none() -> None:

@@ -228,10 +228,10 @@ def test_rates_that_can_be_met_are_met_beside_what_was_clamped() -> None:
     assert resolution.asked_rates == (("humanizing", 0.3),)
     assert resolution.forecast is not None
     low, other = resolution.forecast.categories
-    assert (low.asked, low.reachable) == ({"rate": 0.1}, False)
-    assert low.refusal_rate == pytest.approx(21 / 40)  # margins of -0.5 and above, at bias 1
-    assert (other.asked, other.reachable) == ({"rate": 0.3}, True)
-    assert other.refusal_rate == pytest.approx(0.3)
+    assert (low["asked"], low["reachable"]) == ({"rate": 0.1}, False)
+    assert low["refusal_rate"] == pytest.approx(21 / 40)  # margins of -0.5 and above, at bias 1
+    assert (other["asked"], other["reachable"]) == ({"rate": 0.3}, True)
+    assert other["refusal_rate"] == pytest.approx(0.3)
 
 
 def test_total_bound_moves_what_has_no_floor_below_it() -> None:

@@ -17,7 +17,7 @@ INF = math.inf
 def test_report_by_hand() -> None:
     controls = Controls(Rule.GREEDY, (-2.0, 0.5), (True, True))
     report = build_report(NAMES, "humanizing", (math.log(3), -0.5), controls)
-    assert report.to_json() == {
+    assert report == {
         "refused": True,
         "category": "humanizing",
         "decisions": {
@@ -40,12 +40,12 @@ def test_report_by_hand() -> None:
 def test_report_is_json_with_infinite_biases_and_huge_margins() -> None:
     controls = Controls(Rule.GREEDY, (INF, -INF), (True, True))
     report = build_report(NAMES, None, (-2e4, 2e4), controls)
-    text = json.dumps(report.to_json(), allow_nan=False)
+    text = json.dumps(report, allow_nan=False)
     assert json.loads(text)["decisions"] == {
         "safety": {"probability": 0.0, "margin": -2e4, "bias": "always", "refused": True},
         "humanizing": {"probability": 1.0, "margin": 2e4, "bias": "never", "refused": False},
     }
-    assert report.category is None
+    assert report["category"] is None
 
 
 def test_forecast_stands_beside_each_category_and_above_them() -> None:
@@ -54,7 +54,7 @@ def test_forecast_stands_beside_each_category_and_above_them() -> None:
     solution = calibrations("default").solve(question)
     predicted = forecast("default", solution, targets, None)
     controls = Controls(Rule.GREEDY, solution.biases, (True, False))
-    report = build_report(NAMES, None, (0.0, 0.0), controls, predicted).to_json()
+    report = build_report(NAMES, None, (0.0, 0.0), controls, predicted)
     assert report["calibration"] == "default"
     expected = report["decisions"]["safety"]["expected"]
     assert expected["refusal_rate"] == 0.25
@@ -73,12 +73,12 @@ def test_forecast_stands_beside_each_category_and_above_them() -> None:
 
 def test_report_without_a_calibration_says_nothing_of_one() -> None:
     controls = AS_TRAINED.controls
-    report = build_report(NAMES, None, (0.0, 0.0), controls).to_json()
+    report = build_report(NAMES, None, (0.0, 0.0), controls)
     assert set(report) == {"refused", "category", "decisions"}
     assert "expected" not in report["decisions"]["safety"]
 
 
 def test_margins_that_are_no_numbers_are_null() -> None:
-    report = build_report(NAMES, None, (math.nan, INF), AS_TRAINED.controls).to_json()
+    report = build_report(NAMES, None, (math.nan, INF), AS_TRAINED.controls)
     values = json.loads(json.dumps(report, allow_nan=False))["decisions"]
     assert [(d["probability"], d["margin"]) for d in values.values()] == [(None, None)] * 2

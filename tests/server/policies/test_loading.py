@@ -79,7 +79,7 @@ def test_rate_floor_holds_whatever_the_other_dials_are(tmp_path: Path) -> None:
             asked = parse_options({"categories": {"safety": own, "humanizing": other}})
             resolution = active.board.resolve(asked, explain=True)
             assert resolution.forecast is not None
-            assert resolution.forecast.categories[0].refusal_rate >= 0.25
+            assert resolution.forecast.categories[0]["refusal_rate"] >= 0.25
 
 
 def test_default_dials_rest_at_the_floor(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 
 from models.errors import RequestError
 from server.dials.protocol import RefusalOptions, parse_options
-from server.web.bodies import LARGE_BYTES, aside, flag, with_header_dials
+from server.web.bodies import LARGE_BYTES, aside, encode, flag, with_header_dials
 from tests.server.boards import board
 
 
@@ -36,6 +36,13 @@ def asked(headers: Sequence[tuple[str, str]], body: dict[str, Any]) -> RefusalOp
     """Returns what a request asks for with its headers and its body."""
     raw = [(name.lower().encode(), value.encode()) for name, value in headers]
     return parse_options(with_header_dials(body, Headers(raw=raw))["refusal"])
+
+
+@pytest.mark.parametrize(
+    ("text", "written"), [("ä", '"ä"'), ("\ud800", '"\\ud800"')], ids=["whole", "half a pair"]
+)
+def test_text_is_utf_8_unless_it_holds_half_a_surrogate_pair(text: str, written: str) -> None:
+    assert encode(text) == written.encode()
 
 
 def test_header_form_is_the_refusal_object() -> None:
