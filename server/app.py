@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from models.hashes import Hashes, checkpoint_hashes
 from models.manifest import Manifest
+from server.background import on_daemon
 from server.huge_pages import collapse_memory
 from server.page.files import build_page_router
 from server.policies.reloading import Policies
@@ -135,7 +136,7 @@ def make_quick(app: FastAPI) -> None:
     # still being answered.
     app.router.routes.sort(key=lambda route: getattr(route, "path", None) not in GENERATING)
     gc.set_threshold(YOUNG_OBJECTS)
-    collapse_memory()
+    on_daemon(collapse_memory)  # a second or two, for which nobody waits
 
 
 def http_options(
