@@ -47,11 +47,14 @@ class Round(NamedTuple):
         per_s: Requests a second.
         first_ms: Milliseconds to the first token of each request; of a plain one, to its answer.
         whole_ms: Milliseconds to the end of each request.
+        http_us: Microseconds of CPU that a request takes of the server's first process; None where
+            nobody looked. Engine and worker poll for work, so their CPU tells nothing.
     """
 
     per_s: float
     first_ms: list[float]
     whole_ms: list[float]
+    http_us: float | None = None
 
 
 @dataclass(frozen=True)

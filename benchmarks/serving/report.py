@@ -40,7 +40,7 @@ _READING = (
     "The first line of each load has levels; the others have ratios to it, with their 95 % "
     "intervals."
 )
-_HEAD = ["load", "", "requests/s", "throughput", "first token p50", "p99"]
+_HEAD = ["load", "", "requests/s", "throughput", "HTTP CPU", "first token p50", "p99"]
 _HEAD += ["latency p50", "p95", "p99", "added, ms"]
 
 
@@ -49,13 +49,15 @@ def _row(c: Comparison) -> list[str]:
     if c.name == c.against:
         whole = np.quantile(c.own["whole_ms"], (0.5, 0.95, 0.99))
         first = np.quantile(c.own["first_ms"], (0.5, 0.99))
-        return [c.cell.name, c.name, per_s, "1", *(f"{ms:.1f} ms" for ms in (*first, *whole)), ""]
+        levels = [per_s, "1", f"{np.median(c.own['http_us']):.0f} µs"]
+        return [c.cell.name, c.name, *levels, *(f"{ms:.1f} ms" for ms in (*first, *whole)), ""]
     p99 = c.samples >= LEAST_FOR_P99
     return [
         "",
         c.name,
         per_s,
         str(c.throughput),
+        str(c.http_us),
         str(c.first_token[0.5]) if c.load.stream else "",
         str(c.first_token[0.99]) if c.load.stream and p99 else "",
         str(c.latency[0.5]),

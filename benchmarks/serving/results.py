@@ -54,6 +54,11 @@ class Comparison:
         return estimate(self.own["per_s"] / self.first["per_s"])
 
     @cached_property
+    def http_us(self) -> Estimate:
+        """The HTTP process's CPU time a request over the first contender's."""
+        return estimate(self.own["http_us"] / self.first["http_us"])
+
+    @cached_property
     def added_ms(self) -> Estimate:
         """The median latency minus the first contender's."""
         return added_median(self.own["whole_ms"], self.first["whole_ms"])
@@ -81,6 +86,7 @@ class Comparison:
             "contender": self.name,
             "requests": self.samples,
             "requests_per_s": float(np.median(self.own["per_s"])),
+            "http_us": float(np.median(self.own["http_us"])),
             **levels,
         }
         if self.name == self.against:
@@ -89,6 +95,7 @@ class Comparison:
             **found,
             "against": self.against,
             "throughput_ratio": self.throughput._asdict(),
+            "http_us_ratio": self.http_us._asdict(),
             "added_ms": self.added_ms._asdict(),
             "latency_ratio": {q: ratio._asdict() for q, ratio in self.latency.items()},
             "first_token_ratio": {q: ratio._asdict() for q, ratio in self.first_token.items()},
@@ -107,7 +114,7 @@ def comparisons(cells: list[Cell], starts: list[dict[str, Any]]) -> list[Compari
                         for start in starts
                     ]
                 )
-                for field in ("per_s", "first_ms", "whole_ms")
+                for field in ("per_s", "first_ms", "whole_ms", "http_us")
             }
             for contender in cell.contenders
         }

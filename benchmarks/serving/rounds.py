@@ -19,9 +19,17 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.serving.cells import Cell, Contender, Load, ServerName
-from benchmarks.serving.load import Round, Target, measure, sample_requests
+from benchmarks.serving.load import WARM_UP, Round, Target, measure, sample_requests
 from benchmarks.serving.paper import PaperProcedure
-from benchmarks.serving.servers import TENANT_KEY, Running, Site, memory_mb, resumed, started
+from benchmarks.serving.servers import (
+    TENANT_KEY,
+    Running,
+    Site,
+    http_cpu_s,
+    memory_mb,
+    resumed,
+    started,
+)
 from training.demo_data.render import render
 
 PAPER_BATCH, PAPER_TOKENS = 32, 16
@@ -82,7 +90,11 @@ class Session:
             {"Authorization": f"Bearer {TENANT_KEY}"} if contender.tenant else None,
         )
         with resumed(servers[name] for name in names):
-            return measure(target, requests, own)
+            before_s = sum(http_cpu_s(servers[name]) for name in names)
+            found = measure(target, requests, own)
+            taken_s = sum(http_cpu_s(servers[name]) for name in names) - before_s
+        sent = len(requests) + min(own.at_once, WARM_UP)
+        return found._replace(http_us=1e6 * taken_s / sent)
 
 
 def in_turn(contenders: tuple[Contender, ...], turn: int) -> tuple[Contender, ...]:

@@ -165,6 +165,13 @@ def memory_mb(server: Server) -> float:
     return sum(info.pss for info in infos) / 2**20
 
 
+def http_cpu_s(server: Server) -> float:
+    """Returns the CPU time that the threads of a server's first process have taken."""
+    # Of the scheduler: `cpu_times` counts in hundredths of a second.
+    threads = Path(f"/proc/{server.process.pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+
+
 def _processes(server: Server) -> list[psutil.Process]:
     process = psutil.Process(server.process.pid)
     return [process, *process.children(recursive=True)]
