@@ -40,13 +40,13 @@ def main() -> None:
     # A part that is not measured anew stays.
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found["machine"] = machine()
+    options.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         site = Site.made(options.checkpoint, Path(folder))
         for part in options.parts:
             with console.status(part):
                 found[part] = PARTS[part](site, options.requests)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(json.dumps(found, indent=1) + "\n")
     tables = sizing_tables(found, options.rate)
     (options.out / "tables.md").write_text(tables)
     console.print(Markdown(tables), width=WIDTH)

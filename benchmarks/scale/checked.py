@@ -1,18 +1,22 @@
 """Real replicas, whose engines answer at once: several HTTP processes, and nginx before two."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.scale.load import Found, Load, closed, opened
+from benchmarks.scale.load import Load, closed, opened
 from benchmarks.scale.pieces import request
 from benchmarks.scale.queues import Costs, Fleet, Seconds, capacity, simulate
-from benchmarks.scale.replicas import processor_s, replicas
+from benchmarks.scale.quiet import Round, quietest
+from benchmarks.scale.replicas import replicas
 from benchmarks.serving.servers import Site
 from tests.docker.gateway import nginx
 
+# Not more than docker/nginx.conf lets a key send in one millisecond (`burst`).
 AT_ONCE = 32
 ROUNDS = 5
 # Of what the simulation says two cores carry.
@@ -21,27 +25,22 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def compare_processes(site: Site, requests: int) -> dict[str, Any]:
-    """Returns the requests a second of one and of two HTTP processes, in turn, and their ratio."""
+    """Returns the requests a second of one and of two HTTP processes, and their ratio."""
     policies = site.folder / "policies.yaml"
-    with (
-        replicas(site.model, policies, 1, 1) as (one,),
-        replicas(site.model, policies, 1, 2) as (two,),
-    ):
-        rates: dict[str, list[float]] = {"1": [], "2": []}
-        taken: dict[str, list[float]] = {"1": [], "2": []}
-        for turn in range(-1, ROUNDS):
-            for name, replica in (("1", one), ("2", two)):
-                before_s = processor_s(replica.processes)
-                found = closed(Load(replica.port, [request("plain", 16)]), AT_ONCE, requests)
-                if turn >= 0:
-                    rates[name].append(found.rate)
-                    taken[name].append((processor_s(replica.processes) - before_s) / requests)
-    ratios = np.array(rates["2"]) / np.array(rates["1"])
+    found: dict[str, list[Round]] = {}
+    for count in (1, 2):
+        with replicas(site.model, policies, 1, count) as (replica,):
+            load = Load(replica.port, [request("plain", 16)])
+            closed(load, AT_ONCE, requests)
+            once = partial(closed, load, AT_ONCE, requests)
+            found[str(count)] = quietest(once, {"http": replica.processes}, ROUNDS)
+    rates = {name: [each.found.rate for each in rounds] for name, rounds in found.items()}
+    ratios = np.divide.outer(rates["2"], rates["1"])
     return {
         "rates": rates,
-        "http_s": {name: float(np.median(values)) for name, values in taken.items()},
-        "client_s": found.client_s / requests,
-        "ratio": float(np.median(ratios)),
+        "http_s": {name: _median(rounds, "http") for name, rounds in found.items()},
+        "others": max(each.others for rounds in found.values() for each in rounds),
+        "ratio": float(np.median(rates["2"]) / np.median(rates["1"])),
         "range": [float(ratios.min()), float(ratios.max())],
     }
 
@@ -54,36 +53,52 @@ def check_simulation(site: Site, requests: int) -> dict[str, Any]:
         pair = ends.enter_context(replicas(site.model, site.folder / "policies.yaml", 2))
         gateway = ends.enter_context(nginx(prefix, [replica.port for replica in pair]))
         load = Load(gateway.port, [request("plain", 16)], gateway.tls())
-        http = [process for replica in pair for process in replica.processes]
         proxies = [p for p in psutil.Process().children(recursive=True) if p.name() == "nginx"]
-        closed(load, AT_ONCE, requests // 4)
-        before = [processor_s(each) for each in (proxies, http)]
-        full = closed(load, AT_ONCE, requests)
-        gateway_s, http_s = (
-            (processor_s(each) - was) / requests
-            for each, was in zip((proxies, http), before, strict=True)
-        )
-        cores = psutil.cpu_count() or 1
-        costs = Costs(full.client_s / requests, gateway_s, http_s)
-        fleet = Fleet(2, gateways=len(proxies) - 1, cores=cores)
+        http = [process for replica in pair for process in replica.processes]
+        groups = {"gateway": proxies, "http": http}
+        closed(load, AT_ONCE, requests)
+        full = quietest(partial(closed, load, AT_ONCE, requests), groups, ROUNDS)
+        client_s = float(np.median([each.found.client_s for each in full])) / requests
+        costs = Costs(client_s, _median(full, "gateway"), _median(full, "http"))
+        fleet = Fleet(2, gateways=len(proxies) - 1, cores=psutil.cpu_count())
         most = capacity(costs, fleet)
-        rows = [_row(load, costs, fleet, share * most, requests) for share in SHARES]
+        rows = [_row(load, groups, costs, fleet, share * most, requests) for share in SHARES]
     return {
-        "seconds": {"client": costs.client, "gateway": gateway_s, "http": http_s},
-        "cores": cores,
-        "capacity": {"predicted": most, "measured": full.rate},
+        "seconds": {"client": costs.client, "gateway": costs.gateway, "http": costs.http},
+        "cores": fleet.cores,
+        "others": max(each.others for each in full),
+        "capacity": {
+            "predicted": most,
+            "measured": float(np.median([each.found.rate for each in full])),
+        },
         "rows": rows,
     }
 
 
-def _row(load: Load, costs: Costs, fleet: Fleet, rate: float, requests: int) -> dict[str, Any]:
-    found: Found = opened(load, rate, requests, connections=2 * AT_ONCE)
-    predicted = simulate(costs, fleet, rate, 10 * requests)
+def _row(
+    load: Load,
+    groups: Mapping[str, Sequence[psutil.Process]],
+    costs: Costs,
+    fleet: Fleet,
+    rate: float,
+    requests: int,
+) -> dict[str, Any]:
+    once = partial(opened, load, rate, requests, connections=AT_ONCE)
+    rounds = quietest(once, groups, ROUNDS)
+    measured = np.concatenate([each.found.latencies_s for each in rounds])
+    predicted = np.concatenate(
+        [simulate(costs, fleet, np.array(each.found.sent_s)) for each in rounds]
+    )
     return {
         "rate": rate,
-        "measured": _quantiles(np.array(found.latencies_s)),
+        "others": max(each.others for each in rounds),
+        "measured": _quantiles(measured),
         "predicted": _quantiles(predicted),
     }
+
+
+def _median(rounds: list[Round], name: str) -> float:
+    return float(np.median([each.taken_s[name] for each in rounds]))
 
 
 def _quantiles(latencies_s: Seconds) -> dict[str, float]:

@@ -35,12 +35,15 @@ class Found(NamedTuple):
     """What became of a load.
 
     Attributes:
-        latencies_s: Of each request, from when it was to be sent.
+        latencies_s: Of each request.
+        sent_s: When each was sent, or began to wait for a connection; timers round to about 1 ms.
+            Nothing where requests follow each other.
         seconds: From the first to the last.
         client_s: Processor time of this process.
     """
 
     latencies_s: list[float]
+    sent_s: list[float]
     seconds: float
     client_s: float
 
@@ -144,7 +147,7 @@ async def _closed(load: Load, connections: int, count: int) -> Found:
 
     began_s, client_s = time.perf_counter(), time.process_time()
     await asyncio.gather(*(work(connection) for connection in opened))
-    found = Found(latencies, time.perf_counter() - began_s, time.process_time() - client_s)
+    found = Found(latencies, [], time.perf_counter() - began_s, time.process_time() - client_s)
     for connection in opened:
         connection.close()
     return found
@@ -155,23 +158,26 @@ async def _opened(load: Load, rate: float, count: int, connections: int, seed: i
     every = list(free)
     freed = asyncio.Semaphore(connections)
     latencies: list[float] = []
+    sent: list[float] = []
     rng = random.Random(seed)
     began_s, client_s = time.perf_counter(), time.process_time()
 
-    async def send(number: int, due_s: float) -> None:
+    async def send(number: int) -> None:
+        sent_s = time.perf_counter()
+        sent.append(sent_s)
         async with freed:
             connection = free.popleft()
             await connection.ask(load.requests[number % len(load.requests)])
             free.append(connection)
-        latencies.append(time.perf_counter() - due_s)
+        latencies.append(time.perf_counter() - sent_s)
 
     tasks, due_s = [], began_s
     for number in range(count):
         due_s += rng.expovariate(rate)
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        tasks.append(asyncio.create_task(send(number, due_s)))
+        tasks.append(asyncio.create_task(send(number)))
     await asyncio.gather(*tasks)
-    found = Found(latencies, time.perf_counter() - began_s, time.process_time() - client_s)
+    found = Found(latencies, sent, time.perf_counter() - began_s, time.process_time() - client_s)
     for connection in every:
         connection.close()
     return found

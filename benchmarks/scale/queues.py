@@ -47,7 +47,7 @@ class Fleet(NamedTuple):
     replicas: int
     processes: int = 1
     gateways: int = 1
-    cores: int | None = None
+    cores: float | None = None
 
     @property
     def http_processes(self) -> int:
@@ -84,7 +84,7 @@ class _Request:
 class _Machine:
     """Processes that share cores. Time at which they work is slower than the clock's by a rate."""
 
-    def __init__(self, cores: int | None) -> None:
+    def __init__(self, cores: float | None) -> None:
         self._cores = cores
         self._busy = 0
         self._order = count()
@@ -144,17 +144,21 @@ def _http_steps(http: _Process, costs: Costs) -> list[tuple[_Process | None, flo
     return [(http, costs.http / 2), (None, costs.engine), (http, costs.http / 2)]
 
 
-def simulate(costs: Costs, fleet: Fleet, rate: float, requests: int, seed: int = 0) -> Seconds:
+def at_random(rate: float, requests: int, seed: int = 0) -> Seconds:
+    """Returns when requests arrive that have nothing to do with each other (a Poisson process)."""
+    return np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
+
+
+def simulate(costs: Costs, fleet: Fleet, arrivals: Seconds, seed: int = 0) -> Seconds:
     """Returns how long each request took, in seconds.
 
-    Requests arrive at random (a Poisson process). The gateway gives each to the replica with the
-    fewest (``least_conn``), where its connection leads to one of the processes.
+    The gateway gives each request to the replica with the fewest (``least_conn``), where its
+    connection leads to one of the processes.
 
     Args:
         costs: Of a request.
         fleet: What answers.
-        rate: Requests a second.
-        requests: How many.
+        arrivals: When each request comes, in seconds; they rise.
         seed: Of all draws.
     """
     rng = random.Random(seed)
@@ -163,7 +167,6 @@ def simulate(costs: Costs, fleet: Fleet, rate: float, requests: int, seed: int =
     gateways = [_Process() for _ in range(fleet.gateways)]
     replicas = [[_Process() for _ in range(fleet.processes)] for _ in range(fleet.replicas)]
     held = [0] * fleet.replicas
-    arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
     took: list[float] = []
 
     def arrive(request: _Request) -> None:

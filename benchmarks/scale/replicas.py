@@ -1,6 +1,5 @@
 """Replicas whose engines answer at once, and what their processes take of the processor."""
 
-import asyncio
 import multiprocessing
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import httpx
 import psutil
+import uvloop
 
 from server.web.admission import Counts
 from server.workers.shared import SharedCounts
@@ -109,7 +109,7 @@ def _work(
         os.dup2(nowhere.fileno(), 1)
     from benchmarks.costs.instant import serve_own
 
-    asyncio.run(serve_own(model, sock, loads, counts, index))
+    uvloop.run(serve_own(model, sock, loads, counts, index))
 
 
 def _wait(replica: Replica) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scale.checked import QUANTILES
-from benchmarks.scale.queues import Costs, Fleet, simulate
+from benchmarks.scale.queues import Costs, Fleet, at_random, simulate
 from benchmarks.serving.report import table
 
 # How busy a process may be: the table of waiting says what follows.
@@ -102,7 +102,7 @@ def _waiting(
         replicas = ceil(rate * http_s / busy / PROCESSES)
         gateways = ceil(rate * gateway_s / busy)
         fleet = Fleet(replicas, PROCESSES, gateways)
-        took_s = simulate(costs, fleet, rate, simulated)
+        took_s = simulate(costs, fleet, at_random(rate, simulated))
         waited_s = took_s - ENGINE_S - gateway_s - http_s
         cells = (f"{1e3 * np.quantile(waited_s, q):.1f}" for q in QUANTILES.values())
         yield [f"{busy:.0%}", f"{replicas * PROCESSES:,}", str(gateways), *cells]

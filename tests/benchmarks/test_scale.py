@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scale.load import Load, chat, closed, opened
-from benchmarks.scale.queues import Costs, Fleet, capacity, simulate
+from benchmarks.scale.queues import Costs, Fleet, at_random, capacity, simulate
 from benchmarks.scale.sizing import sizing_tables
 from tests.benchmarks.answering import answering
 
@@ -17,29 +17,29 @@ REQUESTS = 20_000
 @pytest.mark.parametrize("busy", [0.3, 0.6, 0.8])
 def test_one_process_waits_as_the_formula_says(busy: float) -> None:
     # Pollaczek and Khinchine, constant service s: busy * s / (2 * (1 - busy)).
-    took = simulate(Costs(0, 0, 1.0), Fleet(1), busy, REQUESTS)
+    took = simulate(Costs(0, 0, 1.0), Fleet(1), at_random(busy, REQUESTS))
     assert np.min(took) == pytest.approx(1.0)
     assert np.mean(took) - 1.0 == pytest.approx(busy / (2 * (1 - busy)), rel=0.1)
 
 
 def test_requests_in_the_engine_keep_no_process_busy() -> None:
-    took = simulate(Costs(0, 0, 1.0, engine=500.0), Fleet(1), 0.3, REQUESTS)
+    took = simulate(Costs(0, 0, 1.0, engine=500.0), Fleet(1), at_random(0.3, REQUESTS))
     assert np.min(took) == pytest.approx(501.0)
     assert np.mean(took) < 501.3
 
 
 def test_replicas_with_the_fewest_requests_share_the_waiting() -> None:
-    alone = simulate(Costs(0, 0, 1.0), Fleet(1), 0.6, REQUESTS)
-    many = simulate(Costs(0, 0, 1.0), Fleet(32), 32 * 0.6, REQUESTS)
+    alone = simulate(Costs(0, 0, 1.0), Fleet(1), at_random(0.6, REQUESTS))
+    many = simulate(Costs(0, 0, 1.0), Fleet(32), at_random(32 * 0.6, REQUESTS))
     assert np.quantile(many, 0.99) < 0.5 * np.quantile(alone, 0.99)
 
 
 def test_two_cores_give_three_busy_processes_two_thirds_each() -> None:
     costs = Costs(client=0, gateway=0, http=3.0)
     # Three requests at once, one for each replica.
-    took = simulate(costs, Fleet(3, cores=2), 1e9, 3)
+    took = simulate(costs, Fleet(3, cores=2), at_random(1e9, 3))
     assert took == pytest.approx([4.5] * 3)
-    assert simulate(costs, Fleet(3), 1e9, 3) == pytest.approx([3.0] * 3)
+    assert simulate(costs, Fleet(3), at_random(1e9, 3)) == pytest.approx([3.0] * 3)
 
 
 def test_capacity_is_that_of_what_is_full_first() -> None:
