@@ -166,13 +166,13 @@ class _Family:
         running = {each.sentinel: each for each in (*self._http, *engines, *coordinator)}
         ended = running[connection.wait(running)[0]]
         if ended not in self._http:
-            self._send(
-                signal.SIGINT
-            )  # with SIGTERM it is the second: there is no answer to wait for
+            # The SIGTERM that follows is the second signal: no answer will come.
+            self._send(signal.SIGINT)
         raise ServiceError(f"{ended.name} has ended by itself, and the server with it: see above")
 
     def end(self) -> None:
         """Ends all processes, those that answer first."""
+        self._ends = True
         if self.http:
             self.http.shutdown(timeout=self._drain_s + RELEASE_S)
         for manager in (self.engines, self.coordinator):

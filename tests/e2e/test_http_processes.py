@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,17 +223,37 @@ def test_processes_end_together(checkpoint: Path, tmp_path: Path, victim: str, o
         until_both_answer(doubled)
         children = children_of(server)
         (killed_one,) = (child for child in children if child.name() == victim)
-        outcomes, took_s = asyncio.run(killed(server, killed_one))
+        outcomes, took_s = asyncio.run(interrupted(server, killed_one.kill, tokens=300))
         assert outcomes[others] > 8
         assert took_s < ENDS_WITHIN_S
         check_ended(server, children, 1)
 
 
-async def killed(server: Server, victim: psutil.Process) -> tuple[Counter[str], float]:
-    body = {**long_chat(300), "refusal": {}}
+def test_second_signal_ends_both_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    doubled = doubled_server(checkpoint, tmp_path)
+    with doubled.server as server:
+        until_both_answer(doubled)
+        children = children_of(server)
+
+        def twice() -> None:
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "ending:" in server.log.read_text())
+            server.process.send_signal(signal.SIGTERM)
+
+        outcomes, took_s = asyncio.run(interrupted(server, twice, tokens=480))
+        assert outcomes == {FAILED: 32}
+        assert took_s < ENDS_WITHIN_S
+        check_ended(server, children, 0)
+
+
+async def interrupted(
+    server: Server, interrupt: Callable[[], None], *, tokens: int
+) -> tuple[Counter[str], float]:
+    """Returns what becomes of requests in flight, and how long that takes."""
+    body = {**long_chat(tokens, n=2), "refusal": {}}
     async with http_of(server, authorization=f"Bearer {ACME}") as client:
         in_flight = asyncio.create_task(outcomes_of(client, [body] * 32))
-        await under_way(server, 32)
-        victim.kill()
+        await under_way(server, 48)
         began_s = time.monotonic()
+        await asyncio.to_thread(interrupt)
         return await in_flight, time.monotonic() - began_s
