@@ -93,12 +93,16 @@ def _row(
     once = partial(opened, load, rate, requests, connections=AT_ONCE)
     rounds = quietest(once, groups, ROUNDS)
     measured = np.concatenate([each.found.latencies_s for each in rounds])
+    cores = fleet.cores or 1
     predicted = np.concatenate(
-        [simulate(costs, fleet, np.array(each.found.sent_s)) for each in rounds]
+        [
+            simulate(costs, fleet._replace(cores=cores - each.others), np.array(each.found.sent_s))
+            for each in rounds
+        ]
     )
     return {
         "rate": rate,
-        "others": max(each.others for each in rounds),
+        "others": float(np.median([each.others for each in rounds])),
         "measured": _quantiles(measured),
         "predicted": _quantiles(predicted),
     }

@@ -37,7 +37,7 @@ def sizing_tables(found: dict[str, Any], rate: int, simulated: int = SIMULATED) 
         head = ["HTTP processes", "requests/s", "processor time a request, ms"]
         parts += [("HTTP processes, on two cores", head, _processes(found["processes"]))]
     if "check" in found:
-        head = ["requests/s", "", *QUANTILES]
+        head = ["requests/s", "cores that others took", "", *QUANTILES]
         parts += [("Two replicas behind nginx, ms", head, _check(found["check"]))]
     if "pieces" in found and "check" in found:
         pieces, gateway_s = found["pieces"], found["check"]["seconds"]["gateway"]
@@ -79,10 +79,11 @@ def _check(found: dict[str, Any]) -> Iterator[list[str]]:
     for row in found["rows"]:
         for kind in ("measured", "predicted"):
             values = (f"{1e3 * row[kind][name]:.1f}" for name in QUANTILES)
-            yield [f"{row['rate']:.0f}", kind, *values]
+            yield [f"{row['rate']:.0f}", f"{row['others']:.2f}", kind, *values]
     most = found["capacity"]
-    yield ["most", "measured", f"{most['measured']:.0f} requests/s", "", ""]
-    yield ["most", "predicted", f"{most['predicted']:.0f} requests/s", "", ""]
+    others = f"{found['others']:.2f}"
+    yield [f"most: {most['measured']:.0f}", others, "measured", "", "", ""]
+    yield [f"most: {most['predicted']:.0f}", "0", "predicted", "", "", ""]
 
 
 def _sizes(pieces: dict[str, Any], gateway_s: float, rate: int) -> Iterator[list[str]]:

@@ -92,10 +92,12 @@ def test_tables_hold_what_was_measured() -> None:
         },
         "check": {
             "seconds": {"client": 0.0001, "gateway": 0.0002, "http": 0.001},
+            "others": 0.01,
             "capacity": {"predicted": 1500.0, "measured": 1400.0},
             "rows": [
                 {
                     "rate": 300.0,
+                    "others": 0.05,
                     "measured": {"p50": 0.002, "p90": 0.003, "p99": 0.004},
                     "predicted": {"p50": 0.001, "p90": 0.002, "p99": 0.003},
                 }
@@ -104,7 +106,7 @@ def test_tables_hold_what_was_measured() -> None:
     }
     text = sizing_tables(found, 1000, simulated=2000)
     assert "| ratio | 1.80 (1.70 to 1.90) |  |" in text
-    assert "| 300 | measured | 2.0 | 3.0 | 4.0 |" in text
+    assert "| 300 | 0.05 | measured | 2.0 | 3.0 | 4.0 |" in text
     # 1,000 requests of 2 ms are 2 cores, and 4 processes that are 60 % busy.
     assert "| 64 | streamed | 2 | 4 | 0.3 |" in text
     assert "| 32 | 1,824 | 6 |" in text
