@@ -131,8 +131,10 @@ def fit_to_cpu(args: Namespace, default_of: Callable[[str], Any], *, fast_bfloat
         # vLLM would take bfloat16, which costs such a processor several times as much.
         logger.info("this processor has no bfloat16 arithmetic: --dtype float32")
         args.dtype = "float32"
-    # vLLM 0.32 rewinds the generator of a seeded request whose prefill is cut in two, and a CPU's
-    # generators cannot be rewound: the engine would end, and with it every client's requests.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        return
+    # The V1 runner rewinds the generator of a seeded request whose prefill is cut in two, and a
+    # CPU's generators cannot be rewound: the engine would end, and with it all clients' requests.
     if args.enable_chunked_prefill:
         raise ConfigError(
             "--enable-chunked-prefill: on a CPU a request with a seed would end vLLM's engine"

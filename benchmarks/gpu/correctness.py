@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ class Run(NamedTuple):
 def measure_correctness(
     machine: Machine, checkpoint: Path, run: Run, logs: Path, console: Console
 ) -> dict[str, Any]:
-    """Starts every engine at once and checks each. Returns JSON.
+    """Starts every engine, on a GPU all at once, and checks each. Returns JSON.
 
     Args:
         machine: Where they run.
@@ -212,32 +212,46 @@ def measure_correctness(
     """
     manifest = load_manifest(checkpoint)
     logs.mkdir(parents=True, exist_ok=True)
-    # All start at once.
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        adapter, merged = folder / "adapter", folder / "merged"
-        save_adapter(checkpoint, adapter, merged)
-        stocks = {
-            model: stack.enter_context(ended(stock_server(machine, path, logs / f"{model}.log")))
-            for model, path in (("demo", checkpoint), (ADAPTER, merged))
-        }
+        adapter = folder / "adapter"
         chosen = scenarios(machine.device, adapter)
-        servers = [
-            stack.enter_context(
-                ended(own_server(machine, checkpoint, scenario, logs / f"{number}.log"))
-            )
-            for number, scenario in enumerate(chosen)
-        ]
-        with console.status("the reference"):
-            references = {
-                model: _reference(stock, manifest, run.prompts) for model, stock in stocks.items()
-            }
+        paths = {"demo": checkpoint}
+        if any(scenario.model == ADAPTER for scenario in chosen):
+            paths[ADAPTER] = folder / "merged"
+            save_adapter(checkpoint, adapter, paths[ADAPTER])
+
+        def started(scenario: Scenario) -> Server:
+            log = logs / f"{chosen.index(scenario)}.log"
+            return own_server(machine, checkpoint, scenario, log)
+
+        early: dict[str, Server] = {}
+        if machine.roomy:
+            early = {each.name: stack.enter_context(ended(started(each))) for each in chosen}
+        references = _references(machine, paths, logs, manifest, run, console)
         found: dict[str, Any] = {"unmodified engine": {m: r[1] for m, r in references.items()}}
-        for scenario, server in zip(chosen, servers, strict=True):
-            with console.status(scenario.name):
+        for scenario in chosen:
+            with console.status(scenario.name), ExitStack() as own:
+                server = early.get(scenario.name) or own.enter_context(ended(started(scenario)))
                 prompts = references[scenario.model][0]
                 found[scenario.name] = _checked(server, scenario, prompts, manifest, run)
         return found
+
+
+def _references(
+    machine: Machine,
+    paths: Mapping[str, Path],
+    logs: Path,
+    manifest: Manifest,
+    run: Run,
+    console: Console,
+) -> dict[str, tuple[list[Prompt], dict[str, int]]]:
+    with ExitStack() as stack, console.status("the reference"):
+        stocks = {
+            model: stack.enter_context(ended(stock_server(machine, path, logs / f"{model}.log")))
+            for model, path in paths.items()
+        }
+        return {model: _reference(stock, manifest, run.prompts) for model, stock in stocks.items()}
 
 
 def _reference(

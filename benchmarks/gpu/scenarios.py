@@ -14,7 +14,12 @@ ADAPTER = "adapter"
 RANK = 8
 # Rounding moves margins and texts of 16 bits with the size of the batch.
 PRECISE = ("--dtype", "float32")
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Machine:
     """Where the engines run.
 
     Attributes:
-        device: ``cuda`` or ``cpu``.
+        device: ``cuda``; ``cpu``, with the V1 runner; ``interpreted``, the V2 runner on a CPU.
         extra: Flags that the user adds for every engine.
     """
 
@@ -46,10 +51,16 @@ class Machine:
     extra: tuple[str, ...] = ()
 
     @property
+    def roomy(self) -> bool:
+        """Whether all engines run at once."""
+        return self.device == "cuda"
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Flags of every engine."""
-        if self.device == "cpu":
-            return ("--max-model-len", "512", "--dtype", "float32", "--enforce-eager", *self.extra)
+        if self.device != "cuda":
+            small = ("--max-model-len", "512", "--kv-cache-memory-bytes", "128M")
+            return (*small, "--enforce-eager", *self.extra)
         # Several engines share the card: without a profile of its memory, none is in another's way.
         shared = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "2G")
         return ("--max-model-len", "512", *shared, *self.extra)
@@ -57,7 +68,7 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of every server."""
-        on_gpu = {} if self.device == "cpu" else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        on_gpu = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if self.device == "cuda" else {}
         operator = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY)}
         # All requests are sent at once, also to an engine that takes 32.
         queue = {"RHEOSTAT_MAX_WAITING": "4096"}
@@ -71,17 +82,21 @@ def scenarios(device: str, adapter: Path) -> list[Scenario]:
         adapter: Folder of the LoRA adapter.
     """
     lora = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"{ADAPTER}={adapter}")
+    tiny = ("--block-size", "32", "--num-gpu-blocks-override", "24")
+    tight = (*tiny[:-1], "17", "--no-enable-prefix-caching")
     if device == "cpu":  # the V1 runner: no chunks, no drafts
-        tiny = ("--block-size", "32", "--num-gpu-blocks-override", "24")
         return [Scenario("preemption, 24 blocks", tiny), Scenario("LoRA", lora, ADAPTER)]
-    return [
-        Scenario("graphs, async scheduling, prefix cache", ("--enable-prefix-caching",)),
-        Scenario(
-            "chunked prefill, 64 tokens a step",
-            ("--enable-chunked-prefill", "--max-num-batched-tokens", "64", "--max-num-seqs", "32"),
-        ),
-        Scenario("preemption, 48 blocks", ("--num-gpu-blocks-override", "48")),
+    chunks = ("--enable-chunked-prefill", "--max-num-batched-tokens", "64", "--max-num-seqs", "32")
+    any_v2 = [
+        Scenario("chunked prefill, 64 tokens a step", chunks),
         Scenario("n-gram drafts", ("--speculative-config", json.dumps(DRAFTS))),
+    ]
+    if device == "interpreted":
+        return [*any_v2, Scenario("preemption, 17 blocks", tight)]
+    return [
+        *any_v2,
+        Scenario("graphs, async scheduling, prefix cache", ("--enable-prefix-caching",)),
+        Scenario("preemption, 48 blocks", ("--num-gpu-blocks-override", "48")),
         # vLLM's kernels for adapters on a GPU take 16 bits only.
         Scenario("LoRA, float16", (*lora, "--dtype", "float16"), ADAPTER, 0.1),
         Scenario("eager", ("--enforce-eager",)),
@@ -92,7 +107,8 @@ def own_server(machine: Machine, model: Path, scenario: Scenario, log: Path) -> 
     """Starts this server."""
     arguments = ["serve", "--model", str(model), "--served-model-name", "demo"]
     flags = (*PRECISE, *machine.flags, *scenario.flags)
-    return Server("rheostat", arguments, log, "/readyz", machine.environment, engine_flags=flags)
+    module = "tests.e2e.interpreted_v2" if machine.device == "interpreted" else "rheostat"
+    return Server(module, arguments, log, "/readyz", machine.environment, engine_flags=flags)
 
 
 def stock_server(machine: Machine, model: Path, log: Path) -> Server:
