@@ -72,7 +72,9 @@ class Machine:
         operator = {"RHEOSTAT_OPERATOR_KEY_HASH": hash_key(OPERATOR_KEY)}
         # All requests are sent at once, also to an engine that takes 32.
         queue = {"RHEOSTAT_MAX_WAITING": "4096"}
-        return {**on_gpu, **operator, **queue, "VLLM_NO_USAGE_STATS": "1"}
+        # Its log says which runner serves. TRL lowers the level where it is imported.
+        logs = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1"}
+        return {**on_gpu, **operator, **queue, **logs}
 
 
 def scenarios(device: str, adapter: Path) -> list[Scenario]:
