@@ -166,10 +166,10 @@ def memory_mb(server: Server) -> float:
 
 
 def http_cpu_s(server: Server) -> float:
-    """Returns the CPU time that the threads of a server's first process have taken."""
-    # Of the scheduler: `cpu_times` counts in hundredths of a second.
-    threads = Path(f"/proc/{server.process.pid}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+    """Returns the CPU time of a server's first process, ended threads included."""
+    # The clock of another process, as clock_getcpuclockid(3) names it: `cpu_times` counts in
+    # hundredths of a second.
+    return time.clock_gettime((~server.process.pid << 3) | 2)
 
 
 def _processes(server: Server) -> list[psutil.Process]:
