@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.table import Table
 
 from models.checkpoint import load_checkpoint
 from models.manifest import Manifest
@@ -210,8 +211,10 @@ def main() -> None:
         found |= right_answers(base, trained, rows)
     if rows := _rows(options.forms, options.limit, answered=False):
         found |= changed_decisions(trained, manifest, rows)
+    table = Table("", "base, checkpoint; forms: checkpoint")
     for name, values in found.items():
-        print(f"{name:40}", *(f"{value:8.3f}" for value in values))  # noqa: T201
+        table.add_row(name, ", ".join(f"{value:.3f}" for value in values))
+    Console().print(table)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))
 
