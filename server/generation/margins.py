@@ -9,7 +9,6 @@ margins are asked for once more, where vLLM's model runner allows it.
 
 import asyncio
 import fcntl
-import itertools
 import os
 import tempfile
 import weakref
@@ -72,12 +71,13 @@ class MarginBoard:
         self._rows = np.memmap(self._path, dtype=np.float32, mode="w+", shape=shape)
         self._free = deque(range(ROWS))
         self._free_rows = asyncio.Semaphore(ROWS)
-        self._tags = itertools.cycle(range(1, _TAGS))
+        self._tag = 0
 
     async def take(self) -> Ticket:
         """Returns a row for one request; waits while all are taken."""
         await self._free_rows.acquire()
-        return Ticket(self._path, self._free.popleft(), next(self._tags))
+        self._tag = self._tag % _TAGS + 1
+        return Ticket(self._path, self._free.popleft(), self._tag)
 
     def read(self, ticket: Ticket) -> Margins | None:
         """Returns the margins of a ticket, or None if the worker did not write them."""

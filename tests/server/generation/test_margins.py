@@ -68,6 +68,20 @@ def test_request_without_a_free_row_waits_for_one(board: MarginBoard) -> None:
     asyncio.run(wait())
 
 
+def test_memory_does_not_grow_with_the_tickets(board: MarginBoard) -> None:
+    async def take(count: int) -> None:
+        for _ in range(count):
+            board.give_back(await board.take())
+
+    async def more_blocks() -> int:
+        await take(100)
+        before = sys.getallocatedblocks()
+        await take(10_000)
+        return sys.getallocatedblocks() - before
+
+    assert asyncio.run(more_blocks()) < 1000
+
+
 def test_infinite_margins_come_back(board: MarginBoard) -> None:
     ticket = taken(board)
     write_rows(
