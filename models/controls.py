@@ -1,13 +1,12 @@
 """The controls of one request's decision, and their form on the way to the worker."""
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import NotRequired, TypedDict
-
-import numpy as np
 
 # The controls' key in vLLM's ``SamplingParams.extra_args``.
 EXTRA_ARGS_KEY = "rheostat"
@@ -64,9 +63,8 @@ class Controls:
 
     @cached_property
     def _row(self) -> bytes:
-        row = dial_row(self.bias, self.selected, self.rule, 0.0, 0.0)
-        with np.errstate(over="ignore"):  # a bias beyond fp32 is infinite
-            return np.array(row, np.float32).tobytes()
+        # A bias beyond fp32 is infinite.
+        return array("f", dial_row(self.bias, self.selected, self.rule, 0.0, 0.0)).tobytes()
 
 
 def dial_row(

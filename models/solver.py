@@ -48,15 +48,15 @@ class Target:
     false_refusal_rate: float | None = None
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.bias, self.rate, self.false_refusal_rate) if v is not None]
-        if len(given) != 1:
+        bias, rate, limit = self.bias, self.rate, self.false_refusal_rate
+        if (bias is None) + (rate is None) + (limit is None) != 2:
             raise ValueError("a target is one of bias, rate, false_refusal_rate, and only one")
-        if math.isnan(given[0]):
+        if bias is not None and math.isnan(bias):
             raise ValueError("a target is a number, not NaN")
-        if self.rate is not None and not 0 <= self.rate <= 1:
-            raise ValueError(f"a rate lies between 0 and 1, got {self.rate}")
-        if self.false_refusal_rate is not None:
-            _check_limit(self.false_refusal_rate)
+        if rate is not None and not 0 <= rate <= 1:
+            raise ValueError(f"a rate lies between 0 and 1, got {rate}")
+        if limit is not None:
+            _check_limit(limit)
 
 
 @dataclass(frozen=True)

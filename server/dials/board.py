@@ -66,6 +66,7 @@ class DialBoard:
         self.names = tuple(manifest.names)
         self.bounds = bounds or Bounds.none(len(self.names))
         self._reports = bool(defaults.report)
+        self._solves = defaults.solves
         self._refusal_in = defaults.refusal_in or REFUSAL_ONLY
         self._calibrations = calibrations
         self._overlay = Overlay(manifest, defaults, calibrations, self.bounds)
@@ -81,7 +82,7 @@ class DialBoard:
         return options.refusal_in or self._refusal_in
 
     def resolve(self, options: RefusalOptions, *, explain: bool = False) -> Resolution:
-        """Resolves one request, from the cache if possible.
+        """Resolves one request, from the cache where that is dearer than a look into it.
 
         Args:
             explain: Whether to add a forecast, if a calibration is loaded.
@@ -92,7 +93,9 @@ class DialBoard:
                 follow the rule.
             NotAllowedError: A dial lies beyond a bound of a policy that does not clamp.
         """
-        return self._recent(options, explain)
+        if explain or options.solves or self._solves:
+            return self._recent(options, explain)
+        return self._resolve(options, explain=False)
 
     def _resolve(self, options: RefusalOptions, explain: bool) -> Resolution:
         wanted = self._overlay.wanted(options)
@@ -104,7 +107,7 @@ class DialBoard:
             question, solution, sides = self._solved(question, sides)
             biases = solution.biases
         else:
-            biases = tuple(0.0 if t is None or t.bias is None else t.bias for t in question.targets)
+            biases = tuple([0.0 if t is None else t.bias or 0.0 for t in question.targets])
             solution = self._calibrations.solve(question) if explains else None
         # Already true of every dial. Here so that a new kind of dial cannot pass a bound.
         biases = self.bounds.clamp_all(biases)
@@ -114,7 +117,7 @@ class DialBoard:
             name, total = question.calibration, question.total
             predicted = forecast(name, solution, wanted.asked, total, clamped=sides)
         return Resolution(
-            Controls(wanted.rule, biases, tuple(t is not None for t in question.targets)),
+            Controls(wanted.rule, biases, tuple([t is not None for t in question.targets])),
             predicted,
             self._rates(question.targets) if wanted.solves else (),
             calibrated=wanted.solves or self.bounds.calibrated,
@@ -151,7 +154,7 @@ class DialBoard:
                 raise NotAllowedError(f"{path}: the policy allows {bound}", param=path)
 
     def _clamped(self, sides: Sides) -> tuple[tuple[str, Side], ...]:
-        return tuple((self.names[c], sides[c]) for c in sorted(sides))
+        return tuple([(self.names[c], sides[c]) for c in sorted(sides)])
 
     def _rates(self, targets: Sequence[Target | None]) -> tuple[tuple[str, float], ...]:
         return tuple(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Side = Literal["floor", "ceiling"]
@@ -50,10 +51,15 @@ class Bounds:
         """Returns the bounds that allow everything."""
         return cls((-math.inf,) * categories, (math.inf,) * categories)
 
-    @property
+    @cached_property
     def has_floor(self) -> bool:
         """Whether any category has a floor."""
         return any(floor > -math.inf for floor in self.floors)
+
+    @cached_property
+    def allow_all(self) -> bool:
+        """Whether there is neither a floor nor a ceiling."""
+        return not self.has_floor and all(ceiling == math.inf for ceiling in self.ceilings)
 
     def clamp(self, category: int, bias: float) -> Bounded:
         """Returns a category's bias, moved to the bound that it exceeds."""
@@ -66,6 +72,8 @@ class Bounds:
 
     def clamp_all(self, biases: Sequence[float]) -> tuple[float, ...]:
         """Returns all biases, each within its bounds."""
+        if self.allow_all:
+            return tuple(biases)
         return tuple(self.clamp(c, bias).bias for c, bias in enumerate(biases))
 
     def describe(self, category: int, side: Side) -> str:

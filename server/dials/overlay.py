@@ -52,6 +52,7 @@ class Overlay:
         bounds: Bounds,
     ) -> None:
         self._names = tuple(manifest.names)
+        self._known = frozenset(manifest.names)
         self._kept = manifest.kept
         self._defaults = defaults
         self._calibrations = calibrations
@@ -66,13 +67,14 @@ class Overlay:
             NotAllowedError: It asks for another rule beside floors, and the policy does not clamp.
         """
         named = {**self._defaults.categories, **options.categories}
-        self._check_categories(named)
-        asked = tuple(named.get(name) for name in self._names)
+        if not self._known.issuperset(named):
+            raise self._unknown(named)
+        asked = tuple(map(named.get, self._names))
         total = options.false_refusal_rate
         if total is None:
             total = self._defaults.false_refusal_rate
         calibration = self._calibration(options)
-        solves = total is not None or any(t is not None and t.bias is None for t in asked)
+        solves = total is not None or None in [target.bias for target in named.values()]
         if solves:
             self._calibrations.require(calibration, param=self._param(options, named))
         rule, replaced = self._rule(options)
@@ -86,15 +88,12 @@ class Overlay:
         question = Question(calibration, targets, total)
         return Wanted(rule, question, asked, sides, solves, options.moves_dials, replaced)
 
-    def _check_categories(self, asked: Iterable[str]) -> None:
-        for name in asked:
-            if name not in self._names:
-                path = path_of(shortened(name))
-                raise RequestError(
-                    f"{path}: this checkpoint has no such category; it has "
-                    f"{', '.join(self._names)}",
-                    param=path,
-                )
+    def _unknown(self, asked: Iterable[str]) -> RequestError:
+        path = path_of(shortened(next(name for name in asked if name not in self._known)))
+        return RequestError(
+            f"{path}: this checkpoint has no such category; it has {', '.join(self._names)}",
+            param=path,
+        )
 
     def _calibration(self, options: RefusalOptions) -> str:
         name = options.calibration or self._defaults.calibration
@@ -137,6 +136,8 @@ class Overlay:
             asked: In manifest order.
             rests: Whether unset categories stay as trained; otherwise a total bound moves them.
         """
+        if self._bounds.allow_all:
+            return tuple(asked), {}
         targets: list[Target | None] = []
         sides: dict[int, Side] = {}
         for c, target in enumerate(asked):

@@ -1,8 +1,8 @@
 """The ``refusal`` object of a request."""
 
-import contextlib
 import math
 import reprlib
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,16 +23,15 @@ WORDS = {"never": -math.inf, "default": 0.0, "always": math.inf}
 FIELD = "refusal"
 HEADER = "x-refusal"
 POLICY_HEADER = "x-refusal-policy"
+_MOST_NUMBER = int(sys.float_info.max)
 
 
 def _finite_number(value: Any, what: str) -> float:
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
-            number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be a finite number, got {reprlib.repr(value)}")
-    return number
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST_NUMBER:
+        return float(value)
+    raise ValueError(f"{what} must be a finite number, got {reprlib.repr(value)}")
 
 
 def _sensitivity(value: Any) -> Target:
@@ -82,13 +81,13 @@ def parse_dial(value: Any) -> Target:
         return Target(bias=WORDS[value])
     if not isinstance(value, dict):
         return _sensitivity(value)
-    if len(value) != 1 or not _OBJECT_FORMS.keys() >= value.keys():
-        raise ValueError(
-            f"a dial object holds exactly one of {', '.join(_OBJECT_FORMS)}, "
-            f"got {reprlib.repr(list(value))}"
-        )
-    ((form, number),) = value.items()
-    return _OBJECT_FORMS[form](number)
+    for form, number in value.items():
+        if len(value) == 1 and form in _OBJECT_FORMS:
+            return _OBJECT_FORMS[form](number)
+    raise ValueError(
+        f"a dial object holds exactly one of {', '.join(_OBJECT_FORMS)}, "
+        f"got {reprlib.repr(list(value))}"
+    )
 
 
 _NUMBER = {"type": "number"}
@@ -159,6 +158,12 @@ class DialOptions(BaseModel):
     false_refusal_rate: Annotated[float, BeforeValidator(_total_bound)] | None = None
     calibration: Name | None = None
 
+    @property
+    def solves(self) -> bool:
+        """Whether a dial is a rate or a bound, for which a calibration is solved."""
+        biases = [target.bias for target in self.categories.values()]
+        return self.false_refusal_rate is not None or None in biases
+
     @model_validator(mode="before")
     @classmethod
     def _is_object(cls, value: Any) -> Any:
@@ -183,10 +188,8 @@ class RefusalOptions(DialOptions):
     @property
     def moves_dials(self) -> bool:
         """Whether the request itself sets anything that decides."""
-        return bool(self.categories) or any(
-            asked is not None
-            for asked in (self.decision, self.false_refusal_rate, self.calibration)
-        )
+        others = (self.decision, self.false_refusal_rate, self.calibration)
+        return bool(self.categories) or others != (None, None, None)
 
 
 def check_refusal_in(options: RefusalOptions) -> None:

@@ -253,7 +253,7 @@ def test_long_name_is_quoted_in_short(value: dict[str, Any], said: str) -> None:
     assert len(message) < 300
 
 
-def test_dials_are_resolved_once_and_told_apart() -> None:
+def test_dials_that_need_a_calibration_are_resolved_once_and_told_apart() -> None:
     dials = board(None, "default")
     told = [
         safety(0.5),
@@ -263,10 +263,11 @@ def test_dials_are_resolved_once_and_told_apart() -> None:
         parse_options({"categories": {"humanizing": 0.5}}),
         parse_options({"false_refusal_rate": 0.5}),
     ]
-    resolved = [dials.resolve(options) for options in told]
-    again = [dials.resolve(options.model_copy()) for options in told]
+    resolved = [dials.resolve(options, explain=True) for options in told]
+    again = [dials.resolve(options.model_copy(), explain=True) for options in told]
     assert all(a is b for a, b in zip(resolved, again, strict=True))
     assert len(set(map(id, resolved))) == len(told)
+    assert dials.resolve(told[2]) is dials.resolve(told[2])
 
 
 def test_solutions_are_found_once_and_their_number_is_bounded() -> None:
