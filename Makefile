@@ -17,7 +17,7 @@ $(STAMP):
 demo: setup
 	@$(BIN)/rheostat demo
 
-# In two processes, one of which has all that starts servers; tests/conftest.py.
+# In two processes; tests/conftest.py says which tests share servers.
 test: setup
 	@$(BIN)/python -m pytest -n 2
 

@@ -8,7 +8,7 @@ import pytest
 # pytest-xdist's; without it there is one process.
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Gives a file to one process, whose fixtures are its own, and all that share servers to one.
+    """Gives a file to one process, whose fixtures are its own, and those that share servers too.
 
     Its marker `xdist_group`, which is made for this, does nothing under pytest 9.2.
     """
@@ -19,6 +19,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
+# Each file of these has servers of its own.
+_OWN_SERVERS = frozenset({"tests/e2e/test_published.py", "tests/e2e/test_tokens.py"})
+# Those within a folder share its servers.
+_SHARED_SERVERS = ("tests/e2e/stock", "tests/e2e")
+
+
 def _what_stays_together(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
-    return "tests/e2e" if file.startswith("tests/e2e/") else file
+    if file in _OWN_SERVERS:
+        return file
+    return next((folder for folder in _SHARED_SERVERS if file.startswith(f"{folder}/")), file)

@@ -1,4 +1,4 @@
-"""One demo checkpoint and the servers of the whole session: three of Rheostat, one of vLLM."""
+"""One demo checkpoint and three servers of it for the whole session."""
 
 import json
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient, DefaultHttpxClient, OpenAI
+from filelock import FileLock
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAI
 
 from models.manifest import Manifest, load_manifest
 from tests.e2e.calibrating import CalibratedServer, calibrated_server, calibration_prompts
 from tests.e2e.decided.reference import Reference
 from tests.e2e.policied import Policied, policied_server
-from tests.e2e.servers import Server, rheostat_server, stock_server
+from tests.e2e.servers import Server, rheostat_server
 from training.config.recipe import load_config
 from training.demo_data.render import write
 from training.run.train import train
@@ -27,9 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint() -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of `make demo`: trained here when it is missing or its recipe changed."""
-    return train(load_config(Path("demo")), ROOT / "checkpoints" / "demo", replace_stale=True)
+    # The parent is that of all processes of one `make test`.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "checkpoint.lock"):
+        return train(load_config(Path("demo")), ROOT / "checkpoints" / "demo", replace_stale=True)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +58,6 @@ class Started(NamedTuple):
     """The session's servers, which may still be starting; None where no test needs one."""
 
     server: Server | None
-    stock: Server | None
     policied: Policied | None
     calibrated: CalibratedServer | None
 
@@ -76,14 +78,12 @@ def started(
             return server
 
         folder = tmp_path_factory.mktemp("servers")
-        server = stock = policied = calibrated = None
+        server = policied = calibrated = None
         if needed & {"server", "calibrated"}:
             server = ending(rheostat_server(checkpoint, folder / "rheostat.log"))
         if "policied" in needed:
             policied = policied_server(checkpoint, tmp_path_factory.mktemp("policied"))
             ending(policied.server)
-        if "stock" in needed:
-            stock = ending(stock_server(checkpoint, folder / "stock.log"))
         if "calibrated" in needed:
             assert server is not None
             server.wait_until_ready()
@@ -92,7 +92,7 @@ def started(
                 server, checkpoint, prompts, tmp_path_factory.mktemp("calibrated")
             )
             ending(calibrated.server)
-        yield Started(server, stock, policied, calibrated)
+        yield Started(server, policied, calibrated)
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +100,6 @@ def server(started: Started) -> Server:
     """Rheostat without a policy file."""
     assert started.server is not None
     return started.server.wait_until_ready()
-
-
-@pytest.fixture(scope="session")
-def stock(started: Started) -> Server:
-    """VLLM as it is, with the same checkpoint."""
-    assert started.stock is not None
-    return started.stock.wait_until_ready()
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +125,7 @@ def reference(checkpoint: Path) -> Reference:
 
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[OpenAI]:
-    http = DefaultHttpxClient(verify=False)
-    url = f"{server.url}/v1"
-    with OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http) as openai:
+    with server.openai() as openai:
         yield openai
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import httpx
 import psutil
+from openai import DefaultHttpxClient, OpenAI
 
 from server.policies.credentials import hash_key
 
@@ -166,6 +167,12 @@ class Server:
         """Returns the sum of the metrics whose lines begin so."""
         lines = self.metrics().splitlines()
         return sum(float(each.rsplit(" ", 1)[1]) for each in lines if each.startswith(line))
+
+    def openai(self) -> OpenAI:
+        """Returns OpenAI's own client of the server."""
+        http = DefaultHttpxClient(verify=False)
+        url = f"{self.url}/v1"
+        return OpenAI(base_url=url, api_key="none", max_retries=0, http_client=http)
 
     def end(self) -> None:
         """Asks the process to stop, kills it when it does not within 30 s, and its children.
