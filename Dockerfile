@@ -35,6 +35,7 @@ COPY --from=wheel /wheel /wheel
 RUN /opt/rheostat/bin/pip install --quiet --no-cache-dir --no-deps /wheel/*.whl
 ENV PATH=/opt/rheostat/bin:$PATH \
     HOME=/cache \
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 \
     TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

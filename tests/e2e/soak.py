@@ -146,7 +146,10 @@ class Load:
 
 
 class Memory:
-    """Samples the resident memory of a server's processes."""
+    """Samples the resident memory of a server's processes, without what files and others share.
+
+    The system reads pages of libraries, and drops them, as it likes.
+    """
 
     def __init__(self, server: Server) -> None:
         serving = psutil.Process(server.process.pid)
@@ -160,6 +163,7 @@ class Memory:
         started_s = time.monotonic()
         while True:
             for name, process in self._processes.items():
-                mb = process.memory_info().rss / 1e6
+                held = process.memory_info()
+                mb = (held.rss - held.shared) / 1e6
                 self.samples[name].append((time.monotonic() - started_s, mb))
             await asyncio.sleep(SAMPLE_EVERY_S)
