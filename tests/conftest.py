@@ -20,7 +20,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 # Each file of these has servers of its own.
-_OWN_SERVERS = frozenset({"tests/e2e/test_published.py", "tests/e2e/test_tokens.py"})
+_OWN_SERVERS = frozenset(
+    f"tests/e2e/test_{name}.py" for name in ("published", "telemetry", "tokens")
+)
 # Those within a folder share its servers.
 _SHARED_SERVERS = ("tests/e2e/stock", "tests/e2e")
 
