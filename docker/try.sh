@@ -52,7 +52,7 @@ curl --silent --show-error --fail $url/v1/chat/completions -H 'Content-Type: app
   "max_tokens": 16, "refusal": {"report": true, "categories": {"safety": 0.9}}}'
 echo
 # buildah would kill what it runs; this isolation shows its processes to the host.
-kill -TERM "$(pgrep --newest --full "^tini -- rheostat serve .*--port $port")"
+kill -TERM "$(pgrep --newest --full "^[^ ]*tini -- rheostat serve .*--port $port")"
 wait $server || echo "ended with status $?"
 
 build cpu-sbom --output "$out" "$@"
