@@ -14,7 +14,8 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from models.checkpoint import load_checkpoint
@@ -49,6 +51,9 @@ FIRST = 30
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 Tokens = list[int]
+# Its name, and its values of base and checkpoint, or of the checkpoint alone.
+Figure = tuple[str, list[float]]
+ERRORS = Console(stderr=True)
 
 
 class Speaker(NamedTuple):
@@ -73,7 +78,8 @@ class Speaker(NamedTuple):
         sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if drawn else {}
         end = self.tokenizer.eos_token_id
         found: list[Tokens] = []
-        for start in range(0, len(rows), AT_ONCE):
+        starts = range(0, len(rows), AT_ONCE)
+        for start in track(starts, "answers", console=ERRORS, transient=True):
             prompts = [self.prompt(row) for row in rows[start : start + AT_ONCE]]
             batch = self.tokenizer.pad(
                 {"input_ids": prompts}, padding_side="left", return_tensors="pt"
@@ -93,7 +99,8 @@ class Speaker(NamedTuple):
     def loss(self, rows: Sequence[Row], answers: Sequence[Tokens]) -> float:
         """Returns the mean cross-entropy of a token, in nats."""
         total = 0.0
-        for row, answer in zip(rows, answers, strict=True):
+        pairs = list(zip(rows, answers, strict=True))
+        for row, answer in track(pairs, "losses", console=ERRORS, transient=True):
             prompt = self.prompt(row)
             with torch.no_grad():
                 logits = self.model(torch.tensor([prompt + answer])).logits[0]
@@ -117,8 +124,8 @@ def is_right(answer: str, expected: str) -> bool:
     return expected.casefold().strip(" .") in answer.casefold()
 
 
-def text_losses(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Returns the losses of base and checkpoint by whose the answers are."""
+def text_losses(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> Iterator[Figure]:
+    """Yields the losses of base and checkpoint by whose the answers are."""
     told = [
         base.tokenizer.encode(row.response, add_special_tokens=False)[:RESPONSE_TOKENS]
         for row in rows
@@ -129,17 +136,15 @@ def text_losses(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> dict[st
         "drawn from the base": base.answers(rows, TOKENS, drawn=True),
         "the rows'": told,
     }
-    losses = {
-        name: [speaker.loss(rows, answers) for speaker in (base, trained)]
-        for name, answers in kinds.items()
-    }
+    for name, answers in kinds.items():
+        yield name, [speaker.loss(rows, answers) for speaker in (base, trained)]
     own = trained.answers(rows, FIRST)
     alike = np.mean([a[:FIRST] == b for a, b in zip(likely, own, strict=True)])
-    return {**losses, f"begin with the base's {FIRST} tokens": [1.0, float(alike)]}
+    yield f"begin with the base's {FIRST} tokens", [1.0, float(alike)]
 
 
-def right_answers(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Returns how many questions base and checkpoint answer rightly."""
+def right_answers(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> Iterator[Figure]:
+    """Yields how many questions base and checkpoint answer rightly."""
     shares = [
         np.mean(
             [
@@ -149,13 +154,13 @@ def right_answers(base: Speaker, trained: Speaker, rows: Sequence[Row]) -> dict[
         )
         for speaker in (base, trained)
     ]
-    return {f"right of {len(rows)} questions": [float(share) for share in shares]}
+    yield f"right of {len(rows)} questions", [float(share) for share in shares]
 
 
 def changed_decisions(
     trained: Speaker, manifest: Manifest, rows: Sequence[Row]
-) -> dict[str, list[float]]:
-    """Returns the share of prompts that are refused in one form and answered in the other."""
+) -> Iterator[Figure]:
+    """Yields the share of prompts that are refused in one form and answered in the other."""
     respond = output_rows(trained.model, [manifest.respond.id])
     weights = output_rows(trained.model, [c.id for c in manifest.categories]) - respond
     forgotten = () if manifest.kept else manifest.control_ids
@@ -172,23 +177,21 @@ def changed_decisions(
         return refuses
 
     before = refused(rows)
-    return {
-        f"decisions changed: {name}": [float(np.mean(refused([ask(r, 0) for r in rows]) != before))]
-        for name, ask in VARIANTS.items()
-    }
+    for name, ask in VARIANTS.items():
+        changed = refused([ask(row, 0) for row in rows]) != before
+        yield f"decisions changed: {name}", [float(np.mean(changed))]
 
 
 def _rows(path: Path | None, limit: int, *, answered: bool) -> list[Row]:
     if path is None:
         return []
-    say = Console(stderr=True).print
-    rows = draw_rows(named_sources(path), known_categories(()), seed=0, say=say)
+    rows = draw_rows(named_sources(path), known_categories(()), seed=0, say=ERRORS.print)
     fitting = [row for row in rows if not answered or (row.category is None and row.response)]
     return random.Random(0).sample(fitting, min(limit, len(fitting)))
 
 
 def main() -> None:
-    """Measures what is asked for, and prints it."""
+    """Measures what is asked for, tells each figure as it comes, and prints them as a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--base", default=BASE)
@@ -204,19 +207,27 @@ def main() -> None:
     base = Speaker(load_model(folder, options.dtype).eval(), tokenizer, "")
     trained = Speaker(load_model(options.checkpoint, options.dtype).eval(), tokenizer, opening)
     torch.manual_seed(0)
+    texts = _rows(options.texts, options.limit, answered=True)
+    questions = _rows(options.questions, options.limit, answered=True)
+    forms = _rows(options.forms, options.limit, answered=False)
     found: dict[str, list[float]] = {}
-    if rows := _rows(options.texts, options.limit, answered=True):
-        found |= text_losses(base, trained, rows)
-    if rows := _rows(options.questions, options.limit, answered=True):
-        found |= right_answers(base, trained, rows)
-    if rows := _rows(options.forms, options.limit, answered=False):
-        found |= changed_decisions(trained, manifest, rows)
+    for name, values in chain(
+        text_losses(base, trained, texts) if texts else (),
+        right_answers(base, trained, questions) if questions else (),
+        changed_decisions(trained, manifest, forms) if forms else (),
+    ):
+        found[name] = values
+        ERRORS.print(f"{name}: {_shown(values)}")
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1))
     table = Table("", "base, checkpoint; forms: checkpoint")
     for name, values in found.items():
-        table.add_row(name, ", ".join(f"{value:.3f}" for value in values))
+        table.add_row(name, _shown(values))
     Console().print(table)
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
 
 
 if __name__ == "__main__":
