@@ -82,7 +82,7 @@ class DialBoard:
         return options.refusal_in or self._refusal_in
 
     def resolve(self, options: RefusalOptions, *, explain: bool = False) -> Resolution:
-        """Resolves one request, from the cache where that is dearer than a look into it.
+        """Resolves one request; what needs a calibration or a forecast is kept in a cache.
 
         Args:
             explain: Whether to add a forecast, if a calibration is loaded.
