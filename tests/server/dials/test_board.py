@@ -268,6 +268,8 @@ def test_dials_that_need_a_calibration_are_resolved_once_and_told_apart() -> Non
     assert all(a is b for a, b in zip(resolved, again, strict=True))
     assert len(set(map(id, resolved))) == len(told)
     assert dials.resolve(told[2]) is dials.resolve(told[2])
+    plain = [dials.resolve(options).controls for options in told]
+    assert plain == [resolution.controls for resolution in resolved]
 
 
 def test_solutions_are_found_once_and_their_number_is_bounded() -> None:
